@@ -17,8 +17,9 @@ import json
 import math
 import os
 import random
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,276 @@ def train_vae(work: Path, log: Callable[[str], None], part: Part = Part(8000, 32
 
     train_loop("vae", part, nn.ModuleDict({"vae": vae}), loss_of, work, log)
     return vae
+
+
+def save_folder(module: Any, folder: Path) -> None:
+    """Write a diffusers or transformers part to `folder` (safetensors), whole or not at all."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    module.save_pretrained(temporary, safe_serialization=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def measure_scaling(vae: Any, count: int = 256) -> float:
+    """1 / standard deviation of the latents (posterior mode) of held-in scenes: SD's scaling factor."""
+    rng = random.Random("scaling")
+    values = [encode(vae, images_to_tensor([world.render(training_scene(rng)) for _ in range(16)]))
+              for _ in range(count // 16)]  # fmt: skip
+    return 1.0 / float(torch.cat(values).std())
+
+
+@torch.no_grad()
+def encode(vae: Any, images: Tensor) -> Tensor:
+    """(B, 3, 128, 128) in [-1, 1] -> (B, 4, 16, 16), posterior mode, not scaled, float32."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return vae.encode(images).latent_dist.mode().float()
+
+
+# --- latents ----------------------------------------------------------------------------------------------------
+
+SHARD = 2000
+
+
+def shard_scene(shard: int, i: int) -> world.Scene:
+    """Scene `i` of shard `shard`: redrawn from its name, so that only latents are stored."""
+    return training_scene(random.Random(f"latents-{shard}-{i}"))
+
+
+def make_shards(vae: Any, work: Path, log: Callable[[str], None], shards: range) -> None:
+    """Encode `SHARD` scenes per shard to `work/latents/SHARD.pt` (float16, not scaled); shards that exist are kept."""
+    for shard in shards:
+        path = work / "latents" / f"{shard:03d}.pt"
+        if path.exists():
+            continue
+        began, parts = time.perf_counter(), []
+        for start in range(0, SHARD, 25):
+            pictures = [world.render(shard_scene(shard, i)) for i in range(start, start + 25)]
+            parts.append(encode(vae, images_to_tensor(pictures)).half())
+        write_whole(path, torch.cat(parts))
+        log(f"latents: shard {shard} in {time.perf_counter() - began:.0f} s")
+
+
+class Latents:
+    """The encoded scenes under `work/latents`; `draw` picks some, `keep` narrows which scenes may be picked."""
+
+    def __init__(self, work: Path, keep: Callable[[world.Scene], bool] | None = None):
+        self.folder, self.keep = work / "latents", keep
+        self.data: dict[int, Tensor] = {}
+        self.names: list[tuple[int, int]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in shards written since: the encoder of one process can feed the UNet of another."""
+        for path in sorted(self.folder.glob("*.pt")):
+            shard = int(path.stem)
+            if shard not in self.data:
+                self.data[shard] = torch.load(path, map_location="cpu", weights_only=True)
+                keep = self.keep
+                self.names += [(shard, i) for i in range(SHARD) if keep is None or keep(shard_scene(shard, i))]
+        if not self.names:
+            raise FileNotFoundError(f"no latents under {self.folder}: run the part 'latents' first")
+
+    def draw(self, rng: random.Random, count: int) -> tuple[Tensor, list[world.Scene]]:
+        """(count, 4, 16, 16) float32, not scaled, and their scenes."""
+        names = [rng.choice(self.names) for _ in range(count)]
+        return torch.stack([self.data[s][i] for s, i in names]).float(), [shard_scene(s, i) for s, i in names]
+
+
+def train_decoder(vae: Any, work: Path, log: Callable[[str], None], part: Part = Part(6000, 8, 8e-4)) -> Any:
+    """The decoder alone, encoder frozen: whole pictures from stored latents."""
+    vae.requires_grad_(False)
+    modules = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    modules.requires_grad_(True)
+    latents = Latents(work)
+
+    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        z, scenes = latents.draw(rng, batch)
+        images = images_to_tensor([world.render(s) for s in scenes])
+        with torch.autocast("cpu", torch.bfloat16):
+            got = vae.decode(z + 0.01 * torch.randn_like(z)).sample
+        got = got.float()
+        mse = F.mse_loss(got.detach(), images).item() / 4
+        return reconstruction_loss(got, images), {"psnr": -10 * math.log10(mse)}
+
+    train_loop("decoder", part, modules, loss_of, work, log)
+    return vae
+
+
+# --- text encoder and UNet --------------------------------------------------------------------------------------
+
+TEXT_WIDTH = 128
+MAX_TOKENS = 32
+WORDS = (*world.KINDS, *world.COLOURS, *world.GROUNDS, *world.SKIES, "a", "an", "and", "on", "at", "the", "of", "with",
+         "beside", "picture")  # fmt: skip
+
+
+def _byte_pairs(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """Byte-pair encoding of one ASCII word: the earliest merge that applies, until none does."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    rank = {pair: i for i, pair in enumerate(merges)}
+    while len(pieces) > 1:
+        best = min(range(len(pieces) - 1), key=lambda i: rank.get((pieces[i], pieces[i + 1]), len(rank)))
+        if (pieces[best], pieces[best + 1]) not in rank:
+            break
+        pieces[best : best + 2] = [pieces[best] + pieces[best + 1]]
+    return pieces
+
+
+def make_tokenizer(folder: Path) -> Any:
+    """A CLIPTokenizer whose byte-pair merges make one token of each word of the world; any other text still splits into
+    bytes. Written to `folder` in the standard files and read back from there."""
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # GPT-2's table of printable stand-ins for the 256 bytes, which CLIP's vocabulary begins with.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = [chr(c) for c in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = characters + [c + "</w>" for c in characters]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        # A merge is appended to what the merges so far leave of the word, so earlier words keep their single token.
+        while len(pieces := _byte_pairs(word, merges)) > 1:
+            merges.append((pieces[0], pieces[1]))
+            tokens.append(pieces[0] + pieces[1])
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def new_text_encoder(tokenizer: Any) -> Any:
+    """CLIPTextModel, 128 wide, 3 layers."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_unet() -> Any:
+    """UNet2DConditionModel on 4x16x16 latents, cross-attention at 8x8 and 4x4."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def new_scheduler() -> Any:
+    """SD 1.x's noise schedule, as DDIM."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    )
+
+
+def tokens_of(tokenizer: Any, captions: list[str]) -> Tensor:
+    """(B, MAX_TOKENS) int64."""
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+def noisy(z: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noised latents, timesteps (B,), the noise and the min-SNR weight (gamma 5) of the epsilon loss, min(5/SNR, 1)."""
+    t = torch.randint(0, 1000, (len(z),))
+    noise = torch.randn_like(z)
+    a = alphas[t].view(-1, 1, 1, 1)
+    return a.sqrt() * z + (1 - a).sqrt() * noise, t, noise, (5 * (1 - a) / a).clamp(max=1.0)
+
+
+def train_denoiser(
+    vae: Any, tokenizer: Any, work: Path, log: Callable[[str], None], part: Part = Part(5200, 64, 1e-3)
+) -> tuple[Any, Any]:
+    """Text encoder and UNet together, from scratch; 10 % of the captions are dropped for guidance."""
+    torch.manual_seed(part.seed)
+    text, unet, alphas = new_text_encoder(tokenizer), new_unet(), new_scheduler().alphas_cumprod
+    latents, scale = Latents(work), vae.config.scaling_factor
+
+    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        if step % 100 == 0:
+            latents.refresh()
+        z, scenes = latents.draw(rng, batch)
+        captions = ["" if rng.random() < 0.1 else world.caption(s) for s in scenes]
+        x, t, noise, weight = noisy(z * scale, alphas)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = unet(x, t, text(tokens_of(tokenizer, captions)).last_hidden_state).sample
+        error = (got.float() - noise) ** 2
+        return (weight * error).mean(), {"mse": error.detach().mean().item()}
+
+    train_loop("denoiser", part, nn.ModuleDict({"text": text, "unet": unet}), loss_of, work, log)
+    return text, unet
+
+
+# --- ControlNets ------------------------------------------------------------------------------------------------
+
+
+def train_controlnet(
+    name: str,
+    vae: Any,
+    tokenizer: Any,
+    text: Any,
+    unet: Any,
+    work: Path,
+    log: Callable[[str], None],
+    part: Part = Part(2000, 32, 6e-4),
+) -> Any:
+    """The ControlNet of one layout on the frozen UNet; half of the captions are dropped so that it reads the map."""
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(part.seed)
+    control = ControlNetModel.from_unet(
+        unet, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 48, 64)
+    )
+    unet.requires_grad_(False)
+    text.requires_grad_(False)
+    alphas, scale = new_scheduler().alphas_cumprod, vae.config.scaling_factor
+    latents = Latents(work, (lambda s: any(t.kind == "person" for t in s.things)) if name == "pose" else None)
+
+    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        z, scenes = latents.draw(rng, batch)
+        captions = ["" if rng.random() < 0.5 else world.caption(s) for s in scenes]
+        maps = (images_to_tensor([world.layout(s, name) for s in scenes]) + 1) / 2
+        x, t, noise, weight = noisy(z * scale, alphas)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                states = text(tokens_of(tokenizer, captions)).last_hidden_state
+            down, mid = control(x, t, states, controlnet_cond=maps, return_dict=False)
+            got = unet(
+                x, t, states, down_block_additional_residuals=down, mid_block_additional_residual=mid
+            ).sample
+        error = (got.float() - noise) ** 2
+        return (weight * error).mean(), {"mse": error.detach().mean().item()}
+
+    train_loop(f"controlnet-{name}", part, nn.ModuleDict({"control": control}), loss_of, work, log)
+    return control

@@ -1,0 +1,117 @@
+"""The denoising loops of an edit: the ITO pass and masked sampling. Stateless: tensors and a Network in, a latent out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.guided_step import blend
+from ..kernels.ito_step import AdamState, ito_step
+from .denoiser import Condition, Network
+from .schedule import Levels, add_noise
+
+Reference = Callable[[int], Tensor]  # level index -> (B, C, h, w): the source latent at that level
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How one pass of ITO updates its latent (METHOD section 2, rows 5-8; A.2 reports t_u 20, k 30 for the guidance).
+
+    Attributes:
+        t_u: steps that are updated, the noisiest first; None is 15 of 25, scaled with the step count.
+        k: Adam steps at each.
+        lr: Adam's learning rate.
+        carry: keep Adam's state across timesteps in place of a fresh one at each.
+    """
+
+    t_u: int | None = None
+    k: int = 1
+    lr: float = 0.1
+    carry: bool = False
+
+    def updates(self, steps: int) -> int:
+        """t_u for a run of `steps` steps."""
+        return round(steps * 15 / 25) if self.t_u is None else self.t_u
+
+
+def noised_reference(x0: Tensor, noise: Tensor, levels: Levels) -> Reference:
+    """The source at every level under one fixed noise; the clean latent itself at the last (METHOD 2 row 10, 3 row 2)."""
+    return lambda i: x0 if i == levels.steps else add_noise(x0, noise, levels.abar[i])
+
+
+def trajectory_reference(trajectory: Tensor, levels: Levels) -> Reference:
+    """The source at every level of its inversion, (N - start + 1, B, C, h, w)."""
+    offset = levels.steps + 1 - len(trajectory)
+    return lambda i: trajectory[i - offset]
+
+
+def ito_pass(
+    network: Network,
+    y: Tensor,
+    levels: Levels,
+    start: int,
+    condition: Condition,
+    uncond: Condition | None,
+    scale: float,
+    *,
+    source: Reference,
+    guidance: Reference | None,
+    mask: Tensor,
+    lam: Tensor,
+    phase: Phase,
+    kept_area: bool = False,
+) -> Tensor:
+    """Denoise `y` from level `start`, moving it toward source and guidance after each of the first t_u steps.
+
+    The update comes after the DDIM step, at the level that the latent is then at (METHOD section 2, row 7; ITO Eq. 6).
+
+    Args:
+        y: (B, C, h, w) at level `start`.
+        guidance: the guidance latent at every level, or None where every lam is 1.
+        mask: (B, 1, h, w); 1 edits.
+        lam: (B,) weight of the preservation loss.
+
+    Returns:
+        (B, C, h, w) clean latent.
+    """
+    updates = phase.updates(levels.steps)
+    state = AdamState(torch.zeros_like(y), torch.zeros_like(y)) if phase.carry else None
+    for i in range(start, levels.steps):
+        network.profile.step(i - start + 1, levels.steps - start)
+        output = network.guided(y, levels.timesteps[i], condition, uncond, scale)
+        y = network.step(y, output, levels.abar[i], levels.abar[i + 1])
+        if i - start < updates:
+            g = guidance(i + 1) if guidance else None
+            y = ito_step(
+                y, source(i + 1), g, mask, lam, k=phase.k, lr=phase.lr, kept_area=kept_area, state=state
+            )  # fmt: skip
+    return y
+
+
+def masked_sampling(
+    network: Network,
+    y: Tensor,
+    levels: Levels,
+    start: int,
+    condition: Condition,
+    uncond: Condition | None,
+    scale: float,
+    *,
+    source: Reference | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """DDIM sampling from level `start`; with a mask, everything outside is put back after each step.
+
+    The blend is at the level that the latent is then at, the clean source after the last step (iEdit Eq. 13; METHOD
+    section 3, row 1), so an empty mask returns the source bit for bit. With no mask this is SDEdit.
+    """
+    for i in range(start, levels.steps):
+        network.profile.step(i - start + 1, levels.steps - start)
+        output = network.guided(y, levels.timesteps[i], condition, uncond, scale)
+        y = network.step(y, output, levels.abar[i], levels.abar[i + 1])
+        if mask is not None and source is not None:
+            y = blend(mask, y, source(i + 1))
+    return y

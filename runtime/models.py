@@ -1,0 +1,285 @@
+"""A diffusers-layout checkpoint -> its parts. The embedded picture-book model, a local folder and a hub id take one path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import RunError, UsageError
+from .schedule import Schedule
+
+PICTUREBOOK = "picturebook"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+CONTROLNET_PREFIX = "controlnet-"
+
+
+@dataclass
+class Model:
+    """The parts of a checkpoint, in eval mode on one device.
+
+    Attributes:
+        name, folder: as asked for, and where it was found.
+        controlnets: layout name -> ControlNetModel.
+        digest: sha256 over the weights of every part in use, 16 hex digits.
+        guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
+    """
+
+    name: str
+    folder: Path
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    schedule: Schedule
+    controlnets: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    digest: str
+    guidance_scale: float = 7.5
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def channels(self) -> int:
+        """Latent channels."""
+        return int(self.unet.config.in_channels)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def multiple(self) -> int:
+        """What width and height must be multiples of: the VAE's factor times the UNet's own."""
+        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: posterior mode times the scaling factor."""
+        images = images.to(self.device, self.dtype)
+        latent = self.vae.encode(images).latent_dist.mode().float()
+        if not torch.isfinite(latent).all() and self.dtype != torch.float32:
+            latent = self._in_float32(lambda: self.vae.encode(images.float()).latent_dist.mode(), "encoding")
+        if not torch.isfinite(latent).all():
+            raise RunError("stage encode: the VAE returned NaN or infinity, in float32 too; check the checkpoint")
+        return latent * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]; float32 is tried where a half overflows."""
+        z = latents.to(self.device) / self.vae.config.scaling_factor
+        images = self.vae.decode(z.to(self.dtype)).sample.float()
+        if not torch.isfinite(images).all() and self.dtype != torch.float32:
+            images = self._in_float32(lambda: self.vae.decode(z.float()).sample, "decoding")
+        if not torch.isfinite(images).all():
+            raise RunError("stage decode: the VAE returned NaN or infinity, in float32 too; try a smaller guidance scale")
+        return images
+
+    def _in_float32(self, run: Any, what: str) -> Tensor:
+        self.notes.append(f"the VAE gave NaN in {self.dtype}; {what} was repeated in float32")
+        self.vae.float()
+        try:
+            return run().float()
+        finally:
+            self.vae.to(self.dtype)
+
+    def token_chunks(self, text: str) -> list[list[int]]:
+        """Token ids of a prompt in chunks that the text encoder takes; a long prompt has several."""
+        room = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings) - 2
+        ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        return [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str], chunks: int = 1) -> Tensor:
+        """(B, chunks * L, D) float32 states; prompts of fewer chunks are filled up with empty ones."""
+        tokenizer = self.tokenizer
+        length = min(tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        rows = []
+        for text in texts:
+            parts = self.token_chunks(text)
+            parts += [[]] * (chunks - len(parts))
+            for ids in parts:
+                row = [begin, *ids, end]
+                rows.append(row + [pad] * (length - len(row)))
+        ids = torch.tensor(rows, device=self.device)
+        states = self.text_encoder(ids)[0].float()
+        return states.reshape(len(texts), -1, states.shape[-1])
+
+
+def picturebook_folder() -> Path:
+    """Where the embedded model lies in the installed package."""
+    return Path(__file__).parent / "picturebook"
+
+
+def find_folder(model: str) -> Path:
+    """The folder of the embedded model, of a local path or of a hub id (fetched, or found in the hub's cache).
+
+    Raises:
+        UsageError: there is no such folder and the hub cannot be reached or does not know the id.
+    """
+    if model == PICTUREBOOK:
+        return picturebook_folder()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise UsageError(f"model: {model} is not a folder; give a diffusers folder, a hub id (owner/name) or {PICTUREBOOK}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [f"{p}/*" for p in PARTS] + ["*.json", f"{CONTROLNET_PREFIX}*/*"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"model: {model} is not a folder here and could not be fetched from the hub ({type(error).__name__}: {reason}); "
+            "download it where there is a network and give its folder"
+        ) from error
+
+
+def _weights(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    return files or sorted(folder.glob("*.bin"))
+
+
+def _check_files(folder: Path, part: str) -> None:
+    where = folder / part
+    wanted = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(part, "config.json")
+    if not (where / wanted).is_file():
+        raise UsageError(f"model: {where / wanted} is missing; {folder} is not a whole diffusers checkpoint")
+    if part in ("unet", "vae", "text_encoder") and not _weights(where):
+        raise UsageError(f"model: {where} holds no weights (*.safetensors); the download may have been cut off")
+
+
+def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """One part with its weights, whichever of the usual names they have."""
+    variant = None
+    names = [p.name for p in _weights(folder)]
+    if names and all(".fp16." in n for n in names):
+        variant = "fp16"
+    keyword = "dtype" if loader.__module__.startswith("transformers") else "torch_dtype"
+    try:
+        part = loader.from_pretrained(folder, local_files_only=True, variant=variant, **{keyword: dtype})
+    except Exception as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"model: {folder} cannot be read ({line}); the files may be damaged or cut off") from error
+    return part.eval().requires_grad_(False)
+
+
+def _digest(folders: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for folder in folders:
+        for path in _weights(folder):
+            with path.open("rb") as handle:
+                total.update(f"{folder.name}/{path.name}".encode() + hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def load_model(
+    model: str = PICTUREBOOK,
+    layouts: Mapping[str, str] | Sequence[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Model:
+    """Load a checkpoint.
+
+    Args:
+        model: "picturebook" (embedded), a diffusers folder, or a hub id.
+        layouts: ControlNets: a mapping of layout name to folder or hub id, or names of those that lie in the checkpoint
+            as `controlnet-NAME`. None takes all that lie there.
+        device: default the GPU if there is one.
+        dtype: default float16 on a GPU and float32 on a CPU.
+
+    Raises:
+        UsageError: a part is missing, unreadable or does not fit the others.
+    """
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder = find_folder(model)
+    for part in PARTS:
+        _check_files(folder, part)
+    where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device: {where} was asked for, but there is no CUDA device; use --device cpu")
+    if isinstance(dtype, str):
+        names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+        if dtype not in names:
+            raise UsageError(f"dtype is {dtype!r}, expected one of {', '.join(names)}")
+        dtype = names[dtype]
+    kind = dtype or (torch.float16 if where.type == "cuda" else torch.float32)
+
+    inside = {p.name.removeprefix(CONTROLNET_PREFIX): p for p in sorted(folder.glob(CONTROLNET_PREFIX + "*")) if p.is_dir()}
+    if layouts is None:
+        control_folders = inside
+    elif isinstance(layouts, Mapping):
+        control_folders = {name: find_folder(str(path)) for name, path in layouts.items()}
+    else:
+        unknown = [n for n in layouts if n not in inside]
+        if unknown:
+            raise UsageError(f"layouts: {model} has no ControlNet for {', '.join(unknown)}; it has {', '.join(inside) or 'none'}")
+        control_folders = {name: inside[name] for name in layouts}
+
+    unet = _read(UNet2DConditionModel, folder / "unet", kind)
+    vae = _read(AutoencoderKL, folder / "vae", kind)
+    text_encoder = _read(CLIPTextModel, folder / "text_encoder", kind)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except Exception as error:
+        raise UsageError(f"model: {folder / 'tokenizer'} cannot be read ({str(error).splitlines()[0]})") from error
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    controlnets: dict[str, Any] = {}
+    for name, path in control_folders.items():
+        if not (path / "config.json").is_file() or not _weights(path):
+            raise UsageError(f"layouts: {path} is not a ControlNet folder (config.json and *.safetensors)")
+        controlnets[name] = _read(ControlNetModel, path, kind)
+
+    latent = vae.config.latent_channels
+    if unet.config.in_channels != latent or unet.config.out_channels != latent:
+        raise UsageError(
+            f"model: the UNet takes {unet.config.in_channels} and returns {unet.config.out_channels} channels but the VAE's latent "
+            f"has {latent}; inpainting, depth and upscaling checkpoints cannot be used here"
+        )
+    width = text_encoder.config.hidden_size
+    if unet.config.cross_attention_dim != width:
+        raise UsageError(f"model: the UNet reads text {unet.config.cross_attention_dim} wide, the text encoder's is {width}")
+    for name, net in controlnets.items():
+        for key in ("block_out_channels", "cross_attention_dim", "in_channels"):
+            mine, theirs = getattr(net.config, key), getattr(unet.config, key)
+            if (list(mine) if isinstance(mine, (list, tuple)) else mine) != (
+                list(theirs) if isinstance(theirs, (list, tuple)) else theirs
+            ):
+                raise UsageError(f"layouts: the ControlNet of {name} has {key} {mine}, the UNet {theirs}; it is for another model")
+
+    for part in (unet, vae, text_encoder, *controlnets.values()):
+        part.to(where)
+    hints = json.loads((folder / "iedit.json").read_text()) if (folder / "iedit.json").is_file() else {}
+    return Model(
+        name=model,
+        folder=folder,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        schedule=Schedule.from_config(config),
+        controlnets=controlnets,
+        device=where,
+        dtype=kind,
+        digest=_digest([folder / "unet", folder / "vae", folder / "text_encoder", *control_folders.values()]),
+        guidance_scale=float(hints.get("guidance_scale", 7.5)),
+    )
+
+
+def cache_folder() -> Path:
+    """Where stage results go when they are kept on disk: `$XDG_CACHE_HOME/iedit` or `~/.cache/iedit`."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "iedit"
