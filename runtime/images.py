@@ -110,7 +110,7 @@ def _grey8(image: Image.Image, name: str) -> Image.Image:
     lowest, highest = float(values.min()), float(values.max())
     if not (lowest >= 0 and highest <= 65535):  # NaN fails too
         raise UsageError(
-            f"{name}: mode {image.mode} holds {lowest:g} to {highest:g}, expected 0 to 65535; save it as 8 bits a channel"
+            f"{name}: mode {image.mode} holds {lowest:g} to {highest:g}, expected 0 to 65535; save it with 8 bits"
         )
     top = 65535.0
     if image.mode == "F":
@@ -145,7 +145,7 @@ def to_image(tensor: Tensor) -> Image.Image:
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise RunError(
-            f"to_image: {bad} of {values.numel()} values are NaN or infinite; decode in float32, half precision overflows"
+            f"to_image: {bad} of {values.numel()} values are NaN or infinite; decode in float32, half can overflow"
         )
     pixels = ((values + 1.0) * 127.5).clamp_(0, 255).round_().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

@@ -1,7 +1,6 @@
 """Photograph -> layout map. All maps are RGB pictures of the photograph's size, white (or coloured) on black.
 
-Which map fits which ControlNet is a matter of what that was trained on; these are what the embedded world's were trained
-beside. They need numpy and Pillow only.
+They need numpy and Pillow only.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from .images import as_rgb
 LAYOUT_NAMES = ("pose", "scribble", "edge", "line")
 
 FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
 
 
 def edge_map(image: Image.Image, low: float = 0.06) -> Image.Image:
@@ -38,8 +38,8 @@ def edge_map(image: Image.Image, low: float = 0.06) -> Image.Image:
 def scribble_map(image: Image.Image, low: float = 0.12, shortest: int = 12) -> Image.Image:
     """The strong edges of a photograph as a thick outline: closed over gaps, short ones dropped, 3 px wide.
 
-    An approximation of a scribble: a hand would draw the outline of each thing only, this also draws the horizon, strong
-    inner edges and whatever else has contrast.
+    An approximation of a scribble: a hand would draw the outline of each thing only, this also draws the horizon,
+    strong inner edges and whatever else has contrast.
 
     Args:
         image: any mode; read as RGB.
@@ -64,8 +64,8 @@ def line_map(image: Image.Image, shortest: float = 8.0, low: float = 0.05) -> Im
     """The straight edges of a photograph as lines of about 1 px.
 
     Edge pixels are grouped by the direction of their gradient, in two sets of 45 degree sectors that are half a sector
-    apart; each pixel goes with the set in which its connected group is larger, so that no direction is cut by a sector's
-    border (Burns, Hanson and Riseman 1986). A group that is long, thin and does not turn is drawn as its axis.
+    apart; each pixel goes with the set in which its connected group is larger, so that no direction is cut by a
+    sector's border (Burns, Hanson and Riseman 1986). A group that is long, thin and does not turn is drawn as its axis.
 
     Args:
         image: any mode; read as RGB.
@@ -145,13 +145,11 @@ def _ridges(dx: FloatArray, dy: FloatArray, low: float) -> NDArray[np.bool_]:
     return ridge & (strength > low)
 
 
-def _components(
-    ys: NDArray[np.int64], xs: NDArray[np.int64], kind: NDArray[np.int64], size: tuple[int, int]
-) -> NDArray:
+def _components(ys: IntArray, xs: IntArray, kind: IntArray, size: tuple[int, int]) -> IntArray:
     """Connected groups of pixels (8 neighbours) of one kind: for each pixel the index of its group's first pixel.
 
-    Labels fall to the smallest one among neighbours and are then shortened like a union-find's paths, all pixels at once:
-    a few rounds, where passing labels from pixel to pixel would take as many as a group is long.
+    Labels fall to the smallest one among neighbours and are then shortened like a union-find's paths, all pixels at
+    once: a few rounds, where passing labels from pixel to pixel would take as many as a group is long.
     """
     width, height = size
     index = np.full((height + 2, width + 2), -1, dtype=np.int64)
