@@ -54,19 +54,20 @@ def test_every_side_of_a_square_is_found_at_every_angle(angle: int) -> None:
     assert _share_near(found, exact) > 0.98
 
 
-def test_a_circle_has_outline_but_hardly_a_straight_line() -> None:
+@pytest.mark.parametrize("radius", [6, 10, 15, 20, 30])
+def test_a_circle_has_an_outline_but_no_straight_line(radius: int) -> None:
     picture = Image.new("RGB", (512, 512), (30, 60, 90))
-    ImageDraw.Draw(picture).ellipse((200, 200, 320, 320), fill=(220, 180, 60))
-    picture = picture.reduce(4)  # radius 15
-    around = 2 * math.pi * 15
+    ImageDraw.Draw(picture).ellipse([256 + 4 * side * radius for side in (-1, -1, 1, 1)], fill=(220, 180, 60))
+    picture = picture.reduce(4)
+    around = 2 * math.pi * radius
     assert _white(layouts.edge_map(picture)).sum() > 0.8 * around
-    assert _white(layouts.line_map(picture)).sum() < 0.2 * around
+    assert _white(layouts.line_map(picture)).sum() < 0.1 * around
 
 
 def test_a_segment_shorter_than_asked_is_not_drawn() -> None:
-    small = _polygon([(60, 60), (65, 60), (65, 65), (60, 65)])
-    assert not _white(layouts.line_map(small)).any()
-    assert _white(layouts.line_map(small, shortest=3)).any()
+    square = _polygon([(50, 50), (64, 50), (64, 64), (50, 64)])
+    assert _white(layouts.line_map(square)).sum() > 0.8 * 4 * 14
+    assert not _white(layouts.line_map(square, shortest=20)).any()
 
 
 @pytest.mark.parametrize("kind", ["house", "star", "rocket"])
@@ -79,8 +80,8 @@ def test_the_line_map_finds_the_straight_edges_of_the_worlds_things(kind: str) -
         recall.append(_share_near(exact, found))
         precision.append(_share_near(found, exact))
     # The exact map also has edges hidden behind other parts; a round window's chords and the shadow are not in it.
-    assert np.mean(recall) > 0.65, recall
-    assert np.mean(precision) > 0.75, precision
+    assert np.mean(recall) > 0.75, recall
+    assert np.mean(precision) > 0.8, precision
 
 
 def test_the_line_map_agrees_with_the_exact_one_over_the_world() -> None:
