@@ -1,8 +1,8 @@
 """The picture-book world: procedural scenes with exact captions, masks, layouts and edits.
 
 A `Scene` is plain data (things, ground, sky, horizon) and everything is drawn from it, so the exact picture *after* an
-edit can be drawn too: `render(edit(scene, change))`. That gives what no photo benchmark has: the exact target, the exact
-region and the exact rest (METHOD section 5).
+edit can be drawn too: `render(edit(scene, change))`. That gives what no photo benchmark has: the exact target, the
+exact region and the exact rest (METHOD section 5).
 
 Conventions: pictures are 128x128 RGB, coordinates are in pixels with y down, a thing stands on its `base` line and
 is centred on `x`. With two things the caption names the left one first. Drawing happens at twice the size and is
