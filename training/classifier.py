@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ _COLOURS, _GROUNDS, _SKIES = tuple(world.COLOURS), tuple(world.GROUNDS), tuple(w
 _HEADS = {"count": SLOTS, "kind0": len(world.KINDS), "colour0": len(_COLOURS), "kind1": len(world.KINDS),
           "colour1": len(_COLOURS), "ground": len(_GROUNDS), "sky": len(_SKIES)}  # fmt: skip
 
-Drawn = tuple[np.ndarray, np.ndarray, tuple[int, ...], np.ndarray]  # picture, mask, labels in the order of _HEADS, joints
+Drawn = tuple[
+    np.ndarray, np.ndarray, tuple[int, ...], np.ndarray
+]  # picture, mask, labels in the order of _HEADS, joints
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ class Reading:
     def agrees(self, scene: world.Scene) -> bool:
         """Whether number, kinds, colours, ground and sky are all those of `scene`."""
         named = [(t.kind, t.colour) for t in scene.things]
-        return (list(zip(self.kinds, self.colours, strict=True)), self.ground, self.sky) == (named, scene.ground, scene.sky)
+        return (list(zip(self.kinds, self.colours, strict=True)), self.ground, self.sky) == (
+            named,
+            scene.ground,
+            scene.sky,
+        )
 
 
 def _conv(inside: int, outside: int, stride: int = 1, size: int = 3) -> nn.Sequential:
@@ -99,7 +105,7 @@ class Classifier(nn.Module):
         c = self.join16(c + F.interpolate(self.up16(d), scale_factor=2.0))
         b = self.join32(b + F.interpolate(self.up32(c), scale_factor=2.0))
         a = self.join64(a + F.interpolate(self.up64(b), scale_factor=2.0))
-        heat = self.joints(b).float().unflatten(1, (SLOTS, len(world.JOINTS)))
+        heat = self.joints(b).float().reshape(-1, SLOTS, len(world.JOINTS), GRID, GRID)
         logits = {name: head(shared).float() for name, head in self.heads.items()}
         return logits, F.pixel_shuffle(self.mask(a).float(), 2), heat
 
@@ -161,13 +167,13 @@ class Classifier(nn.Module):
 
 def expected_points(heat: Tensor) -> Tensor:
     """Heatmap logits (..., 32, 32) -> expected (x, y) in pixels, (..., 2)."""
-    share = heat.flatten(-2).softmax(-1).unflatten(-1, (GRID, GRID))
+    share = heat.flatten(-2).softmax(-1).reshape(heat.shape)
     centres = (torch.arange(GRID, dtype=share.dtype) + 0.5) * _CELL
     return torch.stack(((share.sum(-2) * centres).sum(-1), (share.sum(-1) * centres).sum(-1)), -1)
 
 
 def _heat_of(points: Tensor) -> Tensor:
-    """Points (..., 2) in pixels -> heat (..., 32, 32) that sums to 1 and has them as its expectation: a tent on 2x2 cells."""
+    """Points (..., 2) in pixels -> heat (..., 32, 32): a tent on 2x2 cells that sums to 1 and has them as its mean."""
     at = (points / _CELL - 0.5).clamp(0, GRID - 1)
     tent = (1 - (at.unsqueeze(-1) - torch.arange(GRID, dtype=points.dtype)).abs()).clamp_min(0)  # (..., 2, 32): x, y
     return tent[..., 1, :, None] * tent[..., 0, None, :]
@@ -211,7 +217,7 @@ def _draw(scene: world.Scene) -> Drawn:
     return np.asarray(world.render(scene)), np.asarray(world.object_mask(scene)), _labels(scene), points
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pooled(number: int) -> Drawn:
     return _draw(reader_scene(random.Random(f"reader-{number}")))
 
@@ -268,7 +274,7 @@ def train_classifier(
     statistics of the batch normalisation are measured again, under the averaged weights.
     """
     torch.manual_seed(part.seed)
-    net = Classifier().to(memory_format=torch.channels_last)
+    net: Classifier = Classifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         return reader_loss(net.train(), [_pooled(rng.randrange(pool)) for _ in range(batch)])
@@ -325,5 +331,8 @@ def examine(net: Classifier, count: int = 1000, seed: int = 0, soft: bool = Fals
     figures = {name: sum(v) / max(1, len(v)) for name, v in right.items()}
     figures["all"] = sum(r.agrees(s) for r, s in zip(readings, scenes, strict=True)) / count
     figures |= {"mask_iou": sum(overlap) / count, "mask_iou_worst": min(overlap)}
-    figures |= {"joints_px": sum(error) / max(1, len(error)), "joints_within_2px": sum(e <= 2 for e in error) / max(1, len(error))}
+    figures |= {
+        "joints_px": sum(error) / max(1, len(error)),
+        "joints_within_2px": sum(e <= 2 for e in error) / max(1, len(error)),
+    }
     return figures | {"pictures": float(count), "seconds": seconds}

@@ -92,7 +92,7 @@ def joint_error(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float
 
 
 def wilson(hits: float, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a share of `hits` among `count` (Wilson 1927); stays within [0, 1], (0, 1) for none."""
+    """95 % confidence interval of a share, `hits` among `count` (Wilson 1927); within [0, 1], (0, 1) of none."""
     if count == 0:
         return 0.0, 1.0
     share, z2 = hits / count, Z95**2
@@ -110,5 +110,5 @@ def bootstrap(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tupl
     if not len(kept):
         return math.nan, math.nan
     picks = np.random.default_rng(seed).integers(0, len(kept), (draws, len(kept)))
-    low, high = np.quantile(kept[picks].mean(1), (0.025, 0.975))
+    low, high = np.quantile(kept[picks].mean(1), (0.025, 0.975), method="nearest")
     return float(low), float(high)
