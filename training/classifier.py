@@ -141,12 +141,12 @@ class Classifier(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the weights as float16 safetensors, whole or not at all."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         weights = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in self.state_dict().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-        save_file(weights, temporary)
+        temporary.write_bytes(save(weights))  # `save_file` would leave the file readable by its owner only
         os.replace(temporary, path)
 
     @classmethod
