@@ -1,0 +1,188 @@
+"""Commands of `iedit train`: make the embedded model, the reader that judges it, and the figures of its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+WORK = Path("build/embed")
+_work = click.option(
+    "--work", type=click.Path(path_type=Path, file_okay=False), default=WORK, show_default=True,
+    help="Folder of the checkpoints; a run that was stopped goes on from there.",
+)  # fmt: skip
+_model = click.option(
+    "--model", default="picturebook", show_default=True,
+    help="The model to judge: the embedded one, or a local folder in diffusers layout.",
+)  # fmt: skip
+_reader = click.option(
+    "--reader", type=click.Path(path_type=Path, dir_okay=False), default=WORK / "classifier.safetensors",
+    show_default=True, help="Weights of the reader, made by `iedit train classifier`.",
+)  # fmt: skip
+_steps = click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="Sampling steps.")
+_seed = click.option("--seed", type=int, default=0, show_default=True, help="Which held-out scenes, and their noise.")
+
+
+def _names(known: tuple[str, ...], given: str) -> list[str]:
+    """A comma-separated list of known names; "all" is all of them."""
+    names = list(known) if given == "all" else [n.strip() for n in given.split(",")]
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(known)}")
+    return names
+
+
+def _load(model: str, reader: Path) -> tuple[Any, Any]:
+    from .classifier import Classifier
+
+    try:
+        judge = Classifier.load(reader)
+    except FileNotFoundError as error:
+        raise click.ClickException(str(error)) from error
+    from ..runtime.editor import Editor
+
+    return Editor.load(model=model), judge
+
+
+@click.group()
+def train() -> None:
+    """Make the embedded picture-book model and measure it.
+
+    In this order: `embed` trains the model, `classifier` the reader of pictures that judges it (10 minutes on one
+    core), `figures` measures the model, `truth` the edits. The last two write figures.json, and card.md for the card.
+    """
+
+
+@train.command()
+@_work
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="One for each core.")
+def embed(work: Path, processes: int) -> None:
+    """Train the embedded model: autoencoder, UNet and text encoder, ControlNets, CLIP.
+
+    Takes hours on two cores. Every part writes a checkpoint every few minutes: stop it with Ctrl-C and give the same
+    command again to go on.
+    """
+    from . import embed as training
+
+    training.train_all(work=work, log=click.echo, processes=processes)
+
+
+@train.command()
+@_work
+@click.option(
+    "--pictures", type=click.IntRange(1), default=1000, show_default=True, help="Held-out renders to judge it."
+)
+def classifier(work: Path, pictures: int) -> None:
+    """Train the reader of pictures on renders and report how often it is right on held-out ones.
+
+    It names the things, colours, ground and sky, segments the things and finds the joints of people. It serves the
+    figures and nothing else: no part of the model or of an edit sees it. Writes WORK/classifier.safetensors and, with
+    its figures, WORK/classifier.json.
+    """
+    from . import classifier as training
+    from .truth import write_json
+
+    training.train_classifier(work, click.echo)
+    net = training.Classifier.load(work / "classifier.safetensors")  # judged as it is stored, in float16
+    figures = {
+        "renders": training.examine(net, pictures),
+        "softened renders": training.examine(net, pictures, seed=1, soft=True),
+    }
+    write_json(work / "classifier.json", figures)
+    for name, values in figures.items():
+        click.echo(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+
+def _write_card(output: Path, reader: Path, **found: Any) -> None:
+    from .truth import read_json, render_card, write_json
+
+    figures = read_json(output / "figures.json") | found
+    measured = read_json(reader.with_suffix(".json")).get("renders")
+    if measured:
+        figures["reader"] = measured
+    write_json(output / "figures.json", figures)
+    (output / "card.md").write_text(render_card(figures))
+    click.echo(f"wrote {output / 'figures.json'} and {output / 'card.md'}")
+
+
+_output = click.option(
+    "--output", type=click.Path(path_type=Path, file_okay=False), default=WORK / "truth", show_default=True,
+    help="Folder for figures.json, card.md, cases.csv and the sheets.",
+)  # fmt: skip
+
+
+@train.command()
+@_model
+@_reader
+@_output
+@click.option(
+    "--n", "count", type=click.IntRange(1), default=200, show_default=True, help="Held-out scenes per figure."
+)
+@_steps
+@_seed
+def figures(model: str, reader: Path, output: Path, count: int, steps: int, seed: int) -> None:
+    """Measure the model on held-out scenes: autoencoder, text to image, ControlNets.
+
+    Every figure is shown with its 95 % interval and with what is wanted of it.
+    """
+    from . import truth as suite
+
+    editor, judge = _load(model, reader)
+    found = suite.model_figures(editor, judge, count, seed=seed, steps=steps, log=click.echo)
+    for one in found:
+        good = suite.met(one)
+        verdict = "" if good is None else f"  wanted {one['wanted']}: {'met' if good else 'NOT MET'}"
+        interval = f"({one['low']:.3f}-{one['high']:.3f}, n={one['n']})"
+        click.echo(f"{one['name']}: {one['value']:.3f} {one['unit']} {interval}{verdict}")
+    about = {"model": model, "seed": seed, "steps": steps}
+    _write_card(output, reader, model=found, about=about)
+
+
+@train.command()
+@_model
+@_reader
+@_output
+@click.option("--n", "count", type=click.IntRange(1), default=100, show_default=True, help="Held-out edits per kind.")
+@click.option("--kinds", default="all", show_default=True, metavar="LIST",
+              help="Comma-separated: thing, colour, background (sky or ground), pose, scribble.")  # fmt: skip
+@click.option("--methods", default="all", show_default=True, metavar="LIST",
+              help="Comma-separated: ito, ito lambda=1, diffedit, sdedit (text kinds), controlnet, controlnet-diffedit "
+                   "(layout kinds), round trip of the target.")  # fmt: skip
+@click.option("--sheet", type=click.IntRange(0), default=0, show_default=True,
+              help="Show the first so many cases of each kind and method in OUTPUT/METHOD-KIND.png.")  # fmt: skip
+@click.option("--by-things", is_flag=True, help="Scenes of one and two things in rows of their own.")
+@click.option("--batch", type=click.IntRange(1), default=10, show_default=True, help="Edits per call.")
+@_steps
+@_seed
+def truth(
+    model: str, reader: Path, output: Path, count: int, kinds: str, methods: str, sheet: int, by_things: bool,
+    batch: int, steps: int, seed: int,
+) -> None:  # fmt: skip
+    """Run editing methods on held-out edits whose exact result can be drawn, and score them.
+
+    Half of the scenes have two things, of which one must stay as it is. Every case is a row of OUTPUT/cases.csv; a case
+    that is there already, of the same model, steps and seed, is not run again, so a stopped run goes on and a larger
+    --n adds to a smaller one.
+
+    \b
+    A quick look:  iedit train truth --n 4 --sheet 4
+    One method:    iedit train truth --methods ito --kinds pose,scribble
+    """
+    from rich.console import Console
+
+    from . import truth as suite
+
+    asked_kinds, asked_methods = _names(suite.KINDS, kinds), _names(tuple(suite.METHODS), methods)
+    editor, judge = _load(model, reader)
+    rows = suite.run(
+        editor, judge, asked_methods, asked_kinds, count, settings=f"{model} {getattr(editor, 'digest', '')}".strip(),
+        seed=seed, steps=steps, batch=batch, output=output, sheet=sheet, log=click.echo,
+    )  # fmt: skip
+    summary = suite.summarise(rows)
+    Console().print(suite.table(suite.summarise(rows, by_things) if by_things else summary))
+    for one in suite.verdicts(summary):
+        click.echo(
+            f"{one['name']}: {one['value']:.3f}, wanted {one['wanted']}: {'met' if suite.met(one) else 'NOT MET'}"
+        )
+    _write_card(output, reader, edits=summary)
