@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..kernels.guided_step import blend
 from ..kernels.mask_map import mask_map
+from . import METHODS, VERSION
 from . import images as pictures
 from . import layouts as layout_maps
 from .backend_torch import TorchDenoiser
@@ -36,10 +37,8 @@ from .profile import Callback, Profile
 from .schedule import Levels, add_noise, seeded_noise
 from .stages import Result, StageCache, key_of, tensor_digest
 
-METHODS = ("ito", "iedit", "sdedit", "diffedit", "controlnet", "controlnet-diffedit")
 # METHOD section 3, row 3 for iEdit; DiffEdit's own 0.8; ITO's section 4 uses 1.0 for ControlNet + DiffEdit.
 RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.8, "controlnet-diffedit": 1.0}
-VERSION = "0.1.0"
 
 
 @dataclass(frozen=True)
@@ -286,6 +285,12 @@ class Editor:
                 results[i] = result
         return [r for r in results if r is not None]
 
+    def mask(self, request: EditRequest, callback: Callback | None = None) -> tuple[Image.Image | None, Profile]:
+        """Only the mask that `edit` would use: "L", white where the edit is allowed; None where there is none."""
+        job = self._check(request)
+        profile = self._run([job], callback, only_mask=True)[0].profile
+        return self._mask_picture(job), profile
+
     @torch.no_grad()
     def generate(
         self,
@@ -401,7 +406,7 @@ class Editor:
     # --- the main path ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _run(self, jobs: list[_Job], callback: Callback | None) -> list[EditResult]:
+    def _run(self, jobs: list[_Job], callback: Callback | None, only_mask: bool = False) -> list[EditResult]:
         model, first = self.model, jobs[0].request
         options, method = first.options, first.method
         profile = Profile(callback=callback)
@@ -457,6 +462,8 @@ class Editor:
             if masked and j.given_mask is not None:
                 j.mask = j.given_mask
             self._note_mask(j, profile)
+        if only_mask:
+            return self._finish(run, "encode", profile)
 
         # 3. Masked sampling, for every method but ITO.
         uncond = partial(self._uncond, negative)
@@ -478,7 +485,7 @@ class Editor:
                 return masked_sampling(network, y, levels, start, edit, uncond(edit), scale, source=source, mask=mask)
 
             run.always("sample", sample)
-            return self._finish(run, "sample", profile, shape)
+            return self._finish(run, "sample", profile)
 
         # 4. ITO: the inversion of the input.
         start = levels.start(options.encoding_ratio)
@@ -529,7 +536,7 @@ class Editor:
             )  # fmt: skip
 
         run.always("final", final)
-        return self._finish(run, "final", profile, shape)
+        return self._finish(run, "final", profile)
 
     # --- pieces of the main path --------------------------------------------------------------------------------
 
@@ -638,7 +645,14 @@ class Editor:
     def _decode(self, latents: Tensor) -> Tensor:
         return self._batched(self.model.decode, latents)
 
-    def _finish(self, run: _Stages, stage: str, profile: Profile, shape: tuple[int, ...]) -> list[EditResult]:
+    def _mask_picture(self, job: _Job) -> Image.Image | None:
+        if job.mask is None:
+            return None
+        cells = (job.mask[0, 0].cpu() * 255).round().byte()
+        large = Image.fromarray(cells.numpy()).resize((job.pixels.shape[-1], job.pixels.shape[-2]), Image.Resampling.NEAREST)
+        return pictures.crop_back(large, job.size)
+
+    def _finish(self, run: _Stages, stage: str, profile: Profile) -> list[EditResult]:
         """Composite, decode, and write the receipts."""
         jobs, options = run.jobs, run.jobs[0].request.options
         for j in jobs:
@@ -653,13 +667,9 @@ class Editor:
             for j, pixels in zip(jobs, finals, strict=True):
                 image = pictures.crop_back(pictures.to_image(pixels), j.size)
                 guidance = pictures.crop_back(pictures.to_image(next(guides)), j.size) if "guidance" in j.found else None
-                mask = None
-                if j.mask is not None:
-                    cells = j.mask[0].cpu()
-                    large = cells.repeat_interleave(self.model.factor, 1).repeat_interleave(self.model.factor, 2)
-                    mask = pictures.crop_back(Image.fromarray((large[0] * 255).round().byte().numpy()), j.size)
-                    if options.composite == "pixel":
-                        image = paste(pictures.as_rgb(j.request.image), image, mask, options.feather)
+                mask = self._mask_picture(j)
+                if options.composite == "pixel" and mask is not None:
+                    image = paste(pictures.as_rgb(j.request.image), image, mask, options.feather)
                 results.append(EditResult(image, mask, guidance, j.found[stage]["value"].cpu(), j.found["encode"]["value"].cpu(),
                                           profile, self._receipt(j, profile)))  # fmt: skip
         profile.notes += [n for n in self.model.notes if n not in profile.notes]

@@ -46,6 +46,16 @@ class Part:
     ema: float = 0.999
 
 
+# What the embedded model was trained with (see the model card for how it went).
+VAE = Part(2800, 32, 1.5e-3)
+SHARDS = 16
+DECODER = Part(6000, 8, 8e-4)
+DENOISER = Part(4000, 64, 1e-3)
+CONTROLNET = Part(1500, 32, 6e-4)
+CLIP = Part(800, 64, 1e-3)
+CONTROLS = ("pose", "scribble")
+
+
 def images_to_tensor(images: list[Any]) -> Tensor:
     """PIL pictures -> (B, 3, H, W) float32 in [-1, 1]."""
     stacked = np.stack([np.asarray(i.convert("RGB")) for i in images])
@@ -202,8 +212,11 @@ def reconstruction_loss(got: Tensor, want: Tensor) -> Tensor:
     return F.l1_loss(got, want) + 4 * F.mse_loss(got, want) + 0.5 * (dx.abs().mean() + dy.abs().mean())
 
 
-def train_vae(work: Path, log: Callable[[str], None], part: Part = Part(8000, 32, 1.5e-3)) -> Any:
-    """The autoencoder: crops of 64 for the first 80 % of the steps, then whole pictures, a quarter as many."""
+def train_vae(work: Path, log: Callable[[str], None], part: Part = VAE) -> Any:
+    """The autoencoder: crops of 64 for the first 80 % of the steps, then whole pictures, a quarter as many.
+
+    Returns it with the scaling factor measured (1 / standard deviation of the latents), kept in `work/scaling.json`.
+    """
     torch.manual_seed(part.seed)
     vae = new_vae()
 
@@ -219,6 +232,10 @@ def train_vae(work: Path, log: Callable[[str], None], part: Part = Part(8000, 32
         return reconstruction_loss(got, images) + 2e-4 * kl, {"psnr": -10 * math.log10(mse), "kl": kl.item()}
 
     train_loop("vae", part, nn.ModuleDict({"vae": vae}), loss_of, work, log)
+    noted = work / "scaling.json"
+    if not noted.exists():
+        noted.write_text(json.dumps(measure_scaling(vae)))
+    vae.register_to_config(scaling_factor=json.loads(noted.read_text()))
     return vae
 
 
@@ -296,7 +313,7 @@ class Latents:
         return torch.stack([self.data[s][i] for s, i in names]).float(), [shard_scene(s, i) for s, i in names]
 
 
-def train_decoder(vae: Any, work: Path, log: Callable[[str], None], part: Part = Part(6000, 8, 8e-4)) -> Any:
+def train_decoder(vae: Any, work: Path, log: Callable[[str], None], part: Part = DECODER) -> Any:
     """The decoder alone, encoder frozen: whole pictures from stored latents."""
     vae.requires_grad_(False)
     modules = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
@@ -429,7 +446,7 @@ def noisy(z: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train_denoiser(
-    vae: Any, tokenizer: Any, work: Path, log: Callable[[str], None], part: Part = Part(5200, 64, 1e-3)
+    vae: Any, tokenizer: Any, work: Path, log: Callable[[str], None], part: Part = DENOISER
 ) -> tuple[Any, Any]:
     """Text encoder and UNet together, from scratch; 10 % of the captions are dropped for guidance."""
     torch.manual_seed(part.seed)
@@ -462,7 +479,7 @@ def train_controlnet(
     unet: Any,
     work: Path,
     log: Callable[[str], None],
-    part: Part = Part(2000, 32, 6e-4),
+    part: Part = CONTROLNET,
 ) -> Any:
     """The ControlNet of one layout on the frozen UNet; half of the captions are dropped so that it reads the map."""
     from diffusers import ControlNetModel
@@ -493,3 +510,150 @@ def train_controlnet(
 
     train_loop(f"controlnet-{name}", part, nn.ModuleDict({"control": control}), loss_of, work, log)
     return control
+
+
+# --- CLIP -------------------------------------------------------------------------------------------------------
+
+
+def new_clip(tokenizer: Any) -> Any:
+    """CLIPModel for 128x128 pictures, patches of 16, 96 wide, 3 layers a side."""
+    from transformers import CLIPConfig, CLIPModel
+
+    shared = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return CLIPModel(
+        CLIPConfig(
+            text_config=shared
+            | {
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": MAX_TOKENS,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+            },
+            vision_config=shared | {"image_size": world.SIZE, "patch_size": 16},
+            projection_dim=96,
+        )
+    )
+
+
+def train_clip(tokenizer: Any, work: Path, log: Callable[[str], None], part: Part = CLIP) -> Any:
+    """Picture and caption embeddings by the symmetric contrastive loss; pictures in CLIP's own normalisation."""
+    torch.manual_seed(part.seed)
+    clip = new_clip(tokenizer)
+    processor = new_image_processor()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+
+    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        scenes = [training_scene(rng) for _ in range(batch)]
+        pixels = ((images_to_tensor([world.render(s) for s in scenes]) + 1) / 2 - mean) / std
+        ids = tokens_of(tokenizer, [world.caption(s) for s in scenes])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = clip(input_ids=ids, pixel_values=pixels).logits_per_image
+        right = torch.arange(batch)
+        loss = (F.cross_entropy(logits.float(), right) + F.cross_entropy(logits.float().t(), right)) / 2
+        return loss, {"top1": (logits.argmax(1) == right).float().mean().item()}
+
+    train_loop("clip", part, nn.ModuleDict({"clip": clip}), loss_of, work, log)
+    return clip
+
+
+def new_image_processor() -> Any:
+    """CLIP's picture preparation for 128x128."""
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(size={"shortest_edge": world.SIZE}, crop_size={"height": world.SIZE, "width": world.SIZE})
+
+
+# --- everything -------------------------------------------------------------------------------------------------
+
+ORDER = ("vae", "latents", "decoder", "denoiser", *(f"controlnet-{n}" for n in CONTROLS), "clip")
+
+
+def run_part(name: str, work: Path, log: Callable[[str], None]) -> Any:
+    """Train one part, or go on with it; what it builds on is read from `work` and must be finished."""
+    tokenizer = make_tokenizer(work / "tokenizer")
+    if name == "vae":
+        return train_vae(work, log)
+    if name == "clip":
+        return train_clip(tokenizer, work, log)
+    quiet: Callable[[str], None] = lambda _: None  # noqa: E731
+    vae = train_vae(work, quiet)
+    if name == "latents":
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return make_shards(vae, work, log, range(rank, SHARDS, processes))
+    if name == "decoder":
+        return train_decoder(vae, work, log)
+    if name == "denoiser":
+        return train_denoiser(vae, tokenizer, work, log)
+    if name.startswith("controlnet-"):
+        text, unet = train_denoiser(vae, tokenizer, work, quiet)
+        return train_controlnet(name.removeprefix("controlnet-"), vae, tokenizer, text, unet, work, log)
+    raise ValueError(f"run_part: name is {name!r}, expected one of {', '.join(ORDER)}")
+
+
+def _worker(rank: int, processes: int, name: str, work: Path, meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
+    run_part(name, work, lambda line: print(line, flush=True))
+    dist.destroy_process_group()
+
+
+def train_all(
+    work: Path, log: Callable[[str], None], processes: int = 1, out: Path | None = None, parts: tuple[str, ...] = ORDER
+) -> Path:
+    """Train `parts` in order and, when every part is there, write the model.
+
+    Args:
+        work: checkpoints; the same call goes on where it was stopped.
+        processes: data-parallel processes of one thread each.
+        out: folder of the model; default the package's `picturebook`.
+
+    Returns:
+        The folder written.
+    """
+    for name in parts:
+        if processes == 1:
+            run_part(name, work, log)
+            continue
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(_worker, (processes, name, work, f"{folder}/meeting"), nprocs=processes)
+    return write_model(work, log, out)
+
+
+def write_model(work: Path, log: Callable[[str], None], out: Path | None = None) -> Path:
+    """The trained parts as a diffusers folder of float16 safetensors, with `iedit.json` and `model_index.json`."""
+    from ..runtime.models import CONTROLNET_PREFIX, picturebook_folder
+
+    out = picturebook_folder() if out is None else out
+    tokenizer = make_tokenizer(out / "tokenizer")
+    vae = train_decoder(train_vae(work, log), work, log)
+    text, unet = train_denoiser(vae, tokenizer, work, log)
+    for module, name in ((vae, "vae"), (text, "text_encoder"), (unet, "unet")):
+        save_folder(module.half(), out / name)
+    unet.float()
+    for name in CONTROLS:
+        if (work / f"controlnet-{name}.pt").exists():
+            control = train_controlnet(name, vae, tokenizer, text, unet, work, log)
+            save_folder(control.half(), out / f"{CONTROLNET_PREFIX}{name}")
+    if (work / "clip.pt").exists():
+        save_folder(train_clip(tokenizer, work, log).half(), out / "clip")
+        new_image_processor().save_pretrained(out / "clip")
+    new_scheduler().save_pretrained(out / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    log(f"model: written to {out}, {size / 1e6:.1f} MB")
+    return out
