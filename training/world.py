@@ -232,8 +232,10 @@ def edit(scene: Scene, change: Change) -> Scene:
     allowed = {"thing": KINDS, "colour": COLOURS, "ground": GROUNDS, "sky": SKIES}
     if change.kind in allowed and change.value not in allowed[change.kind]:
         raise ValueError(f"edit: {change.kind} {change.value!r} is not one of {', '.join(allowed[change.kind])}")
-    if change.kind in ("ground", "sky"):
-        return replace(scene, **{change.kind: change.value})
+    if change.kind == "ground":
+        return replace(scene, ground=str(change.value))
+    if change.kind == "sky":
+        return replace(scene, sky=str(change.value))
     if not 0 <= change.index < len(scene.things):
         raise ValueError(f"edit: index {change.index} is not in a scene of {len(scene.things)} things")
     thing = scene.things[change.index]
@@ -427,7 +429,7 @@ def _draw(draw: ImageDraw.ImageDraw, parts: Iterable[Part], fills: dict[str, tup
 
 def _gradient(top: tuple[int, ...], bottom: tuple[int, ...], height: int) -> Image.Image:
     column = Image.new("RGB", (1, 2))
-    column.putdata([top, bottom])  # type: ignore[arg-type]
+    column.putdata([top, bottom])
     # Resized from the two centres of a 1x2 picture: the blend runs over the whole height.
     return column.resize((SIZE * SCALE, height), Image.Resampling.BILINEAR, box=(0, 0.5, 1, 1.5))
 
