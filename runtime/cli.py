@@ -25,9 +25,11 @@ _GROUPS = {"train": ("iedit.training.cli", "train", "Train the embedded model an
 
 
 class _Failure(click.ClickException):
-    def __init__(self, error: IeditError):
-        super().__init__(str(error))
-        self.exit_code = error.exit_code
+    """One line on stderr and the error's exit code."""
+
+
+class _Usage(_Failure):
+    exit_code = 2
 
 
 class _Commands(click.Group):
@@ -39,7 +41,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in _GROUPS:
             module, attribute, _ = _GROUPS[name]
-            return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+            return command
         return super().get_command(ctx, name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -54,7 +57,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except IeditError as error:
-            raise _Failure(error) from error
+            raise (_Usage if error.exit_code == 2 else _Failure)(str(error)) from error
 
 
 @click.group(cls=_Commands)
@@ -130,7 +133,8 @@ _request_options = _apply([
 
 
 def _options(values: dict[str, Any], lam: float = 0.6) -> Options:
-    from .editor import MaskOptions, Options, Phase
+    from .editor import MaskOptions, Options
+    from .ito import Phase
 
     phase = Phase(t_u=values.get("t_u"), k=values.get("k", 1))
     return Options(
@@ -159,7 +163,9 @@ def _request(image: str, values: dict[str, Any], seed: int, options: Options) ->
         if covered == 0:
             raise UsageError(f"{values['mask']}: the mask is empty, nothing could change; paint what to edit in white")
         if covered == 1:
-            raise UsageError(f"{values['mask']}: the mask covers everything, nothing is kept; use --mask-mode none instead")
+            raise UsageError(
+                f"{values['mask']}: the mask covers everything, nothing is kept; use --mask-mode none instead"
+            )
     return EditRequest(
         image=picture,
         prompt=values["prompt"],
@@ -258,12 +264,21 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
 
     first = Path(output or f"{Path(image).stem}-edited.png")
     wanted = [(seed, lam) for seed in range(values["seed"], values["seed"] + count) for lam in lambdas]
-    targets = [first] if len(wanted) == 1 else [first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(len(wanted))]
+    targets = (
+        [first]
+        if len(wanted) == 1
+        else [first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(len(wanted))]
+    )
     _check_targets([*targets, *([Path(stages)] if stages else [])], image)
     requests = [_request(image, values, seed, _options(values, lam)) for seed, lam in wanted]
     with _live() as tell:
         results = _editor(values, cache).edit_many(requests, tell)
-    files = {"image": image, "mask": values["mask"], "layouts": values["layout"], "source_layouts": values["source_layout"]}
+    files = {
+        "image": image,
+        "mask": values["mask"],
+        "layouts": values["layout"],
+        "source_layouts": values["source_layout"],
+    }
     batch = [{"seed": seed, "lam": lam} for seed, lam in wanted]
     for i, (target, result) in enumerate(zip(targets, results, strict=True)):
         write_png(target, result.image, _cli_receipt(result, values, files, batch, i, target))
@@ -297,7 +312,12 @@ def _check_targets(targets: list[Path], image: str) -> None:
 
 
 def _cli_receipt(
-    result: EditResult, values: dict[str, Any], files: dict[str, Any], batch: list[dict[str, Any]], index: int, target: Path
+    result: EditResult,
+    values: dict[str, Any],
+    files: dict[str, Any],
+    batch: list[dict[str, Any]],
+    index: int,
+    target: Path,
 ) -> dict[str, Any]:
     """The library's receipt with what `replay` needs: the files (relative to the output) and the batch it ran in."""
 
@@ -386,13 +406,16 @@ def replay(output: str, image: str | None, write: str | None) -> None:
     import numpy as np
     import torch
 
-    from .editor import Editor, EditRequest, MaskOptions, Options, Phase, picture_digest, versions
+    from .editor import Editor, EditRequest, MaskOptions, Options, picture_digest, versions
     from .images import load_image, load_mask, read_receipt, write_png
+    from .ito import Phase
 
     receipt = read_receipt(output)
     missing = [k for k in ("request", "inputs", "files", "run", "batch", "model") if k not in receipt]
     if missing:
-        raise UsageError(f"{output}: its receipt has no {missing[0]}; only pictures that `iedit edit` wrote can be replayed")
+        raise UsageError(
+            f"{output}: its receipt has no {missing[0]}; only pictures that `iedit edit` wrote can be replayed"
+        )
     if write:
         _check_targets([Path(write)], output)
     folder, files, asked = Path(output).resolve().parent, receipt["files"], receipt["request"]
@@ -457,7 +480,7 @@ def info(model: str, as_json: bool) -> None:
     from .editor import versions
     from .models import describe
 
-    found = {
+    found: dict[str, Any] = {
         "iedit": VERSION,
         "versions": versions(),
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from . import METHODS, VERSION
 from . import images as pictures
 from . import layouts as layout_maps
 from .backend_torch import TorchDenoiser
+from .backends import choose
 from .denoiser import Condition, Denoiser, Network, invert
 from .errors import RunError, UsageError
 from .ito import Phase, ito_pass, masked_sampling, noised_reference, trajectory_reference
@@ -253,10 +254,9 @@ class Editor:
         Raises:
             UsageError: the model cannot be loaded, or the backend is not one that can run.
         """
-        if backend not in ("auto", "torch"):
-            raise UsageError(f"backend is {backend!r}, expected auto or torch")
+        name = choose(backend)
         loaded = load_model(model, layouts, device=device, dtype=dtype)
-        return cls(loaded, TorchDenoiser(loaded), cache=cache, memory=memory)
+        return cls(loaded, TorchDenoiser(loaded), backend=name, cache=cache, memory=memory)
 
     # --- public calls -------------------------------------------------------------------------------------------
 
@@ -371,7 +371,11 @@ class Editor:
             return ((pictures.to_tensor(framed) + 1) / 2).to(model.device)
 
         maps = {name: tensor_of(name, picture) for name, picture in request.layouts.items()}
-        compares = request.mask is None and request.options.mask.mode != "none" and request.method not in ("sdedit", "controlnet")
+        compares = (
+            request.mask is None
+            and request.options.mask.mode != "none"
+            and request.method not in ("sdedit", "controlnet")
+        )
         source_maps = {}
         if compares:
             for name in maps:
@@ -437,7 +441,9 @@ class Editor:
             return torch.stack([seeded_noise(j.request.seed, purpose, shape) for j in members]).to(model.device)
 
         # 1. The input's latent.
-        run.stage("encode", lambda j: [j.digest], lambda m: self._batched(model.encode, torch.cat([j.pixels for j in m])))
+        run.stage(
+            "encode", lambda j: [j.digest], lambda m: self._batched(model.encode, torch.cat([j.pixels for j in m]))
+        )
 
         # 2. The mask.
         masked = method not in ("sdedit", "controlnet")
@@ -492,7 +498,9 @@ class Editor:
         self._invert(run, "invert", network, levels, start, condition, negative, options)
 
         def preserve(members: list[_Job]) -> Tensor:
-            return torch.cat([torch.zeros(1, 1, *shape[1:], device=model.device) if j.mask is None else j.mask for j in members])
+            return torch.cat(
+                [torch.zeros(1, 1, *shape[1:], device=model.device) if j.mask is None else j.mask for j in members]
+            )
 
         # 5. The guidance image, and its inversion under the edit prompt; not for lambda = 1.
         guided = [j for j in jobs if j.request.options.lam < 1]
@@ -503,7 +511,11 @@ class Editor:
                          dataclasses.asdict(phase), options.kept_area]  # fmt: skip
 
             def make_guidance(members: list[_Job]) -> Tensor:
-                x0, noise, edit = latents(members, "encode"), noises(members, "guidance"), condition(members, source=False)
+                x0, noise, edit = (
+                    latents(members, "encode"),
+                    noises(members, "guidance"),
+                    condition(members, source=False),
+                )
                 return ito_pass(
                     network, add_noise(x0, noise, levels.abar[start]), levels, start, edit, uncond(edit), scale,
                     source=noised_reference(x0, noise, levels), guidance=None, mask=preserve(members),
@@ -611,7 +623,9 @@ class Editor:
         if r.method not in ("sdedit", "controlnet") and jobs[0].given_mask is None and o.mask.mode != "none":
             start = levels.start(o.mask.strength)
             halves = both if (o.mask.guided and (jobs[0].maps or o.mask.mode == "trajectory")) else 1
-            total += o.mask.seeds * 2 * halves * (levels.steps - start if o.mask.mode == "trajectory" else 1) * len(jobs)
+            total += (
+                o.mask.seeds * 2 * halves * (levels.steps - start if o.mask.mode == "trajectory" else 1) * len(jobs)
+            )
         if r.method != "ito":
             run = levels.steps - levels.start(RATIOS[r.method] if o.ratio is None else o.ratio)
             return total + run * (both + ("diffedit" in r.method)) * len(jobs)
@@ -628,7 +642,9 @@ class Editor:
         area = float((job.mask > 0).float().mean())
         if not 0.01 <= area <= 0.8:
             what = "almost nothing can change" if area < 0.01 else "almost nothing is kept"
-            profile.note(f"the mask covers {area:.1%} of the picture: {what}; change the mask threshold, or give a mask")
+            profile.note(
+                f"the mask covers {area:.1%} of the picture: {what}; change the mask threshold, or give a mask"
+            )
 
     def _batched(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         """The VAE in pieces of 8, one by one where memory runs out."""
@@ -640,7 +656,9 @@ class Editor:
         try:
             return torch.cat([run(piece) for piece in batch.split(1)])
         except (RuntimeError, MemoryError) as error:
-            raise RunError(f"out of memory in the VAE with one picture of {tuple(batch.shape[-2:])}; use a smaller one") from error
+            raise RunError(
+                f"out of memory in the VAE with one picture of {tuple(batch.shape[-2:])}; use a smaller one"
+            ) from error
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self._batched(self.model.decode, latents)
@@ -649,7 +667,9 @@ class Editor:
         if job.mask is None:
             return None
         cells = (job.mask[0, 0].cpu() * 255).round().byte()
-        large = Image.fromarray(cells.numpy()).resize((job.pixels.shape[-1], job.pixels.shape[-2]), Image.Resampling.NEAREST)
+        large = Image.fromarray(cells.numpy()).resize(
+            (job.pixels.shape[-1], job.pixels.shape[-2]), Image.Resampling.NEAREST
+        )
         return pictures.crop_back(large, job.size)
 
     def _finish(self, run: _Stages, stage: str, profile: Profile) -> list[EditResult]:
@@ -662,11 +682,15 @@ class Editor:
         with profile.stage("decode"):
             finals = self._decode(torch.stack([j.found[stage]["value"] for j in jobs]))
             shown = [j for j in jobs if "guidance" in j.found]
-            guides = iter(self._decode(torch.stack([j.found["guidance"]["value"] for j in shown])) if shown else [])
+            guides: Iterator[Tensor] = iter(
+                self._decode(torch.stack([j.found["guidance"]["value"] for j in shown])) if shown else []
+            )
             results = []
             for j, pixels in zip(jobs, finals, strict=True):
                 image = pictures.crop_back(pictures.to_image(pixels), j.size)
-                guidance = pictures.crop_back(pictures.to_image(next(guides)), j.size) if "guidance" in j.found else None
+                guidance = (
+                    pictures.crop_back(pictures.to_image(next(guides)), j.size) if "guidance" in j.found else None
+                )
                 mask = self._mask_picture(j)
                 if options.composite == "pixel" and mask is not None:
                     image = paste(pictures.as_rgb(j.request.image), image, mask, options.feather)
@@ -701,7 +725,13 @@ class _Stages:
     def __init__(self, editor: Editor, jobs: list[_Job], profile: Profile):
         self.cache, self.jobs, self.profile = editor.cache, jobs, profile
         model = editor.model
-        self.base = [model.digest, editor.backend, str(model.dtype), model.device.type, list(dataclasses.astuple(model.schedule)[1:])]
+        self.base = [
+            model.digest,
+            editor.backend,
+            str(model.dtype),
+            model.device.type,
+            list(dataclasses.astuple(model.schedule)[1:]),
+        ]
 
     def stage(
         self,
@@ -768,4 +798,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "missing"
     return found
-

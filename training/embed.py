@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
@@ -141,7 +141,7 @@ def train_loop(
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             if processes > 1:
-                flat = torch.cat([p.grad.flatten() for p in trained.values()]) / processes
+                flat = torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]) / processes
                 dist.all_reduce(flat)
                 for p, g in zip(trained.values(), flat.split([p.numel() for p in trained.values()]), strict=True):
                     p.grad = g.view_as(p)
@@ -155,7 +155,9 @@ def train_loop(
                 speed = (step + 1 - start) / (time.perf_counter() - began)
                 left = (part.steps - step - 1) / speed / 60
                 shown = " ".join(f"{k} {v:.5f}" for k, v in running.items())
-                log(f"{name}: step {step + 1}/{part.steps} {shown} {speed * part.batch:.1f} samples/s {left:.1f} min left")
+                log(
+                    f"{name}: step {step + 1}/{part.steps} {shown} {speed * part.batch:.1f} samples/s {left:.1f} min left"
+                )
             if (step + 1) % every == 0:
                 save(step + 1)
     except KeyboardInterrupt:
@@ -190,7 +192,7 @@ def new_vae() -> Any:
 
 def _crops(rng: random.Random, count: int, size: int) -> Tensor:
     """(count, 3, size, size) in [-1, 1]: crops of fresh scenes, every second one around a thing."""
-    made = []
+    made: list[Any] = []
     while len(made) < count:
         scene = training_scene(rng)
         picture = world.render(scene)
@@ -434,7 +436,9 @@ def new_scheduler() -> Any:
 
 def tokens_of(tokenizer: Any, captions: list[str]) -> Tensor:
     """(B, MAX_TOKENS) int64."""
-    return tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids
 
 
 def noisy(z: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -502,9 +506,7 @@ def train_controlnet(
             with torch.no_grad():
                 states = text(tokens_of(tokenizer, captions)).last_hidden_state
             down, mid = control(x, t, states, controlnet_cond=maps, return_dict=False)
-            got = unet(
-                x, t, states, down_block_additional_residuals=down, mid_block_additional_residual=mid
-            ).sample
+            got = unet(x, t, states, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
         error = (got.float() - noise) ** 2
         return (weight * error).mean(), {"mse": error.detach().mean().item()}
 
@@ -618,8 +620,46 @@ def train_all(
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(_worker, (processes, name, work, f"{folder}/meeting"), nprocs=processes)
+            multiprocessing.spawn(_worker, (processes, name, work, f"{folder}/meeting"), nprocs=processes)
     return write_model(work, log, out)
+
+
+def write_samples(folder: Path) -> None:
+    """The demo's pictures, layouts and prompts (`samples.json`), drawn by the world."""
+    thing = world.Thing
+    pose = (120.0, 150.0, 35.0, 60.0, 12.0, 6.0, 12.0, 6.0)
+    new_pose = (40.0, 95.0, 140.0, 165.0, 28.0, 12.0, 10.0, 4.0)
+    pair = world.Scene((thing("car", "red", 33, 108, 44), thing("tree", "green", 95, 106, 43)), "grass", "noon", 78)
+    house = world.Scene((thing("house", "yellow", 64, 108, 64),), "snow", "sunset", 79)
+    dancer = world.Scene((thing("person", "purple", 62, 112, 62, 1.0, pose),), "sand", "noon", 80)
+    boat = world.Scene((thing("boat", "blue", 58, 108, 58),), "grass", "sunset", 78)
+    edits = (
+        ("swap one of two things", pair, world.Change("thing", 0, "mushroom"), ()),
+        ("recolour", house, world.Change("colour", 0, "blue"), ()),
+        ("new pose", dancer, world.Change("pose", 0, new_pose), ("pose",)),
+        ("new outline", boat, world.Change("scribble", 0, (72.0, 68.0, 0.85)), ("scribble",)),
+        ("night falls", pair, world.Change("sky", 0, "night"), ()),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for name, scene, change, layouts in edits:
+        after, stem = world.edit(scene, change), name.replace(" ", "-")
+        files = {f"{stem}.png": world.render(scene)}
+        files |= {f"{stem}-{n}.png": world.layout(after, n) for n in layouts}
+        files |= {f"{stem}-source-{n}.png": world.layout(scene, n) for n in layouts}
+        for file, picture in files.items():
+            picture.save(folder / file)
+        listed.append(
+            {
+                "name": name,
+                "image": f"{stem}.png",
+                "prompt": world.caption(after),
+                "source_prompt": world.caption(scene),
+                "layouts": {n: f"{stem}-{n}.png" for n in layouts},
+                "source_layouts": {n: f"{stem}-source-{n}.png" for n in layouts},
+            }
+        )
+    (folder / "samples.json").write_text(json.dumps(listed, indent=1) + "\n")
 
 
 def write_model(work: Path, log: Callable[[str], None], out: Path | None = None) -> Path:
@@ -641,6 +681,7 @@ def write_model(work: Path, log: Callable[[str], None], out: Path | None = None)
         save_folder(train_clip(tokenizer, work, log).half(), out / "clip")
         new_image_processor().save_pretrained(out / "clip")
     new_scheduler().save_pretrained(out / "scheduler")
+    write_samples(out / "samples")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],

@@ -494,14 +494,16 @@ def exact_region(before: Scene, after: Scene, margin: int = 4) -> Image.Image:
 
     The margin is half a latent cell: an 8x8 block is the smallest thing that a latent edit can touch.
     """
-    difference = ImageChops.difference(render(before), render(after)).convert("L").point(lambda v: 255 if v > 2 else 0)
+    bands = ImageChops.difference(render(before), render(after)).split()
+    largest = ImageChops.lighter(ImageChops.lighter(bands[0], bands[1]), bands[2])
+    difference = largest.point(lambda v: 255 if v > 2 else 0)
     return difference.filter(ImageFilter.MaxFilter(2 * margin + 1)) if margin else difference
 
 
 def layout(scene: Scene, name: str) -> Image.Image:
     """The layout map of a scene: 128x128 RGB on black.
 
-    pose: skeletons of the people in OpenPose's colours; scribble: 3 px outline of every thing; edge: edges of the
+    pose: skeletons of the people in OpenPose's colours; scribble: 2 px outline of every thing; edge: edges of the
     picture by the same operator that annotates photographs; line: the straight edges of the things and the horizon.
     """
     if name == "pose":
