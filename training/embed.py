@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from . import world
@@ -620,7 +621,7 @@ def train_all(
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.spawn(_worker, (processes, name, work, f"{folder}/meeting"), nprocs=processes)
+            spawn(_worker, (processes, name, work, f"{folder}/meeting"), nprocs=processes)
     return write_model(work, log, out)
 
 
