@@ -90,7 +90,7 @@ class Schedule:
             gap = (total - 1) / max(1, steps - 1)
             times = [round(i * gap) for i in reversed(range(steps))]
         elif self.spacing == "trailing":
-            # numpy's arange as in diffusers: the fourth of 48 is 937.5, a little less in its sum, and rounds down there.
+            # numpy's arange as in diffusers: the fourth of 48 is 937.5, a little less in its sum, and rounds down.
             # Its length can be one too many (61 steps): the surplus is timestep -1.
             times = [round(float(t)) - 1 for t in np.arange(total, 0, -total / steps)[:steps]]
         else:

@@ -1,7 +1,8 @@
-"""What must hold whatever the weights are, on random small models and on the embedded one; diffusers is the other party.
+"""What must hold whatever the weights are, on a random small model and the embedded one; diffusers is the other party.
 
-Tolerances against diffusers: both sides are float32 and differ in the order of a few products, so a step's latents differ
-by some 2^-23 of their size, times what the network and a guidance of 7.5 make of that over the steps: 1e-5 of the size.
+Tolerances against diffusers: both sides are float32 and differ in the order of a few products, so the latents of a step
+differ by some 2^-23 of their size, times what the network and a guidance of 7.5 make of that over the steps: 1e-5 of
+the size. Measured on the random model: 4e-6 and less.
 """
 
 from __future__ import annotations
@@ -174,7 +175,6 @@ def test_4_the_same_prompt_without_guidance_reconstructs(model: Any, picture: Pi
             (result.latent - result.source_latent).square().mean().sqrt() / result.source_latent.std()
         )
         record_property(f"reconstruction error at {steps} steps", errors[steps])
-    print(errors)
     assert errors[10] > errors[25] > errors[100]  # the error is that of the steps
     assert errors[100] < 0.5 * errors[25]
 
@@ -183,7 +183,7 @@ def test_4_the_same_prompt_without_guidance_reconstructs(model: Any, picture: Pi
 
 
 def batch_of(picture: Picture, method: str, options: Options) -> list[EditRequest]:
-    more: dict[str, Any] = {"steps": 5, "options": options}
+    more: dict[str, Any] = {"steps": 4, "options": options}
     first = request(picture, method, **more)
     return [
         first,
@@ -195,14 +195,14 @@ def batch_of(picture: Picture, method: str, options: Options) -> list[EditReques
 
 
 BATCHED = [
-    ("ito", Options()),
-    ("ito", Options(mask=MaskOptions(mode="trajectory", seeds=3), refine=True, final=Phase(k=3, carry=True))),
-    ("ito", Options(mask=MaskOptions(norm="clamp"), kept_area=True, composite="latent", inversion_scale=2.0)),
-    ("iedit", Options(mask=MaskOptions(norm="clamp", sigma=0.5))),
+    ("ito", Options(mask=MaskOptions(seeds=3))),
+    ("ito", Options(mask=MaskOptions(mode="trajectory", seeds=2), refine=True, final=Phase(k=3, carry=True))),
+    ("ito", Options(mask=MaskOptions(norm="clamp", seeds=3), kept_area=True, composite="latent", inversion_scale=2.0)),
+    ("iedit", Options(mask=MaskOptions(norm="clamp", sigma=0.5, seeds=3))),
     ("sdedit", Options()),
-    ("diffedit", Options(composite="pixel")),
+    ("diffedit", Options(composite="pixel", mask=MaskOptions(seeds=3))),
     ("controlnet", Options(control_scale=0.8)),
-    ("controlnet-diffedit", Options()),
+    ("controlnet-diffedit", Options(mask=MaskOptions(seeds=2))),
 ]
 
 
@@ -234,8 +234,8 @@ def test_5_a_batch_is_its_single_runs_to_the_networks_rounding(
 
 
 def test_5_a_batch_of_ito_is_its_single_runs_to_the_networks_rounding(model: Any, picture: Picture) -> None:
-    """Adam divides by |gradient|: where that is as small as its rounding, the update's sign is the rounding's. So an edit
-    can only be compared where the gradient is not: without updates everywhere, with them in nearly all cells."""
+    """Adam divides by |gradient|: where that is as small as its rounding, the update's sign is the rounding's. So an
+    edit can only be compared where the gradient is not: without updates everywhere, with them in nearly all cells."""
     for options, share in ((Options(final=Phase(t_u=0), guidance=Phase(t_u=0)), 1.0), (Options(), 0.9)):
         requests = batch_of(picture, "ito", options)
         together = editor_of(model).edit_many(requests)
@@ -259,10 +259,13 @@ class Constant:
 
 @pytest.mark.parametrize("steps", [1, 10, 50])
 def test_7_inversion_then_sampling_of_a_constant_network_is_exact(model: Any, picture: Picture, steps: int) -> None:
-    """In float64 in test_denoiser.py; here the whole edit, to float32's rounding of latents that pass noise of size 3."""
+    """In float64, to 1e-12, in test_denoiser.py; here the whole edit in float32. Sampling multiplies a rounding of the
+    noisiest latent by 1 / sqrt(abar) of its level, 15; of the steps next to it a little less: some 8 such roundings."""
     options = Options(final=Phase(t_u=0), guidance_scale=7.5)
     result = editor_of(model, denoiser=Constant()).edit(request(picture, steps=steps, options=options))
-    assert gap(result.latent, result.source_latent) < 1e-5
+    noisiest = seeded_noise(3, "constant", SHAPE).abs().max() + result.source_latent.abs().max()
+    bound = 8 * 2**-24 * noisiest / model.schedule.levels(steps).abar[0] ** 0.5
+    assert (result.latent - result.source_latent).abs().max() < bound
 
 
 @pytest.mark.parametrize("method", ["ito", "iedit", "controlnet-diffedit"])
@@ -325,7 +328,6 @@ def test_9_sdedit_is_img2img_with_ddim(
     pipe = pipeline(StableDiffusionImg2ImgPipeline, monkeypatch, noise, **parts_of(model, prediction))
     want = pipe(prompt=PROMPT, negative_prompt="a green tree", image=result.source_latent[None], strength=ratio,
                 num_inference_steps=steps, guidance_scale=7.5, output_type="latent").images  # fmt: skip
-    print("img2img", prediction, steps, gap(result.latent[None], want))
     assert gap(result.latent[None], want) < 1e-5
 
 
@@ -349,21 +351,24 @@ def test_9_controlnet_is_controlnet_img2img(
     want = pipe(prompt=PROMPT, image=result.source_latent[None], control_image=list(maps.values()), height=64, width=64,
                 strength=0.7, num_inference_steps=20, guidance_scale=7.5, controlnet_conditioning_scale=scales,
                 output_type="latent").images  # fmt: skip
-    print("controlnet", names, gap(result.latent[None], want))
     assert gap(result.latent[None], want) < 1e-5
     plain = editor_of(model).edit(request(picture, "sdedit", steps=20))
     assert gap(plain.latent, result.latent) > 1e-3  # the ControlNet matters
 
 
-@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("seeds", [1, 10])
 def test_9_the_single_mask_is_generate_mask(
-    model: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch, guidance: float, seeds: int
+    model: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch, guided: bool, seeds: int
 ) -> None:
+    """With diffusers' normaliser. generate_mask takes the two results of encode_prompt in the wrong order: its "text" is
+    the negative prompt, so its guided difference is (1 - s) (edit - source) where ours is s (edit - source), which the
+    normaliser makes the same; and guidance_scale 1 fails there, so both of ours are compared with 7.5.
+    """
     from diffusers import DDIMInverseScheduler, StableDiffusionDiffEditPipeline
 
-    wanted = MaskOptions(mode="single", seeds=seeds, strength=0.5, sigma=0, norm="clamp", threshold=0.5)
-    options = Options(guidance_scale=guidance, mask=wanted)
+    wanted = MaskOptions(mode="single", seeds=seeds, strength=0.5, sigma=0, norm="clamp", guided=guided)
+    options = Options(guidance_scale=7.5, mask=wanted)
     result = editor_of(model).edit(request(picture, "iedit", steps=25, options=options, seed=2))
     noise = torch.stack([seeded_noise(2, f"mask-{i}", SHAPE) for i in range(seeds)])
     parts = parts_of(model, model.schedule.prediction)
@@ -371,7 +376,7 @@ def test_9_the_single_mask_is_generate_mask(
     pipe = pipeline(StableDiffusionDiffEditPipeline, monkeypatch, noise, **parts)
     want = pipe.generate_mask(image=result.source_latent[None], target_prompt=PROMPT, source_prompt=SOURCE,
                               num_maps_per_mask=seeds, mask_encode_strength=0.5, mask_thresholding_ratio=3.0,
-                              num_inference_steps=25, guidance_scale=guidance, output_type="np")  # fmt: skip
+                              num_inference_steps=25, guidance_scale=7.5, output_type="np")  # fmt: skip
     assert result.mask is not None
     got = np.asarray(result.mask)[::8, ::8] // 255
     np.testing.assert_array_equal(got, want[0])
@@ -398,7 +403,6 @@ def test_9_inversion_is_diffedits_invert(model: Any, picture: Picture, monkeypat
                          uncond=told.with_text(model.encode_text([""])), scale=scale)  # fmt: skip
             assert torch.equal(got[-1], x0)
             gaps = [gap(a, b) for a, b in zip(got[:-1], want, strict=True)]
-            print("invert", prediction, ratio, scale, max(gaps))
             assert max(gaps) < 1e-5
 
 
@@ -414,16 +418,13 @@ def test_9_the_blend_is_inpaints(model: Any, picture: Picture, monkeypatch: pyte
     x0 = result.source_latent[None]
     want = pipe(prompt=PROMPT, image=x0, mask_image=mask, masked_image_latents=x0, height=64, width=64, strength=0.7,
                 num_inference_steps=20, guidance_scale=7.5, output_type="latent").images  # fmt: skip
-    print("inpaint", gap(result.latent[None], want))
     assert gap(result.latent[None], want) < 1e-5
     cells = torch.from_numpy(np.array(mask.resize((8, 8), Image.Resampling.NEAREST))) > 0
     assert torch.equal(result.latent[:, ~cells], result.source_latent[:, ~cells])
     assert torch.equal(want[0][:, ~cells], result.source_latent[:, ~cells])
 
 
-def test_9_an_ito_edit_is_the_equations_with_diffusers_schedulers_autograd_and_adam(
-    model: Any, picture: Picture
-) -> None:
+def test_9_an_ito_edit_is_the_equations_with_diffusers_autograd_and_adam(model: Any, picture: Picture) -> None:
     """The whole of ITO written a second time from the paper's equations. The updates are few and their learning rate is
     small, because Adam makes a step of full size out of any gradient, also one that is rounding."""
     from diffusers import DDIMInverseScheduler
@@ -476,9 +477,7 @@ def test_9_an_ito_edit_is_the_equations_with_diffusers_schedulers_autograd_and_a
     x, g = inverted(x0, SOURCE), inverted(guidance, PROMPT)
     want = optimised(x[0], x, g, lam)
     differences = (result.latent[None] - want).abs() / want.abs().max()
-    print("ito", float(differences.max()), float(differences.median()))
-    assert differences.median() < 1e-4
-    assert differences.max() < 0.01
+    assert differences.max() < 1e-4
 
 
 # --- the mask's shortcut ------------------------------------------------------------------------------------------
