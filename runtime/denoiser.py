@@ -139,7 +139,7 @@ class Network:
         """One DDIM step of the whole batch from one level to another."""
         c_x, c_eps = ddim_coefficients(abar_from, abar_to)
         eps = to_epsilon(output, x, abar_from, self.prediction)
-        ones = torch.ones(len(x), device=x.device)
+        ones = torch.ones(len(x), dtype=x.dtype, device=x.device)
         return guided_step(x, eps, ones * c_x, ones * c_eps)
 
 

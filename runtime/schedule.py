@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,7 +90,9 @@ class Schedule:
             gap = (total - 1) / max(1, steps - 1)
             times = [round(i * gap) for i in reversed(range(steps))]
         elif self.spacing == "trailing":
-            times = [round(total - i * total / steps) - 1 for i in range(steps)]
+            # numpy's arange as in diffusers: the fourth of 48 is 937.5, a little less in its sum, and rounds down.
+            # Its length can be one too many (61 steps): the surplus is timestep -1.
+            times = [round(float(t)) - 1 for t in np.arange(total, 0, -total / steps)[:steps]]
         else:
             raise UsageError(f"scheduler: timestep_spacing is {self.spacing!r}, expected leading, linspace or trailing")
         times = [min(t, total - 1) for t in times]

@@ -7,7 +7,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, which no test has done yet
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,3 +36,110 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The repository's folder."""
     return ROOT
+
+
+# --- small models -----------------------------------------------------------------------------------------------
+
+# The embedded model is one of those that every identity is tested on, as soon as its weights are in the tree.
+EMBEDDED = ["picturebook"] if (ROOT / "runtime" / "picturebook" / "unet").is_dir() else []
+
+
+def _build_checkpoint(folder: Path, latent_channels: int = 4, seed: int = 0) -> Path:
+    """A random checkpoint in the diffusers layout: 64x64 pictures, 8x8 latents, ControlNets for pose and scribble."""
+    import torch
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from iedit.training import embed
+
+    torch.manual_seed(seed)
+    tokenizer = embed.make_tokenizer(folder / "tokenizer")
+    width = 32
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=0.9,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    with torch.no_grad():
+        # A fresh network hardly listens to its text and returns little; these make both matter.
+        for name, p in unet.named_parameters():
+            if "attn2.to_out.0.weight" in name or "conv_out.weight" in name:
+                p *= 3
+        unet.save_pretrained(folder / "unet")
+        vae.save_pretrained(folder / "vae")
+        text_encoder.save_pretrained(folder / "text_encoder")
+        embed.new_scheduler().save_pretrained(folder / "scheduler")
+        for name in ("pose", "scribble"):
+            net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+            for zero in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+                for p in zero.parameters():
+                    p.copy_(0.3 * torch.randn_like(p))
+            net.save_pretrained(folder / f"controlnet-{name}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def build_checkpoint() -> Callable[..., Path]:
+    """`build_checkpoint(folder, latent_channels=4, seed=0)` writes a random checkpoint."""
+    return _build_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint; not to be changed, copy it."""
+    return _build_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Any:
+    """The random checkpoint, loaded."""
+    from iedit.runtime.models import load_model
+
+    return load_model(str(tiny_folder), device="cpu")
+
+
+@pytest.fixture(scope="session", params=["tiny", *EMBEDDED])
+def model(request: pytest.FixtureRequest) -> Any:
+    """Every model that the identities must hold on."""
+    from iedit.runtime.models import load_model
+
+    return request.getfixturevalue("tiny") if request.param == "tiny" else load_model(request.param, device="cpu")
+
+
+@pytest.fixture
+def picture() -> Callable[..., Any]:
+    """`picture(seed, size=(64, 64))`: a scene of the world, shrunk; PIL RGB."""
+    from iedit.training import world
+
+    def make(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Any:
+        return world.render(world.random_scene(random.Random(seed), 1)).resize(size)
+
+    return make

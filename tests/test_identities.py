@@ -1,0 +1,539 @@
+"""What must hold whatever the weights are, on a random small model and the embedded one; diffusers is the other party.
+
+Tolerances against diffusers: both sides are float32 and differ in the order of a few products, so the latents of a step
+differ by some 2^-23 of their size, times what the network and a guidance of 7.5 make of that over the steps: 1e-5 of
+the size. Measured on the random model: 4e-6 and less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from iedit.kernels.mask_map import difference, mask_map, normalise
+from iedit.runtime.backend_torch import TorchDenoiser
+from iedit.runtime.denoiser import Condition, Network, invert
+from iedit.runtime.editor import Editor as RealEditor
+from iedit.runtime.editor import EditRequest, EditResult, MaskOptions, Options
+from iedit.runtime.ito import Phase, ito_pass, masked_sampling, noised_reference, trajectory_reference
+from iedit.runtime.mask import estimate
+from iedit.runtime.profile import Profile
+from iedit.runtime.schedule import PREDICTIONS, add_noise, seeded_noise
+from iedit.runtime.stages import StageCache
+
+SOURCE, PROMPT = "a red car on grass at noon", "a blue house on sand at sunset"
+SHAPE = (4, 8, 8)
+Picture = Callable[..., Image.Image]
+
+
+class OneByOne:
+    """The network, a sample at a time: it rounds the same in every batch, so all the rest must be equal bit for bit."""
+
+    def __init__(self, model: Any):
+        self.inner = TorchDenoiser(model)
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        pieces = [slice(i, i + 1) for i in range(len(x))]
+        return torch.cat([self.inner.predict(x[p], t[p], condition.take(p)) for p in pieces])
+
+
+def editor_of(
+    model: Any, prediction: str | None = None, denoiser: Any = None, cache: StageCache | None = None
+) -> RealEditor:
+    if prediction is not None:
+        model = dataclasses.replace(model, schedule=dataclasses.replace(model.schedule, prediction=prediction))
+    return RealEditor(model, denoiser or TorchDenoiser(model), cache=cache)
+
+
+def network_of(model: Any, denoiser: Any = None) -> Network:
+    return Network(denoiser or TorchDenoiser(model), model.schedule.prediction, 64, Profile())
+
+
+def square(size: tuple[int, int] = (64, 64), box: tuple[int, int, int, int] = (16, 16, 39, 47)) -> Image.Image:
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle(box, fill=255)
+    return mask
+
+
+def layout(seed: int) -> Image.Image:
+    cells = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(cells).resize((64, 64), Image.Resampling.BICUBIC)
+
+
+def request(picture: Picture, method: str = "ito", **more: Any) -> EditRequest:
+    options = more.pop("options", Options(guidance_scale=7.5))
+    if method.startswith("controlnet"):
+        more = {"layouts": {"pose": layout(1)}, "source_layouts": {"pose": layout(2)}} | more
+    return EditRequest(
+        picture(more.pop("scene", 0)), PROMPT, SOURCE, method, steps=more.pop("steps", 10), options=options, **more
+    )
+
+
+def same(a: EditResult, b: EditResult) -> None:
+    """Bit for bit."""
+    assert torch.equal(a.latent, b.latent) and torch.equal(a.source_latent, b.source_latent)
+    assert a.image.tobytes() == b.image.tobytes()
+    for x, y in ((a.mask, b.mask), (a.guidance, b.guidance)):
+        assert (x is None) == (y is None)
+        assert x is None or y is None or x.tobytes() == y.tobytes()
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference in units of the largest value."""
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / b.abs().max())
+
+
+# --- 1 and 2: empty and full masks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["iedit", "diffedit", "controlnet-diffedit"])
+@pytest.mark.parametrize("size", [(64, 64), (50, 61)])
+def test_1_an_empty_mask_returns_the_input_latent(
+    model: Any, picture: Picture, method: str, size: tuple[int, int]
+) -> None:
+    more = {"layouts": {"pose": layout(1).resize(size)}} if "controlnet" in method else {}
+    if more:
+        more["source_layouts"] = more["layouts"]
+    asked = EditRequest(picture(0, size), PROMPT, SOURCE, method, mask=Image.new("L", size), steps=6, **more)
+    result = editor_of(model).edit(asked)
+    assert torch.equal(result.latent, result.source_latent)
+    assert result.image.size == size
+
+
+@pytest.mark.parametrize("method", ["ito", "iedit", "diffedit"])
+def test_1_an_empty_mask_with_composite_returns_the_input(model: Any, picture: Picture, method: str) -> None:
+    editor, empty = editor_of(model), Image.new("L", (64, 64))
+    plain = editor.edit(request(picture, method, mask=empty, steps=4))
+    latent = editor.edit(request(picture, method, mask=empty, steps=4, options=Options(composite="latent")))
+    pixel = editor.edit(request(picture, method, mask=empty, steps=4, options=Options(composite="pixel")))
+    assert torch.equal(latent.latent, latent.source_latent)
+    assert pixel.image.tobytes() == picture(0).tobytes()
+    assert plain.image.tobytes() != picture(0).tobytes()  # the VAE alone would not have returned it
+
+
+def test_2_masked_sdedit_with_a_full_mask_is_sdedit(model: Any, picture: Picture) -> None:
+    editor = editor_of(model)
+    masked = editor.edit(request(picture, "iedit", mask=Image.new("L", (64, 64), 255)))
+    plain = editor.edit(request(picture, "sdedit"))
+    assert torch.equal(masked.latent, plain.latent)
+    assert gap(masked.latent, masked.source_latent) > 0.05  # it did edit
+
+
+# --- 3 and 4: lambda 1, no updates --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", [Phase(), Phase(k=3), Phase(k=2, carry=True)])
+def test_3_lambda_one_is_the_guided_path_with_guidance_of_weight_zero(model: Any, phase: Phase) -> None:
+    levels = model.schedule.levels(6)
+    y, x, g = torch.randn(3, 7, 2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    told = Condition(model.encode_text([PROMPT, SOURCE]))
+    results = [
+        ito_pass(network_of(model), y[0], levels, 0, told, told.with_text(model.encode_text([""])), 5.0,
+                 source=trajectory_reference(x, levels), guidance=guidance, mask=(x[0, :, :1] > 0).float(),
+                 lam=torch.ones(2), phase=phase)
+        for guidance in (None, trajectory_reference(g, levels))
+    ]  # fmt: skip
+    assert torch.equal(*results)
+
+
+def test_3_lambda_one_never_runs_the_guidance_stage(model: Any, picture: Picture) -> None:
+    editor = editor_of(model)
+    result = editor.edit(request(picture, options=Options(lam=1.0)))
+    assert set(result.profile.seconds) == {"encode", "mask", "invert", "final", "decode"}
+    assert set(result.profile.evaluations) == {"encode", "mask", "invert", "final", "decode"}
+    assert result.guidance is None
+    guided = editor_of(model).edit(request(picture, options=Options(lam=0.99)))
+    assert guided.guidance is not None and guided.profile.evaluations["guidance"] == 20
+    assert not torch.equal(guided.latent, result.latent)
+
+
+def test_4_no_updates_is_plain_ddim_from_the_inverted_latent(model: Any, picture: Picture) -> None:
+    result = editor_of(model).edit(request(picture, options=Options(guidance_scale=7.5, final=Phase(t_u=0))))
+    network, levels = network_of(model), model.schedule.levels(10)
+    states = {t: model.encode_text([t]) for t in (SOURCE, PROMPT, "")}
+    trajectory = invert(network, result.source_latent[None], levels, 0, Condition(states[SOURCE]))
+    want = masked_sampling(network, trajectory[0], levels, 0, Condition(states[PROMPT]), Condition(states[""]), 7.5,
+                           source=None, mask=None)  # fmt: skip
+    assert torch.equal(result.latent, want[0])
+
+
+def test_4_the_same_prompt_without_guidance_reconstructs(model: Any, picture: Picture, record_property: Any) -> None:
+    editor, errors = editor_of(model), {}
+    for steps in (10, 25, 100):
+        options = Options(guidance_scale=1.0, final=Phase(t_u=0), lam=1.0, mask=MaskOptions(mode="none"))
+        result = editor.edit(EditRequest(picture(0), SOURCE, SOURCE, steps=steps, options=options))
+        errors[steps] = float(
+            (result.latent - result.source_latent).square().mean().sqrt() / result.source_latent.std()
+        )
+        record_property(f"reconstruction error at {steps} steps", errors[steps])
+    assert errors[10] > errors[25] > errors[100]  # the error is that of the steps
+    assert errors[100] < 0.5 * errors[25]
+
+
+# --- 5: batches ---------------------------------------------------------------------------------------------------
+
+
+def batch_of(picture: Picture, method: str, options: Options) -> list[EditRequest]:
+    more: dict[str, Any] = {"steps": 4, "options": options}
+    first = request(picture, method, **more)
+    return [
+        first,
+        dataclasses.replace(first, image=picture(1), seed=1),
+        dataclasses.replace(first, prompt="a green tree on snow at night", seed=2),
+        dataclasses.replace(first, options=dataclasses.replace(options, lam=1.0)),
+        dataclasses.replace(first, options=dataclasses.replace(options, lam=0.2)),
+    ]
+
+
+BATCHED = [
+    ("ito", Options(mask=MaskOptions(seeds=3))),
+    ("ito", Options(mask=MaskOptions(mode="trajectory", seeds=2), refine=True, final=Phase(k=3, carry=True))),
+    ("ito", Options(mask=MaskOptions(norm="clamp", seeds=3), kept_area=True, composite="latent", inversion_scale=2.0)),
+    ("iedit", Options(mask=MaskOptions(norm="clamp", sigma=0.5, seeds=3))),
+    ("sdedit", Options()),
+    ("diffedit", Options(composite="pixel", mask=MaskOptions(seeds=3))),
+    ("controlnet", Options(control_scale=0.8)),
+    ("controlnet-diffedit", Options(mask=MaskOptions(seeds=2))),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), BATCHED)
+def test_5_a_batch_is_its_single_runs_bit_for_bit_but_for_the_network(
+    model: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch, method: str, options: Options
+) -> None:
+    model = dataclasses.replace(model)
+    encode, decode = model.encode, model.decode  # networks too
+    monkeypatch.setattr(model, "encode", lambda images: torch.cat([encode(i) for i in images.split(1)]))
+    monkeypatch.setattr(model, "decode", lambda latents: torch.cat([decode(i) for i in latents.split(1)]))
+    requests = batch_of(picture, method, options)
+    together = editor_of(model, denoiser=OneByOne(model)).edit_many(requests)
+    for asked, result in zip(requests, together, strict=True):
+        same(result, editor_of(model, denoiser=OneByOne(model)).edit(asked))
+
+
+@pytest.mark.parametrize(("method", "options"), BATCHED[3:6])
+def test_5_a_batch_is_its_single_runs_to_the_networks_rounding(
+    model: Any, picture: Picture, method: str, options: Options
+) -> None:
+    requests = batch_of(picture, method, options)
+    together = editor_of(model).edit_many(requests)
+    for asked, result in zip(requests, together, strict=True):
+        alone = editor_of(model).edit(asked)
+        assert gap(result.latent, alone.latent) < 1e-4
+        if alone.mask is not None:
+            assert result.mask is not None and result.mask.tobytes() == alone.mask.tobytes()
+
+
+def test_5_a_batch_of_ito_is_its_single_runs_to_the_networks_rounding(model: Any, picture: Picture) -> None:
+    """Adam divides by |gradient|: where that is as small as its rounding, the update's sign is the rounding's. So an
+    edit can only be compared where the gradient is not: without updates everywhere, with them in nearly all cells."""
+    for options, share in ((Options(final=Phase(t_u=0), guidance=Phase(t_u=0)), 1.0), (Options(), 0.9)):
+        requests = batch_of(picture, "ito", options)
+        together = editor_of(model).edit_many(requests)
+        for asked, result in zip(requests, together, strict=True):
+            alone = editor_of(model).edit(asked)
+            assert result.mask is not None and alone.mask is not None
+            assert result.mask.tobytes() == alone.mask.tobytes()
+            near = (result.latent - alone.latent).abs() < 1e-4 * alone.latent.abs().max()
+            assert near.float().mean() >= share
+
+
+# --- 7 and 8: exact inversion, the same bits again ----------------------------------------------------------------
+
+
+class Constant:
+    """Returns one noise, whatever it is asked."""
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return seeded_noise(3, "constant", tuple(x.shape[1:])).expand_as(x)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 50])
+def test_7_inversion_then_sampling_of_a_constant_network_is_exact(model: Any, picture: Picture, steps: int) -> None:
+    """In float64, to 1e-12, in test_denoiser.py; here the whole edit in float32. Sampling multiplies a rounding of the
+    noisiest latent by 1 / sqrt(abar) of its level, 15; of the steps next to it a little less: some 8 such roundings."""
+    options = Options(final=Phase(t_u=0), guidance_scale=7.5)
+    result = editor_of(model, denoiser=Constant()).edit(request(picture, steps=steps, options=options))
+    noisiest = seeded_noise(3, "constant", SHAPE).abs().max() + result.source_latent.abs().max()
+    bound = 8 * 2**-24 * noisiest / model.schedule.levels(steps).abar[0] ** 0.5
+    assert (result.latent - result.source_latent).abs().max() < bound
+
+
+@pytest.mark.parametrize("method", ["ito", "iedit", "controlnet-diffedit"])
+def test_8_the_same_seed_gives_the_same_bits_with_and_without_the_cache(
+    model: Any, picture: Picture, tmp_path: Path, method: str
+) -> None:
+    asked = request(picture, method, steps=5, options=Options(refine=True, round_trip=True))
+    editor = editor_of(model)
+    first = editor.edit(asked)
+    again = editor.edit(asked)
+    assert "invert" not in first.profile.cached
+    assert {"encode", "mask"} <= set(again.profile.cached)
+    same(again, first)
+    same(editor_of(model, cache=StageCache(memory=0)).edit(asked), first)
+    for _ in range(2):  # written, then read by another editor
+        from_disk = editor_of(model, cache=StageCache(memory=0, folder=tmp_path)).edit(asked)
+        same(from_disk, first)
+    assert {"encode", "mask"} <= set(from_disk.profile.cached)
+    other = editor.edit(dataclasses.replace(asked, seed=1))
+    assert not torch.equal(other.latent, first.latent)
+
+
+# --- 9: diffusers -------------------------------------------------------------------------------------------------
+
+
+def parts_of(model: Any, prediction: str) -> dict[str, Any]:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_pretrained(model.folder / "scheduler", prediction_type=prediction)
+    return {
+        "vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer, "unet": model.unet,
+        "scheduler": scheduler, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
+    }  # fmt: skip
+
+
+def pipeline(kind: Any, monkeypatch: pytest.MonkeyPatch, noise: Tensor, **parts: Any) -> Any:
+    """A diffusers pipeline whose noise is ours."""
+    import sys
+
+    def given(shape: Any, **_: Any) -> Tensor:
+        assert tuple(shape) == tuple(noise.shape)
+        return noise
+
+    monkeypatch.setattr(sys.modules[kind.__module__], "randn_tensor", given)
+    made = kind(**parts)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("steps", "ratio"), [(20, 0.7), (7, 1.0)])
+def test_9_sdedit_is_img2img_with_ddim(
+    model: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch, prediction: str, steps: int, ratio: float
+) -> None:
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    options = Options(guidance_scale=7.5, ratio=ratio, negative_prompt="a green tree")
+    result = editor_of(model, prediction).edit(request(picture, "sdedit", steps=steps, options=options, seed=5))
+    noise = seeded_noise(5, "sample", SHAPE)[None]
+    pipe = pipeline(StableDiffusionImg2ImgPipeline, monkeypatch, noise, **parts_of(model, prediction))
+    want = pipe(prompt=PROMPT, negative_prompt="a green tree", image=result.source_latent[None], strength=ratio,
+                num_inference_steps=steps, guidance_scale=7.5, output_type="latent").images  # fmt: skip
+    assert gap(result.latent[None], want) < 1e-5
+
+
+@pytest.mark.parametrize("names", [("pose",), ("pose", "scribble")])
+def test_9_controlnet_is_controlnet_img2img(
+    model: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    from diffusers import StableDiffusionControlNetImg2ImgPipeline
+
+    maps = {name: layout(10 + i) for i, name in enumerate(names)}
+    scales = [1.0, 0.6][: len(names)]
+    options = Options(guidance_scale=7.5, control_scales=tuple(zip(names, scales)))
+    result = editor_of(model).edit(
+        request(picture, "controlnet", steps=20, options=options, layouts=maps, source_layouts={})
+    )
+    parts = parts_of(model, model.schedule.prediction)
+    parts["controlnet"] = [model.controlnets[n] for n in names]
+    pipe = pipeline(
+        StableDiffusionControlNetImg2ImgPipeline, monkeypatch, seeded_noise(0, "sample", SHAPE)[None], **parts
+    )
+    want = pipe(prompt=PROMPT, image=result.source_latent[None], control_image=list(maps.values()), height=64, width=64,
+                strength=0.7, num_inference_steps=20, guidance_scale=7.5, controlnet_conditioning_scale=scales,
+                output_type="latent").images  # fmt: skip
+    assert gap(result.latent[None], want) < 1e-5
+    plain = editor_of(model).edit(request(picture, "sdedit", steps=20))
+    assert gap(plain.latent, result.latent) > 1e-3  # the ControlNet matters
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("seeds", [1, 10])
+def test_9_the_single_mask_is_generate_mask(
+    model: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch, guided: bool, seeds: int
+) -> None:
+    """With diffusers' normaliser. generate_mask takes the two results of encode_prompt in the wrong order: its "text" is
+    the negative prompt, so its guided difference is (1 - s) (edit - source) where ours is s (edit - source), which the
+    normaliser makes the same; and guidance_scale 1 fails there, so both of ours are compared with 7.5.
+    """
+    from diffusers import DDIMInverseScheduler, StableDiffusionDiffEditPipeline
+
+    wanted = MaskOptions(mode="single", seeds=seeds, strength=0.5, sigma=0, norm="clamp", guided=guided)
+    options = Options(guidance_scale=7.5, mask=wanted)
+    result = editor_of(model).edit(request(picture, "iedit", steps=25, options=options, seed=2))
+    noise = torch.stack([seeded_noise(2, f"mask-{i}", SHAPE) for i in range(seeds)])
+    parts = parts_of(model, model.schedule.prediction)
+    parts["inverse_scheduler"] = DDIMInverseScheduler.from_config(parts["scheduler"].config)
+    pipe = pipeline(StableDiffusionDiffEditPipeline, monkeypatch, noise, **parts)
+    want = pipe.generate_mask(image=result.source_latent[None], target_prompt=PROMPT, source_prompt=SOURCE,
+                              num_maps_per_mask=seeds, mask_encode_strength=0.5, mask_thresholding_ratio=3.0,
+                              num_inference_steps=25, guidance_scale=7.5, output_type="np")  # fmt: skip
+    assert result.mask is not None
+    got = np.asarray(result.mask)[::8, ::8] // 255
+    np.testing.assert_array_equal(got, want[0])
+    assert 0 < got.mean() < 1
+
+
+def test_9_inversion_is_diffedits_invert(model: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import DDIMInverseScheduler, StableDiffusionDiffEditPipeline
+
+    from iedit.runtime.images import to_tensor
+
+    x0 = model.encode(torch.cat([to_tensor(picture(0)), to_tensor(picture(1))]))
+    for prediction in PREDICTIONS:
+        parts = parts_of(model, prediction)
+        parts["inverse_scheduler"] = DDIMInverseScheduler.from_config(parts["scheduler"].config)
+        pipe = pipeline(StableDiffusionDiffEditPipeline, monkeypatch, x0, **parts)
+        for ratio, scale in ((1.0, 1.0), (0.8, 1.0), (1.0, 3.0)):
+            want = pipe.invert(prompt=[SOURCE, PROMPT], image=x0, inpaint_strength=ratio, num_inference_steps=20,
+                               guidance_scale=scale).latents.transpose(0, 1)  # fmt: skip
+            other = editor_of(model, prediction).model
+            levels = other.schedule.levels(20)
+            told = Condition(model.encode_text([SOURCE, PROMPT]))
+            got = invert(network_of(other), x0, levels, levels.start(ratio), told,
+                         uncond=told.with_text(model.encode_text([""])), scale=scale)  # fmt: skip
+            assert torch.equal(got[-1], x0)
+            gaps = [gap(a, b) for a, b in zip(got[:-1], want, strict=True)]
+            assert max(gaps) < 1e-5
+
+
+def test_9_the_blend_is_inpaints(model: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import StableDiffusionInpaintPipeline
+
+    mask = square()
+    asked = request(picture, "iedit", steps=20, mask=mask, options=Options(guidance_scale=7.5, ratio=0.7))
+    result = editor_of(model).edit(asked)
+    noise = seeded_noise(0, "sample", SHAPE)[None]
+    parts = parts_of(model, model.schedule.prediction)
+    pipe = pipeline(StableDiffusionInpaintPipeline, monkeypatch, noise, **parts)
+    x0 = result.source_latent[None]
+    want = pipe(prompt=PROMPT, image=x0, mask_image=mask, masked_image_latents=x0, height=64, width=64, strength=0.7,
+                num_inference_steps=20, guidance_scale=7.5, output_type="latent").images  # fmt: skip
+    assert gap(result.latent[None], want) < 1e-5
+    cells = torch.from_numpy(np.array(mask.resize((8, 8), Image.Resampling.NEAREST))) > 0
+    assert torch.equal(result.latent[:, ~cells], result.source_latent[:, ~cells])
+    assert torch.equal(want[0][:, ~cells], result.source_latent[:, ~cells])
+
+
+def test_9_an_ito_edit_is_the_equations_with_diffusers_autograd_and_adam(model: Any, picture: Picture) -> None:
+    """The whole of ITO written a second time from the paper's equations. The updates are few and their learning rate is
+    small, because Adam makes a step of full size out of any gradient, also one that is rounding."""
+    from diffusers import DDIMInverseScheduler
+
+    steps, lam, phase, mask = 8, 0.6, Phase(t_u=3, k=2, lr=1e-3), square()
+    options = Options(lam=lam, guidance_scale=7.5, guidance=phase, final=phase)
+    result = editor_of(model).edit(request(picture, steps=steps, mask=mask, options=options))
+    scheduler = parts_of(model, model.schedule.prediction)["scheduler"]
+    inverse = DDIMInverseScheduler.from_config(scheduler.config)
+    scheduler.set_timesteps(steps)
+    inverse.set_timesteps(steps)
+    m = torch.from_numpy(np.array(mask.resize((8, 8), Image.Resampling.NEAREST)) / 255).float()[None, None]
+    text = {t: model.encode_text([t]) for t in (PROMPT, SOURCE, "")}
+    x0 = result.source_latent[None]
+
+    @torch.no_grad()
+    def eps(x: Tensor, t: Any, prompt: str, scale: float) -> Tensor:
+        out: Tensor = model.unet(x, t, text[prompt]).sample
+        if scale == 1:
+            return out
+        low: Tensor = model.unet(x, t, text[""]).sample
+        return low + scale * (out - low)
+
+    def inverted(x: Tensor, prompt: str) -> list[Tensor]:
+        found = [x]
+        for t in inverse.timesteps:
+            found.append(inverse.step(eps(found[-1], t, prompt, 1), t, found[-1]).prev_sample)
+        return found[::-1]
+
+    def optimised(y: Tensor, source: list[Tensor], guide: list[Tensor] | None, weight: float) -> Tensor:
+        for i, t in enumerate(scheduler.timesteps):
+            y = scheduler.step(eps(y, t, PROMPT, 7.5), t, y).prev_sample
+            if i < 3:
+                leaf = y.clone().requires_grad_()
+                adam = torch.optim.Adam([leaf], lr=phase.lr)
+                for _ in range(phase.k):
+                    adam.zero_grad()
+                    loss = weight * (((1 - m) * (leaf - source[i + 1])) ** 2).mean()
+                    if guide is not None:
+                        near = torch.nn.functional.cosine_similarity(leaf.flatten(), guide[i + 1].flatten(), dim=0)
+                        loss = loss + (1 - weight) * (1 - near)
+                    loss.backward()
+                    adam.step()
+                y = leaf.detach()
+        return y
+
+    noise = seeded_noise(0, "guidance", SHAPE)[None]
+    noised = [scheduler.add_noise(x0, noise, t[None]) for t in scheduler.timesteps] + [x0]
+    guidance = optimised(noised[0], noised, None, 1.0)
+    x, g = inverted(x0, SOURCE), inverted(guidance, PROMPT)
+    want = optimised(x[0], x, g, lam)
+    differences = (result.latent[None] - want).abs() / want.abs().max()
+    assert differences.max() < 1e-4
+
+
+# --- the mask's shortcut ------------------------------------------------------------------------------------------
+
+
+def test_unconditional_halves_that_cancel_need_not_be_evaluated(model: Any) -> None:
+    levels, x0 = model.schedule.levels(10), torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(1))
+    edit, source = (Condition(model.encode_text([t]).expand(2, -1, -1)) for t in (PROMPT, SOURCE))
+    low = model.encode_text([""])
+    network = network_of(model)
+    with network.profile.stage("mask"):
+        heat = estimate(network, x0, noise, levels, edit, source, uncond=low, scale=7.5, strength=0.5, mode="single")
+    assert network.profile.evaluations["mask"] == 2 * 2 * 3 and network.profile.calls["mask"] == 1
+    x = add_noise(x0[:, None], noise, levels.abar[5]).flatten(0, 1)
+    full = [
+        network.guided(x, levels.timesteps[5], c.repeat(3), c.repeat(3).with_text(low), 7.5).unflatten(0, (2, 3))
+        for c in (edit, source)
+    ]
+    want = difference(*full)
+    torch.testing.assert_close(normalise(heat, "minmax"), normalise(want, "minmax"), rtol=0, atol=1e-4)
+    for norm in ("minmax", "clamp"):
+        assert torch.equal(*(mask_map(h, sigma=1, norm=norm, threshold=0.31) for h in (heat, want)))
+
+
+def test_the_trajectory_mask_compares_the_last_sampling_step(model: Any) -> None:
+    levels, x0 = model.schedule.levels(10), torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    edit, source, low = (Condition(model.encode_text([t])) for t in (PROMPT, SOURCE, ""))
+    network = network_of(model)
+    with network.profile.stage("mask"):
+        heat = estimate(
+            network, x0, noise, levels, edit, source, uncond=low.text, scale=7.5, strength=1.0, mode="trajectory"
+        )
+    assert network.profile.evaluations["mask"] == 10 * 2 * 2 * 2 and network.profile.calls["mask"] == 10
+    total = torch.zeros(1, 1, 8, 8)
+    for seed in range(2):
+        last = []
+        for told in (edit, source):
+            y = add_noise(x0, noise[:, seed], levels.abar[0])
+            for i in range(9):
+                y = network.step(
+                    y, network.guided(y, levels.timesteps[i], told, low, 7.5), levels.abar[i], levels.abar[i + 1]
+                )
+            last.append(network.guided(y, levels.timesteps[9], told, low, 7.5))
+        total += (last[0] - last[1]).abs().mean(1, keepdim=True) / 2
+    assert gap(heat, total) < 1e-4
+
+
+def test_the_reference_of_masked_sampling_is_at_the_level_of_the_latent(model: Any) -> None:
+    """One level late, as diffusers' DiffEdit blends, an empty mask would not return its input."""
+    levels, x0 = model.schedule.levels(10), torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    reference = noised_reference(x0, noise, levels)
+    assert reference(10) is x0
+    assert torch.equal(reference(3), add_noise(x0, noise, levels.abar[3]))
+    trajectory = torch.randn(8, 1, *SHAPE)  # from level 3 on
+    assert torch.equal(trajectory_reference(trajectory, levels)(3), trajectory[0])
+    assert torch.equal(trajectory_reference(trajectory, levels)(10), trajectory[7])

@@ -1,0 +1,206 @@
+"""The ITO update: closed forms against autograd, fused steps against torch.optim.Adam, both in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from iedit.kernels.ito_step import EPS, AdamState, ito_gradient, ito_step
+
+LAMBDAS = (0.0, 0.6, 1.0)
+MASKS = ("empty", "full", "binary", "soft")
+SHAPES = ((2, 4, 8, 8), (3, 4, 5, 7))
+
+
+def latents(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    y, x, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    return y.to(dtype), x.to(dtype), g.to(dtype)
+
+
+def mask_of(kind: str, shape: tuple[int, ...]) -> Tensor:
+    soft = torch.rand(shape[0], 1, *shape[2:], generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return {"empty": soft * 0, "full": soft * 0 + 1, "binary": (soft > 0.5).double(), "soft": soft}[kind]
+
+
+def loss(y: Tensor, x: Tensor, g: Tensor | None, mask: Tensor, lam: float, kept_area: bool = False) -> Tensor:
+    """Written from METHOD's definitions, not from the kernel: sum over samples of (1 - lam) L_G + lam L_rec."""
+    total = y.new_zeros(())
+    for i in range(len(y)):
+        square = ((1 - mask[i]) * (y[i] - x[i])) ** 2
+        rec = square.sum() / (y.shape[1] * (1 - mask[i]).sum().clamp(min=1)) if kept_area else square.mean()
+        total = total + lam * rec
+        if g is not None:
+            total = total + (1 - lam) * (1 - F.cosine_similarity(y[i].flatten(), g[i].flatten(), dim=0, eps=0))
+    return total
+
+
+def lam_of(value: float, count: int) -> Tensor:
+    return torch.full((count,), value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kept_area", [False, True])
+@pytest.mark.parametrize("lam", LAMBDAS)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_is_that_of_autograd(shape: tuple[int, ...], kind: str, lam: float, kept_area: bool) -> None:
+    y, x, g = latents(shape)
+    mask = mask_of(kind, shape)
+    leaf = y.clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(leaf, x, g, mask, lam, kept_area), leaf)
+    got = ito_gradient(y, x, g, mask, lam_of(lam, len(y)), kept_area=kept_area)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)  # gradients are about 1e-3
+
+
+def test_lambda_is_per_sample() -> None:
+    y, x, g = latents((3, 4, 8, 8))
+    mask = mask_of("soft", y.shape)
+    mixed = ito_gradient(y, x, g, mask, torch.tensor(LAMBDAS, dtype=torch.float64))
+    for i, lam in enumerate(LAMBDAS):
+        one = ito_gradient(y[i : i + 1], x[i : i + 1], g[i : i + 1], mask[i : i + 1], lam_of(lam, 1))
+        assert torch.equal(mixed[i : i + 1], one)
+
+
+@pytest.mark.parametrize("k", [1, 3, 30])
+@pytest.mark.parametrize("lam", LAMBDAS)
+@pytest.mark.parametrize("kind", MASKS)
+def test_k_steps_are_k_steps_of_adam(kind: str, lam: float, k: int) -> None:
+    y, x, g = latents((2, 4, 8, 8), seed=1)
+    mask = mask_of(kind, y.shape)
+    leaf = y.clone().requires_grad_()
+    optimiser = torch.optim.Adam([leaf], lr=0.1)
+    for _ in range(k):
+        optimiser.zero_grad()
+        loss(leaf, x, g, mask, lam).backward()
+        optimiser.step()
+    got = ito_step(y, x, g, mask, lam_of(lam, 2), k=k)
+    # Adam divides by |gradient|: where that is tiny its last bits weigh more, and 30 steps add them up
+    torch.testing.assert_close(got, leaf.detach(), rtol=0, atol=1e-12 if k == 1 else 1e-9)
+
+
+def test_carried_state_is_one_adam_across_timesteps() -> None:
+    y, x, g = latents((2, 4, 8, 8), seed=2)
+    mask, lam = mask_of("soft", y.shape), lam_of(0.6, 2)
+    leaf = y.clone().requires_grad_()
+    optimiser = torch.optim.Adam([leaf], lr=0.1)
+    state = AdamState(torch.zeros_like(y), torch.zeros_like(y))
+    got = y
+    for timestep in range(4):
+        x, g = x.roll(1, 2), g.roll(timestep, 3)  # other targets at every timestep
+        for _ in range(2):
+            optimiser.zero_grad()
+            loss(leaf, x, g, mask, 0.6).backward()
+            optimiser.step()
+        got = ito_step(got, x, g, mask, lam, k=2, state=state)
+        fresh = ito_step(got, x, g, mask, lam, k=2)
+        moved = got * 0.5 + 0.1  # as a DDIM step between two timesteps does
+        with torch.no_grad():
+            leaf.copy_(leaf * 0.5 + 0.1)
+        got = moved
+        torch.testing.assert_close(got, leaf.detach(), rtol=0, atol=1e-10)
+        assert not torch.allclose(fresh, got)
+    assert state.steps == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_step_is_lr_g_over_abs_g_plus_eps(dtype: torch.dtype) -> None:
+    y, x, g = latents((2, 4, 8, 8), seed=3, dtype=dtype)
+    mask, lam = mask_of("soft", y.shape).to(dtype), lam_of(0.6, 2).to(dtype)
+    gradient = ito_gradient(y, x, g, mask, lam)
+    assert torch.equal(ito_step(y, x, g, mask, lam, lr=0.05), y - 0.05 * gradient / (gradient.abs() + EPS))
+
+
+def test_the_full_mask_with_lambda_one_moves_nothing() -> None:
+    y, x, g = latents((2, 4, 8, 8), dtype=torch.float32)
+    for guidance in (g, None):
+        got = ito_step(y, x, guidance, torch.ones(2, 1, 8, 8), torch.ones(2), k=3)
+        assert torch.equal(got, y)
+
+
+def test_no_guidance_is_guidance_of_weight_zero() -> None:
+    y, x, g = latents((2, 4, 8, 8), dtype=torch.float32)
+    mask = mask_of("soft", y.shape).float()
+    for k in (1, 3):
+        assert torch.equal(ito_step(y, x, None, mask, torch.ones(2), k=k), ito_step(y, x, g, mask, torch.ones(2), k=k))
+
+
+def test_moves_toward_source_outside_and_toward_guidance_inside() -> None:
+    y, x, g = latents((1, 4, 8, 8), seed=4)
+    mask = mask_of("binary", y.shape)
+    kept = ito_step(y, x, g, mask, lam_of(1.0, 1))
+    outside = (1 - mask).expand_as(y).bool()
+    assert ((kept - x).abs() < (y - x).abs())[outside & ((y - x).abs() > 0.1)].all()
+    assert torch.equal(kept[~outside], y[~outside])
+    led = ito_step(y, x, g, mask, lam_of(0.0, 1), k=5)
+    assert F.cosine_similarity(led.flatten(), g.flatten(), dim=0) > F.cosine_similarity(y.flatten(), g.flatten(), dim=0)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_zero_latents_have_no_direction_and_no_nan(k: int) -> None:
+    y, x, g = latents((3, 4, 8, 8), dtype=torch.float32)
+    y[0], g[1], y[2], g[2] = 0, 0, 0, 0
+    mask = mask_of("soft", y.shape).float()
+    gradient = ito_gradient(y, x, g, mask, torch.zeros(3))
+    assert torch.count_nonzero(gradient) == 0  # lambda 0 leaves the cosine alone, and it has no gradient there
+    got = ito_step(y, x, g, mask, torch.full((3,), 0.6), k=k)
+    assert torch.isfinite(got).all()
+    plain = ito_step(y, x, None, mask, torch.full((3,), 0.6), k=k)
+    assert torch.equal(got[1:], plain[1:])
+    if k == 1:  # after its first step the zero latent has a direction
+        assert torch.equal(got[0], plain[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 3])
+def test_halves_are_computed_in_float32(dtype: torch.dtype, k: int) -> None:
+    y, x, g = latents((2, 4, 8, 8), seed=5, dtype=dtype)
+    mask, lam = mask_of("soft", y.shape).to(dtype), torch.full((2,), 0.6)
+    got = ito_step(y, x, g, mask, lam, k=k)
+    assert got.dtype == dtype
+    assert ito_gradient(y, x, g, mask, lam).dtype == torch.float32
+    exact = ito_step(y.float(), x.float(), g.float(), mask.float(), lam, k=k)
+    assert torch.equal(got, exact.to(dtype))  # one rounding, of the result
+
+
+def test_tiny_gradients_survive_in_half_precision() -> None:
+    """In float16 g^2 is zero for a gradient of 1e-4 and eps is zero: the step would be 0/0."""
+    y = torch.full((1, 4, 8, 8), 0.5, dtype=torch.float16)
+    x = y + 0.01
+    got = ito_step(y, x, None, torch.zeros(1, 1, 8, 8), torch.ones(1), k=2)
+    assert torch.isfinite(got).all() and (got > y).all()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_batch_is_its_samples_bit_for_bit(k: int) -> None:
+    y, x, g = latents((5, 4, 16, 16), seed=6, dtype=torch.float32)
+    mask, lam = mask_of("soft", y.shape).float(), torch.tensor([0.0, 0.3, 0.6, 0.9, 1.0])
+    for kept_area in (False, True):
+        together = ito_step(y, x, g, mask, lam, k=k, kept_area=kept_area)
+        for i in range(5):
+            s = slice(i, i + 1)
+            assert torch.equal(together[s], ito_step(y[s], x[s], g[s], mask[s], lam[s], k=k, kept_area=kept_area))
+
+
+def test_inputs_are_left_alone() -> None:
+    y, x, g = latents((2, 4, 8, 8), dtype=torch.float32)
+    mask, lam = mask_of("soft", y.shape).float(), torch.full((2,), 0.6)
+    before = [t.clone() for t in (y, x, g, mask, lam)]
+    ito_step(y, x, g, mask, lam, k=3)
+    assert all(torch.equal(a, b) for a, b in zip(before, (y, x, g, mask, lam)))
+
+
+def test_shape_errors_name_the_tensor_what_came_and_what_was_wanted() -> None:
+    y, x, g = latents((2, 4, 8, 8), dtype=torch.float32)
+    mask, lam = torch.zeros(2, 1, 8, 8), torch.ones(2)
+    with pytest.raises(ValueError, match=r"ito_step: x is \(1, 4, 8, 8\), expected \(2, 4, 8, 8\)"):
+        ito_step(y, x[:1], g, mask, lam)
+    with pytest.raises(ValueError, match=r"ito_step: g is \(2, 4, 8, 7\)"):
+        ito_step(y, x, g[..., :7], mask, lam)
+    with pytest.raises(ValueError, match=r"ito_step: mask is \(2, 8, 8\), expected \(2, 1, 8, 8\)"):
+        ito_step(y, x, g, mask[:, 0], lam)
+    with pytest.raises(ValueError, match=r"ito_step: mask is \(2, 4, 8, 8\)"):
+        ito_step(y, x, g, mask.expand(-1, 4, -1, -1), lam)
+    with pytest.raises(ValueError, match=r"ito_step: lam is \(\), expected \(2,\)"):
+        ito_step(y, x, g, mask, torch.tensor(0.6))
