@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .dispatch import use_triton
+
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 
@@ -99,6 +101,10 @@ def ito_step(
         raise ValueError(f"ito_step: mask is {tuple(mask.shape)}, expected {(y.shape[0], 1, *y.shape[2:])}")
     if lam.shape != (y.shape[0],):
         raise ValueError(f"ito_step: lam is {tuple(lam.shape)}, expected {(y.shape[0],)}")
+    if use_triton("ito_step", y, x, g, mask, lam):
+        from .ito_step_triton import ito_step as fused
+
+        return fused(y, x, g, mask, lam, k=k, lr=lr, kept_area=kept_area, state=state)
     kind = torch.float64 if y.dtype == torch.float64 else torch.float32
     value = y.to(kind)
     if state is None and k == 1:

@@ -85,7 +85,9 @@ def ito_step_once(y_ptr, x_ptr, g_ptr, m_ptr, lam_ptr, out_ptr, lr, n, hw, chann
         if GUIDED:
             g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
         gradient = _gradient(y, x, g, m, rec, along_y, along_g, GUIDED)
-        tl.store(out_ptr + at, (y - lr * gradient / (tl.abs(gradient) + 1e-8)).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            out_ptr + at, (y - lr * gradient / (tl.abs(gradient) + 1e-8)).to(out_ptr.dtype.element_ty), mask=inside
+        )
 
 
 @triton.jit

@@ -11,6 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from .dispatch import use_triton
+
+NORMS = ("minmax", "clamp")
+
 
 def difference(edited: Tensor, source: Tensor) -> Tensor:
     """Mean over seeds and channels of |edited - source|.
@@ -21,6 +25,10 @@ def difference(edited: Tensor, source: Tensor) -> Tensor:
     Returns:
         (B, 1, h, w) float32.
     """
+    if use_triton("difference", edited, source):
+        from .mask_map_triton import difference as fused
+
+        return fused(edited, source)
     gap = (edited.float() - source.float()).abs()
     # Added one by one: a batched reduction over two dimensions may round differently with B.
     total = torch.zeros_like(gap[:, 0, :1])
@@ -69,4 +77,10 @@ def mask_map(heat: Tensor, *, sigma: float, norm: str, threshold: float) -> Tens
     Returns:
         (B, 1, h, w) float32, 0 or 1.
     """
+    if norm not in NORMS:
+        raise ValueError(f"mask_map: norm is {norm!r}, expected {' or '.join(NORMS)}")
+    if use_triton("mask_map", heat):
+        from .mask_map_triton import mask_map as fused
+
+        return fused(heat, sigma, norm, threshold)
     return (normalise(gaussian_blur(heat, sigma), norm) > threshold).float()

@@ -93,5 +93,7 @@ def mask_map(heat: Tensor, sigma: float, norm: str, threshold: float) -> Tensor:
     weights = torch.tensor([v / sum(raw) for v in raw], dtype=torch.float32, device=heat.device)
     batch, _, h, w = heat.shape
     out, scratch = torch.empty_like(heat), torch.empty_like(heat)
-    threshold_kernel[(batch,)](heat, weights, scratch, out, threshold, h, w, RADIUS=radius, CLAMP=norm == "clamp", BLOCK=BLOCK)
+    threshold_kernel[(batch,)](
+        heat, weights, scratch, out, threshold, h, w, RADIUS=radius, CLAMP=norm == "clamp", BLOCK=BLOCK
+    )
     return out

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels.guided_step import guided_step
 from .errors import RunError
 from .profile import Profile
-from .schedule import Levels, ddim_coefficients, to_epsilon
+from .schedule import Levels, add_noise, ddim_coefficients
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,50 @@ class Denoiser(Protocol):
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """(B, C, h, w) latents, (B,) int64 timesteps -> (B, C, h, w) float32 in the checkpoint's prediction type."""
         ...
+
+
+class Reference(Protocol):
+    """The source latent at every level: what a preservation loss or a blend compares with."""
+
+    def __call__(self, i: int) -> Tensor:
+        """(B, C, h, w) at level i."""
+        ...
+
+    def parts(self, i: int) -> dict[str, Tensor]:
+        """The same as the `reference`, `noise` and `reference_abar` of `kernels.guided_step`."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoisedReference:
+    """The clean latent under one fixed noise; itself at the last level (METHOD section 2 row 10, section 3 rows 1-2)."""
+
+    x0: Tensor
+    noise: Tensor
+    levels: Levels
+
+    def __call__(self, i: int) -> Tensor:
+        return self.x0 if i == self.levels.steps else add_noise(self.x0, self.noise, self.levels.abar[i])
+
+    def parts(self, i: int) -> dict[str, Tensor]:
+        if i == self.levels.steps:
+            return {"reference": self.x0}
+        abar = torch.full((len(self.x0),), self.levels.abar[i], dtype=self.x0.dtype, device=self.x0.device)
+        return {"reference": self.x0, "noise": self.noise, "reference_abar": abar}
+
+
+@dataclass(frozen=True)
+class TrajectoryReference:
+    """The latents of an inversion, (N - start + 1, B, C, h, w)."""
+
+    trajectory: Tensor
+    levels: Levels
+
+    def __call__(self, i: int) -> Tensor:
+        return self.trajectory[i - (self.levels.steps + 1 - len(self.trajectory))]
+
+    def parts(self, i: int) -> dict[str, Tensor]:
+        return {"reference": self(i)}
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -136,11 +180,47 @@ class Network:
         return low + scale * (high - low)
 
     def step(self, x: Tensor, output: Tensor, abar_from: float, abar_to: float) -> Tensor:
-        """One DDIM step of the whole batch from one level to another."""
+        """One DDIM step of the whole batch from one level to another, with an output that is guided already."""
+        return self._move(x, output, None, 1.0, abar_from, abar_to, {})
+
+    def guided_move(
+        self,
+        x: Tensor,
+        levels: Levels,
+        i: int,
+        j: int,
+        condition: Condition,
+        uncond: Condition | None,
+        scale: float,
+        *,
+        t: int | None = None,
+        mask: Tensor | None = None,
+        source: Reference | None = None,
+    ) -> Tensor:
+        """Predict at level i and move to level j: both halves of the guidance in one call of the network, then guidance,
+        DDIM step and blend in one pass (see `kernels.guided_step`).
+
+        Args:
+            x: (B, C, h, w) at level i.
+            t: the timestep that the network is told; level i's by default.
+            mask: (B, 1, h, w), 1 edits; with `source`, what is outside is put back at level j.
+        """
+        told = levels.timesteps[i] if t is None else t
+        if uncond is None or scale == 1:
+            cond, low = self.predict(x, told, condition), None
+        else:
+            low, cond = self.predict(torch.cat([x, x]), told, Condition.cat([uncond, condition])).chunk(2)
+        kept: dict[str, Tensor] = {}
+        if mask is not None and source is not None:
+            kept = {"mask": mask} | source.parts(j)
+        return self._move(x, cond, low, scale, levels.abar[i], levels.abar[j], kept)
+
+    def _move(self, x: Tensor, cond: Tensor, low: Tensor | None, scale: float, abar_from: float, abar_to: float,
+              kept: dict[str, Tensor]) -> Tensor:  # fmt: skip
         c_x, c_eps = ddim_coefficients(abar_from, abar_to)
-        eps = to_epsilon(output, x, abar_from, self.prediction)
         ones = torch.ones(len(x), dtype=x.dtype, device=x.device)
-        return guided_step(x, eps, ones * c_x, ones * c_eps)
+        return guided_step(x, cond, low, scale, ones * c_x, ones * c_eps, abar=ones * abar_from, prediction=self.prediction,
+                           **kept)  # fmt: skip
 
 
 def invert(
@@ -168,6 +248,5 @@ def invert(
     for i in range(levels.steps, start, -1):
         network.profile.step(levels.steps - i + 1, levels.steps - start)
         t = levels.timesteps[i - 1 if evaluate == "target" else i]
-        output = network.guided(trajectory[-1], t, condition, uncond, scale)
-        trajectory.append(network.step(trajectory[-1], output, levels.abar[i], levels.abar[i - 1]))
+        trajectory.append(network.guided_move(trajectory[-1], levels, i, i - 1, condition, uncond, scale, t=t))
     return torch.stack(trajectory[::-1])

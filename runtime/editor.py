@@ -29,9 +29,9 @@ from . import images as pictures
 from . import layouts as layout_maps
 from .backend_torch import TorchDenoiser
 from .backends import choose
-from .denoiser import Condition, Denoiser, Network, invert
+from .denoiser import Condition, Denoiser, Network, NoisedReference, Reference, TrajectoryReference, invert
 from .errors import RunError, UsageError
-from .ito import Phase, ito_pass, masked_sampling, noised_reference, trajectory_reference
+from .ito import Phase, ito_pass, masked_sampling
 from .mask import estimate
 from .models import PICTUREBOOK, Model, load_model
 from .profile import Callback, Profile
@@ -481,12 +481,13 @@ class Editor:
 
             def sample(members: list[_Job]) -> Tensor:
                 x0, edit = latents(members, "encode"), condition(members, source=False)
+                source: Reference
                 if inverts:
                     trajectory = torch.stack([j.found["invert"]["value"] for j in members], dim=1)
-                    y, source = trajectory[0], trajectory_reference(trajectory, levels)
+                    y, source = trajectory[0], TrajectoryReference(trajectory, levels)
                 else:
                     noise = noises(members, "sample")
-                    y, source = add_noise(x0, noise, levels.abar[start]), noised_reference(x0, noise, levels)
+                    y, source = add_noise(x0, noise, levels.abar[start]), NoisedReference(x0, noise, levels)
                 mask = None if members[0].mask is None else torch.cat([j.mask for j in members if j.mask is not None])
                 return masked_sampling(network, y, levels, start, edit, uncond(edit), scale, source=source, mask=mask)
 
@@ -518,7 +519,7 @@ class Editor:
                 )
                 return ito_pass(
                     network, add_noise(x0, noise, levels.abar[start]), levels, start, edit, uncond(edit), scale,
-                    source=noised_reference(x0, noise, levels), guidance=None, mask=preserve(members),
+                    source=NoisedReference(x0, noise, levels), guidance=None, mask=preserve(members),
                     lam=torch.ones(len(members), device=model.device), phase=phase, kept_area=options.kept_area,
                 )  # fmt: skip
 
@@ -542,7 +543,7 @@ class Editor:
                 g = torch.stack([j.found.get("invert-guidance", {"value": nothing})["value"] for j in members], dim=1)
             return ito_pass(
                 network, trajectory[0], levels, start, edit, uncond(edit), scale,
-                source=trajectory_reference(trajectory, levels), guidance=None if g is None else trajectory_reference(g, levels),
+                source=TrajectoryReference(trajectory, levels), guidance=None if g is None else TrajectoryReference(g, levels),
                 mask=preserve(members), lam=torch.tensor([j.request.options.lam for j in members], device=model.device),
                 phase=options.final, kept_area=options.kept_area,
             )  # fmt: skip
@@ -605,8 +606,8 @@ class Editor:
             x = torch.stack([j.found["invert"]["value"] for j in members], dim=1)
             edit = condition(members, source=False)
             return ito_pass(
-                network, g[0], levels, start, edit, uncond(edit), scale, source=trajectory_reference(g, levels),
-                guidance=trajectory_reference(x, levels), mask=preserve(members),
+                network, g[0], levels, start, edit, uncond(edit), scale, source=TrajectoryReference(g, levels),
+                guidance=TrajectoryReference(x, levels), mask=preserve(members),
                 lam=torch.zeros(len(members), device=self.model.device), phase=options.refinement,
             )  # fmt: skip
 

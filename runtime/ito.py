@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernels.guided_step import blend
 from ..kernels.ito_step import AdamState, ito_step
-from .denoiser import Condition, Network
-from .schedule import Levels, add_noise
-
-Reference = Callable[[int], Tensor]  # level index -> (B, C, h, w): the source latent at that level
+from .denoiser import Condition, Network, Reference
+from .schedule import Levels
 
 
 @dataclass(frozen=True)
@@ -35,17 +31,6 @@ class Phase:
     def updates(self, steps: int) -> int:
         """t_u for a run of `steps` steps."""
         return round(steps * 15 / 25) if self.t_u is None else self.t_u
-
-
-def noised_reference(x0: Tensor, noise: Tensor, levels: Levels) -> Reference:
-    """The source at every level under one fixed noise; the clean latent itself at the last (METHOD 2 row 10, 3 row 2)."""
-    return lambda i: x0 if i == levels.steps else add_noise(x0, noise, levels.abar[i])
-
-
-def trajectory_reference(trajectory: Tensor, levels: Levels) -> Reference:
-    """The source at every level of its inversion, (N - start + 1, B, C, h, w)."""
-    offset = levels.steps + 1 - len(trajectory)
-    return lambda i: trajectory[i - offset]
 
 
 def ito_pass(
@@ -81,8 +66,7 @@ def ito_pass(
     state = AdamState(torch.zeros_like(y), torch.zeros_like(y)) if phase.carry else None
     for i in range(start, levels.steps):
         network.profile.step(i - start + 1, levels.steps - start)
-        output = network.guided(y, levels.timesteps[i], condition, uncond, scale)
-        y = network.step(y, output, levels.abar[i], levels.abar[i + 1])
+        y = network.guided_move(y, levels, i, i + 1, condition, uncond, scale)
         if i - start < updates:
             g = guidance(i + 1) if guidance else None
             y = ito_step(
@@ -110,8 +94,5 @@ def masked_sampling(
     """
     for i in range(start, levels.steps):
         network.profile.step(i - start + 1, levels.steps - start)
-        output = network.guided(y, levels.timesteps[i], condition, uncond, scale)
-        y = network.step(y, output, levels.abar[i], levels.abar[i + 1])
-        if mask is not None and source is not None:
-            y = blend(mask, y, source(i + 1))
+        y = network.guided_move(y, levels, i, i + 1, condition, uncond, scale, mask=mask, source=source)
     return y

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.guided_step import PREDICTIONS
 from .errors import UsageError
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
@@ -108,18 +107,6 @@ def ddim_coefficients(abar_from: float, abar_to: float) -> tuple[float, float]:
 def add_noise(x0: Tensor, noise: Tensor, abar: float) -> Tensor:
     """`sqrt(abar) * x0 + sqrt(1 - abar) * noise`; shapes as given, dtype of x0."""
     return math.sqrt(abar) * x0 + math.sqrt(1 - abar) * noise
-
-
-def to_epsilon(output: Tensor, x: Tensor, abar: float, prediction: str) -> Tensor:
-    """The noise that a network's output means for a latent `x` at level `abar`. Shapes (B, C, h, w)."""
-    if prediction == "epsilon":
-        return output
-    if prediction == "v_prediction":
-        return math.sqrt(abar) * output + math.sqrt(1 - abar) * x
-    if prediction == "sample":
-        # The clean level of a schedule with set_alpha_to_one has no noise to speak of.
-        return (x - math.sqrt(abar) * output) / max(math.sqrt(1 - abar), 1e-8)
-    raise ValueError(f"to_epsilon: prediction is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
 
 
 def seeded_noise(seed: int, purpose: str, shape: tuple[int, ...]) -> Tensor:

@@ -113,7 +113,9 @@ def test_guided_step_keeps_the_reference_bit_for_bit_where_the_mask_is_empty() -
     torch.manual_seed(4)
     x, cond, reference = (torch.randn(1, 4, 16, 16) for _ in range(3))
     one = torch.tensor([0.5])
-    got = guided_definition.guided_step(x, cond, None, 1.0, one, one, abar=one, mask=torch.zeros(1, 1, 16, 16), reference=reference)
+    got = guided_definition.guided_step(
+        x, cond, None, 1.0, one, one, abar=one, mask=torch.zeros(1, 1, 16, 16), reference=reference
+    )
     assert torch.equal(got, reference)
 
 

@@ -18,15 +18,16 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from iedit.kernels.guided_step import PREDICTIONS
 from iedit.kernels.mask_map import difference, mask_map, normalise
 from iedit.runtime.backend_torch import TorchDenoiser
-from iedit.runtime.denoiser import Condition, Network, invert
+from iedit.runtime.denoiser import Condition, Network, NoisedReference, TrajectoryReference, invert
 from iedit.runtime.editor import Editor as RealEditor
 from iedit.runtime.editor import EditRequest, EditResult, MaskOptions, Options
-from iedit.runtime.ito import Phase, ito_pass, masked_sampling, noised_reference, trajectory_reference
+from iedit.runtime.ito import Phase, ito_pass, masked_sampling
 from iedit.runtime.mask import estimate
 from iedit.runtime.profile import Profile
-from iedit.runtime.schedule import PREDICTIONS, add_noise, seeded_noise
+from iedit.runtime.schedule import add_noise, seeded_noise
 from iedit.runtime.stages import StageCache
 
 SOURCE, PROMPT = "a red car on grass at noon", "a blue house on sand at sunset"
@@ -138,9 +139,9 @@ def test_3_lambda_one_is_the_guided_path_with_guidance_of_weight_zero(model: Any
     told = Condition(model.encode_text([PROMPT, SOURCE]))
     results = [
         ito_pass(network_of(model), y[0], levels, 0, told, told.with_text(model.encode_text([""])), 5.0,
-                 source=trajectory_reference(x, levels), guidance=guidance, mask=(x[0, :, :1] > 0).float(),
+                 source=TrajectoryReference(x, levels), guidance=guidance, mask=(x[0, :, :1] > 0).float(),
                  lam=torch.ones(2), phase=phase)
-        for guidance in (None, trajectory_reference(g, levels))
+        for guidance in (None, TrajectoryReference(g, levels))
     ]  # fmt: skip
     assert torch.equal(*results)
 
@@ -531,9 +532,9 @@ def test_the_reference_of_masked_sampling_is_at_the_level_of_the_latent(model: A
     """One level late, as diffusers' DiffEdit blends, an empty mask would not return its input."""
     levels, x0 = model.schedule.levels(10), torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
-    reference = noised_reference(x0, noise, levels)
+    reference = NoisedReference(x0, noise, levels)
     assert reference(10) is x0
     assert torch.equal(reference(3), add_noise(x0, noise, levels.abar[3]))
     trajectory = torch.randn(8, 1, *SHAPE)  # from level 3 on
-    assert torch.equal(trajectory_reference(trajectory, levels)(3), trajectory[0])
-    assert torch.equal(trajectory_reference(trajectory, levels)(10), trajectory[7])
+    assert torch.equal(TrajectoryReference(trajectory, levels)(3), trajectory[0])
+    assert torch.equal(TrajectoryReference(trajectory, levels)(10), trajectory[7])

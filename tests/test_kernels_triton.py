@@ -37,7 +37,13 @@ def _kernels() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
         p = f"*{kind}"
         shared = {"y_ptr": p, "x_ptr": p, "g_ptr": p, "m_ptr": "*fp32", "lam_ptr": "*fp32", "out_ptr": p, "lr": "fp32",
                   "n": "i32", "hw": "i32", "channels": "i32"}  # fmt: skip
-        scratch = {"value_ptr": "*fp32", "mean_ptr": "*fp32", "square_ptr": "*fp32", "correction_ptr": "*fp32", "k": "i32"}
+        scratch = {
+            "value_ptr": "*fp32",
+            "mean_ptr": "*fp32",
+            "square_ptr": "*fp32",
+            "correction_ptr": "*fp32",
+            "k": "i32",
+        }
         for on in (True, False):
             constants = {"GUIDED": on, "KEPT": on, "BLOCK": ito.BLOCK}
             found.append((f"once-{kind}-{on}", ito.ito_step_once, shared, constants, ito.WARPS))
@@ -53,7 +59,9 @@ def _kernels() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     names = {"heat_ptr": "*fp32", "weight_ptr": "*fp32", "scratch_ptr": "*fp32", "out_ptr": "*fp32", "threshold": "fp32",
              "h": "i32", "w": "i32"}  # fmt: skip
     for clamp in (True, False):
-        found.append((f"threshold-{clamp}", mask.threshold_kernel, names, {"RADIUS": 3, "CLAMP": clamp, "BLOCK": mask.BLOCK}, 4))
+        found.append(
+            (f"threshold-{clamp}", mask.threshold_kernel, names, {"RADIUS": 3, "CLAMP": clamp, "BLOCK": mask.BLOCK}, 4)
+        )
     return found
 
 

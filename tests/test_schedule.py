@@ -11,17 +11,20 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
+from iedit.kernels.guided_step import PREDICTIONS, to_epsilon
 from iedit.runtime.errors import UsageError
 from iedit.runtime.schedule import (
-    PREDICTIONS,
     Schedule,
     add_noise,
     ddim_coefficients,
     seeded_noise,
-    to_epsilon,
 )
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+
+
+def epsilon(output: torch.Tensor, x: torch.Tensor, abar: float, prediction: str) -> torch.Tensor:
+    return to_epsilon(output, x, torch.full((len(x),), abar, dtype=x.dtype), prediction)
 
 
 def ddim(spacing: str = "leading", prediction: str = "epsilon", **more: Any) -> DDIMScheduler:
@@ -71,7 +74,7 @@ def test_a_step_is_that_of_ddim(spacing: str, steps: int, prediction: str) -> No
     generator = torch.Generator().manual_seed(0)
     x, output = torch.randn(2, 2, 4, 8, 8, generator=generator, dtype=torch.float64)
     for i in range(steps):
-        eps = to_epsilon(output, x, levels.abar[i], schedule.prediction)
+        eps = epsilon(output, x, levels.abar[i], schedule.prediction)
         c_x, c_eps = ddim_coefficients(levels.abar[i], levels.abar[i + 1])
         want = scheduler.step(output, int(scheduler.timesteps[i]), x).prev_sample
         # c_eps is a difference that cancels: 1 - abar has lost up to 10 bits at the cleanest level
@@ -100,7 +103,7 @@ def test_inversion_coefficients_are_those_of_the_inverse_scheduler(prediction: s
     x, output = torch.randn(2, 1, 4, 8, 8, generator=generator, dtype=torch.float64)
     for i, t in zip(range(25, 0, -1), inverse.timesteps.tolist(), strict=True):
         assert levels.timesteps[i - 1] == t  # told the target timestep
-        eps = to_epsilon(output, x, levels.abar[i], prediction)
+        eps = epsilon(output, x, levels.abar[i], prediction)
         c_x, c_eps = ddim_coefficients(levels.abar[i], levels.abar[i - 1])
         torch.testing.assert_close(
             c_x * x + c_eps * eps, inverse.step(output, t, x).prev_sample, rtol=1e-12, atol=1e-12
@@ -135,7 +138,7 @@ def test_every_prediction_type_names_the_same_noise(prediction: str) -> None:
         said = {"epsilon": eps, "v_prediction": math.sqrt(abar) * eps - math.sqrt(1 - abar) * x0, "sample": x0}[
             prediction
         ]
-        torch.testing.assert_close(to_epsilon(said, x, abar, prediction), eps, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(epsilon(said, x, abar, prediction), eps, rtol=1e-12, atol=1e-12)
 
 
 def test_start_counts_whole_steps_from_the_end() -> None:
@@ -156,7 +159,7 @@ def test_what_cannot_be_scheduled_is_refused() -> None:
     with pytest.raises(UsageError, match="prediction_type is 'score'"):
         Schedule.from_config(dict(ddim().config) | {"prediction_type": "score"})
     with pytest.raises(ValueError, match="prediction is 'score'"):
-        to_epsilon(torch.zeros(1), torch.zeros(1), 0.5, "score")
+        epsilon(torch.zeros(1), torch.zeros(1), 0.5, "score")
 
 
 def test_seeded_noise_depends_on_seed_and_purpose_alone() -> None:
