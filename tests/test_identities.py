@@ -361,9 +361,9 @@ def test_9_controlnet_is_controlnet_img2img(
 def test_9_the_single_mask_is_generate_mask(
     model: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch, guided: bool, seeds: int
 ) -> None:
-    """With diffusers' normaliser. generate_mask takes the two results of encode_prompt in the wrong order: its "text" is
-    the negative prompt, so its guided difference is (1 - s) (edit - source) where ours is s (edit - source), which the
-    normaliser makes the same; and guidance_scale 1 fails there, so both of ours are compared with 7.5.
+    """With diffusers' normaliser. generate_mask takes the two results of encode_prompt in the wrong order: its "text"
+    is the negative prompt, so its guided difference is (1 - s) (edit - source) where ours is s (edit - source), which
+    the normaliser makes the same; and guidance_scale 1 fails there, so both of ours are compared with 7.5.
     """
     from diffusers import DDIMInverseScheduler, StableDiffusionDiffEditPipeline
 
