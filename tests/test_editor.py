@@ -295,7 +295,7 @@ def test_progress_rises_to_one_at_the_last_stage(
     editor: RealEditor, picture: Picture, method: str, options: Options
 ) -> None:
     seen: list[Progress] = []
-    result = editor.edit(ask(picture(0), method, options=options), seen.append)  # type: ignore[arg-type]
+    result = editor.edit(ask(picture(0), method, options=options), seen.append)
     fractions = [p.fraction for p in seen]
     assert fractions == sorted(fractions) and fractions[0] == 0
     assert seen[-1].stage == "decode" and seen[-1].fraction == 1
@@ -450,7 +450,7 @@ def test_a_bad_request_is_refused_in_one_line_before_anything_runs(
 
 def test_a_pose_needs_no_source_where_nothing_is_compared(editor: RealEditor, picture: Picture) -> None:
     for more in ({"mask": disc()}, {"options": Options(mask=MaskOptions(mode="none"))}, {"method": "controlnet"}):
-        assert editor.edit(dataclasses.replace(ask(picture(0), layouts={"pose": layout()}, steps=2), **more)).image  # type: ignore[arg-type]
+        assert editor.edit(dataclasses.replace(ask(picture(0), layouts={"pose": layout()}, steps=2), **more)).image
 
 
 # --- long prompts -------------------------------------------------------------------------------------------------
@@ -479,6 +479,22 @@ def test_states_of_a_short_prompt_are_those_of_transformers(editor: RealEditor) 
     ids = model.tokenizer([PROMPT], padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(model.encode_text([PROMPT]), model.text_encoder(ids)[0])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 32)])
+def test_latents_are_the_posteriors_mode_times_the_scaling_factor(
+    editor: RealEditor, picture: Picture, size: tuple[int, int]
+) -> None:
+    model, image = editor.model, picture(0, size)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    result = editor.edit(ask(image, "sdedit", steps=1))
+    with torch.no_grad():
+        mode = model.vae.encode(pixels).latent_dist.mean
+        decoded = model.vae.decode(result.latent[None] / 0.9).sample[0]
+    assert model.vae.config.scaling_factor == 0.9
+    assert torch.equal(result.source_latent, mode[0] * 0.9)
+    want = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(result.image).astype(int) - want).max() <= 1
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------

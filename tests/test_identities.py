@@ -100,7 +100,7 @@ def gap(a: Tensor, b: Tensor) -> float:
 def test_1_an_empty_mask_returns_the_input_latent(
     model: Any, picture: Picture, method: str, size: tuple[int, int]
 ) -> None:
-    more = {"layouts": {"pose": layout(1).resize(size)}} if "controlnet" in method else {}
+    more: dict[str, Any] = {"layouts": {"pose": layout(1).resize(size)}} if "controlnet" in method else {}
     if more:
         more["source_layouts"] = more["layouts"]
     asked = EditRequest(picture(0, size), PROMPT, SOURCE, method, mask=Image.new("L", size), steps=6, **more)

@@ -24,7 +24,7 @@ from iedit.runtime.schedule import (
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
-def ddim(spacing: str = "leading", prediction: str = "epsilon", **more: Any) -> DDIMScheduler:
+def ddim(spacing: str = "leading", prediction: str = "epsilon", **more: Any) -> Any:
     config = {"set_alpha_to_one": False, "steps_offset": 1 if spacing == "leading" else 0} | more
     return DDIMScheduler(**SD, timestep_spacing=spacing, prediction_type=prediction, **config)
 
