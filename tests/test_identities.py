@@ -424,12 +424,13 @@ def test_9_the_blend_is_inpaints(model: Any, picture: Picture, monkeypatch: pyte
     assert torch.equal(want[0][:, ~cells], result.source_latent[:, ~cells])
 
 
-def test_9_an_ito_edit_is_the_equations_with_diffusers_autograd_and_adam(model: Any, picture: Picture) -> None:
-    """The whole of ITO written a second time from the paper's equations. The updates are few and their learning rate is
-    small, because Adam makes a step of full size out of any gradient, also one that is rounding."""
+@pytest.mark.parametrize("k", [1, 3])
+def test_9_an_ito_edit_is_the_equations_with_diffusers_autograd_and_adam(model: Any, picture: Picture, k: int) -> None:
+    """The whole of ITO written a second time from the paper's equations. Measured 7e-6; other than the other identities
+    this one may be missed without a fault, as Adam makes a step of full size also out of a gradient that is rounding."""
     from diffusers import DDIMInverseScheduler
 
-    steps, lam, phase, mask = 8, 0.6, Phase(t_u=3, k=2, lr=1e-3), square()
+    steps, lam, phase, mask = 8, 0.6, Phase(k=k), square()
     options = Options(lam=lam, guidance_scale=7.5, guidance=phase, final=phase)
     result = editor_of(model).edit(request(picture, steps=steps, mask=mask, options=options))
     scheduler = parts_of(model, model.schedule.prediction)["scheduler"]
@@ -457,10 +458,10 @@ def test_9_an_ito_edit_is_the_equations_with_diffusers_autograd_and_adam(model: 
     def optimised(y: Tensor, source: list[Tensor], guide: list[Tensor] | None, weight: float) -> Tensor:
         for i, t in enumerate(scheduler.timesteps):
             y = scheduler.step(eps(y, t, PROMPT, 7.5), t, y).prev_sample
-            if i < 3:
+            if i < 5:  # 15 of 25, of 8
                 leaf = y.clone().requires_grad_()
-                adam = torch.optim.Adam([leaf], lr=phase.lr)
-                for _ in range(phase.k):
+                adam = torch.optim.Adam([leaf], lr=0.1)
+                for _ in range(k):
                     adam.zero_grad()
                     loss = weight * (((1 - m) * (leaf - source[i + 1])) ** 2).mean()
                     if guide is not None:
