@@ -1,8 +1,8 @@
 """Guidance + DDIM step + masked blend, the elementwise tail of every denoising step.
 
-    out  = uncond + scale (cond - uncond)
-    x_r  = c_x x_s + c_eps eps(out)            ITO Eqs. 1 and 2; only the levels differ
-    x_r  = m x_r + (1 - m) ref_r               DiffEdit's and iEdit's blend (iEdit Eq. 13), at the level x_r is now at
+out  = uncond + scale (cond - uncond)
+x_r  = c_x x_s + c_eps eps(out)            ITO Eqs. 1 and 2; only the levels differ
+x_r  = m x_r + (1 - m) ref_r               DiffEdit's and iEdit's blend (iEdit Eq. 13), at the level x_r is now at
 """
 
 from __future__ import annotations

@@ -2,9 +2,528 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
+from . import METHODS, VERSION
+from .errors import IeditError, UsageError
 
-@click.group()
+if TYPE_CHECKING:
+    from .editor import Editor, EditRequest, EditResult, Options
+    from .profile import Progress
+
+# Groups of the packages above this one, by name so that imports keep pointing one way.
+_GROUPS = {"train": ("iedit.training.cli", "train", "Train the embedded model and measure it.")}
+
+
+class _Failure(click.ClickException):
+    """One line on stderr and the error's exit code."""
+
+
+class _Usage(_Failure):
+    exit_code = 2
+
+
+class _Commands(click.Group):
+    """Loads the groups of other packages when they are used, and turns the project's errors into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_GROUPS])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in _GROUPS:
+            module, attribute, _ = _GROUPS[name]
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+            return command
+        return super().get_command(ctx, name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            command = None if name in _GROUPS else self.get_command(ctx, name)
+            rows.append((name, _GROUPS[name][2] if command is None else command.get_short_help_str(90)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except IeditError as error:
+            raise (_Usage if error.exit_code == 2 else _Failure)(str(error)) from error
+
+
+@click.group(cls=_Commands)
+@click.version_option(VERSION, prog_name="iedit")
 def main() -> None:
-    """Localised image editing with diffusion models."""
+    """Localised image editing with diffusion models.
+
+    \b
+    iedit edit photo.png --source-prompt "a red car on grass at noon" --prompt "a blue car on grass at noon"
+
+    With no --model the embedded picture-book model is used: it draws its own small world and nothing else. Give a folder
+    of a Stable Diffusion 1.x checkpoint (diffusers layout) or a hub id for photographs.
+    """
+
+
+# --- shared options ---------------------------------------------------------------------------------------------
+
+
+def _pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for value in values:
+        name, sign, path = value.partition("=")
+        if not sign or not name or not path:
+            raise click.BadParameter(f"{value!r}: expected NAME=FILE, for example pose=skeleton.png")
+        if name in found:
+            raise click.BadParameter(f"{name} is given twice")
+        found[name] = path
+    return found
+
+
+def _apply(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    def wrap(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return wrap
+
+
+_model_options = _apply([
+    click.option("--model", default="picturebook", show_default=True,
+                 help="The embedded model, a diffusers folder, or a hub id (owner/name)."),
+    click.option("--controlnet", multiple=True, callback=_pairs, metavar="NAME=FOLDER",
+                 help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
+    click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "torch"]),
+                 help="What runs the networks; auto takes the fastest that can."),
+    click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one."),
+    click.option("--dtype", default=None, type=click.Choice(["float32", "float16", "bfloat16"]),
+                 help="Default: float16 on a GPU, float32 on a CPU."),
+])  # fmt: skip
+
+_request_options = _apply([
+    click.option("--prompt", required=True, help="What the edited picture shows."),
+    click.option("--source-prompt", default="", help="What the picture shows now; sharpens mask and inversion."),
+    click.option("--layout", multiple=True, callback=_pairs, metavar="NAME=FILE",
+                 help="Pose, scribble, edge or line map of the edited picture; repeat for several at once."),
+    click.option("--source-layout", multiple=True, callback=_pairs, metavar="NAME=FILE",
+                 help="The same for the picture as it is; edge, line and scribble are annotated if not given."),
+    click.option("--method", default="ito", show_default=True, type=click.Choice(METHODS), help="How to edit."),
+    click.option("--steps", default=25, show_default=True, type=click.IntRange(1, 1000), help="Sampling steps."),
+    click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
+    click.option("--guidance-scale", type=float, default=None,
+                 help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5."),
+    click.option("--negative-prompt", default="", help="Text of the unconditional half."),
+    click.option("--control-scale", type=float, default=1.0, show_default=True, help="Weight of the layouts."),
+    click.option("--mask-mode", type=click.Choice(["single", "trajectory", "none"]), default="single", show_default=True,
+                 help="How the mask is estimated: one evaluation per seed, whole trajectories, or not at all."),
+    click.option("--mask-threshold", type=click.FloatRange(0, 1), default=None,
+                 help="Cells above it are edited; lower edits more. Default 0.1."),
+    click.option("--mask-seeds", type=click.IntRange(1, 1000), default=10, show_default=True,
+                 help="Noises that the mask is averaged over."),
+])  # fmt: skip
+
+
+def _options(values: dict[str, Any], lam: float = 0.6) -> Options:
+    from .editor import MaskOptions, Options
+    from .ito import Phase
+
+    phase = Phase(t_u=values.get("t_u"), k=values.get("k", 1))
+    return Options(
+        lam=lam,
+        guidance_scale=values["guidance_scale"],
+        negative_prompt=values["negative_prompt"],
+        control_scale=values["control_scale"],
+        ratio=values.get("ratio"),
+        mask=MaskOptions(mode=values["mask_mode"], seeds=values["mask_seeds"], threshold=values["mask_threshold"]),
+        guidance=phase,
+        final=phase,
+        refine=values.get("refine", False),
+        composite=values.get("composite", "none"),
+    )
+
+
+def _request(image: str, values: dict[str, Any], seed: int, options: Options) -> EditRequest:
+    from .editor import EditRequest
+    from .images import load_image, load_mask, mask_coverage
+
+    picture = load_image(image)
+    mask = None
+    if values.get("mask"):
+        mask = load_mask(values["mask"], picture.size)
+        covered = mask_coverage(mask)
+        if covered == 0:
+            raise UsageError(f"{values['mask']}: the mask is empty, nothing could change; paint what to edit in white")
+        if covered == 1:
+            raise UsageError(
+                f"{values['mask']}: the mask covers everything, nothing is kept; use --mask-mode none instead"
+            )
+    return EditRequest(
+        image=picture,
+        prompt=values["prompt"],
+        source_prompt=values["source_prompt"],
+        method=values["method"],
+        layouts={n: load_image(p) for n, p in values["layout"].items()},
+        source_layouts={n: load_image(p) for n, p in values["source_layout"].items()},
+        mask=mask,
+        seed=seed,
+        steps=values["steps"],
+        options=options,
+    )
+
+
+def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
+    _quiet_libraries()
+    from .editor import Editor
+    from .stages import StageCache
+
+    return Editor.load(
+        values["model"],
+        layouts=values["controlnet"] or None,
+        backend=values["backend"],
+        device=values["device"],
+        dtype=values["dtype"],
+        cache=StageCache(folder=Path(cache)) if cache else None,
+    )
+
+
+def _quiet_libraries() -> None:
+    """Progress bars of loading libraries would tear the live display."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _live() -> Iterator[Callable[[Progress], bool | None]]:
+    """One live line on stderr: stage, step, share of the run, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+               TextColumn("{task.fields[left]}"))  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=1.0, left="")
+
+        def tell(progress: Any) -> bool | None:
+            step = f" {progress.step}/{progress.steps}" if progress.steps else ""
+            left = "" if progress.seconds_left is None else f"{progress.seconds_left:.0f} s left"
+            bar.update(task, description=progress.stage + step, completed=progress.fraction, left=left)
+            return None
+
+        yield tell
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("image", type=click.Path())
+@_request_options
+@click.option("--mask", type=click.Path(), default=None, help="White is edited, black is kept; estimated if not given.")
+@click.option("--lambda", "lambdas", multiple=True, type=click.FloatRange(0, 1), default=(0.6,), show_default=True,
+              help="Weight of preservation against guidance; 1 makes no guidance image. Repeat for a sweep.")  # fmt: skip
+@click.option("--t-u", "t_u", type=click.IntRange(0), default=None, help="Steps that ITO updates. Default 15 of 25.")
+@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Adam steps at each.")
+@click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), default=None,
+              help="Share of the steps that the other methods noise the picture by. Default: the method's own.")  # fmt: skip
+@click.option("--refine", is_flag=True, help="Refine the guidance image with the input (ITO A.5).")
+@click.option("--composite", type=click.Choice(["none", "latent", "pixel"]), default="none", show_default=True,
+              help="pixel leaves everything outside the mask exactly as it was.")  # fmt: skip
+@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ...")
+@click.option("--output", type=click.Path(), default=None, help="PNG. Default: NAME-edited.png in this folder.")
+@click.option("--stages", type=click.Path(), default=None, help="Also a sheet: input, layout, mask, guidance, result.")
+@click.option("--profile", type=click.Path(), default=None, help="Also seconds and evaluations per stage, as JSON.")
+@click.option("--cache", type=click.Path(file_okay=False), default=None,
+              help="Keep stage results in this folder: a second edit of the picture runs only what changed.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@_model_options
+def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None, stages: str | None, profile: str | None,
+         cache: str | None, as_json: bool, **values: Any) -> None:  # fmt: skip
+    """Edit IMAGE as the prompt says and leave the rest alone.
+
+    \b
+    Text:     iedit edit in.png --source-prompt "a red car ..." --prompt "a blue car ..."
+    Pose:     iedit edit in.png --prompt "a person ..." --layout pose=new.png --source-layout pose=old.png
+    Sweep:    iedit edit in.png --prompt "..." --lambda 0.2 --lambda 0.6 --lambda 1
+
+    The output PNG carries a receipt; `iedit replay OUT.png` makes it again.
+    """
+    from .images import write_png, write_whole
+
+    first = Path(output or f"{Path(image).stem}-edited.png")
+    wanted = [(seed, lam) for seed in range(values["seed"], values["seed"] + count) for lam in lambdas]
+    targets = (
+        [first]
+        if len(wanted) == 1
+        else [first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(len(wanted))]
+    )
+    _check_targets([*targets, *([Path(stages)] if stages else [])], image)
+    requests = [_request(image, values, seed, _options(values, lam)) for seed, lam in wanted]
+    with _live() as tell:
+        results = _editor(values, cache).edit_many(requests, tell)
+    files = {
+        "image": image,
+        "mask": values["mask"],
+        "layouts": values["layout"],
+        "source_layouts": values["source_layout"],
+    }
+    batch = [{"seed": seed, "lam": lam} for seed, lam in wanted]
+    for i, (target, result) in enumerate(zip(targets, results, strict=True)):
+        write_png(target, result.image, _cli_receipt(result, values, files, batch, i, target))
+    if stages:
+        write_png(stages, _sheet(requests, results), None)
+    if profile:
+        write_whole(profile, (json.dumps(results[0].profile.as_dict(), indent=1) + "\n").encode())
+    if as_json:
+        rows = [{"output": str(t), "seed": s, "lambda": lam, "mask": r.receipt["mask"], "notes": r.profile.notes}
+                for t, (s, lam), r in zip(targets, wanted, results, strict=True)]  # fmt: skip
+        click.echo(json.dumps({"results": rows, "profile": results[0].profile.as_dict()}, indent=1))
+        return
+    for note in results[0].profile.notes:
+        click.echo(f"note: {note}", err=True)
+    spent = sum(results[0].profile.seconds.values())
+    for target, result in zip(targets, results, strict=True):
+        area = "" if result.receipt["mask"] is None else f", mask {result.receipt['mask']['area']:.0%}"
+        click.echo(f"{target}: {result.image.width}x{result.image.height}{area}")
+    click.echo(f"{spent:.1f} s, {sum(results[0].profile.evaluations.values())} network evaluations", err=True)
+
+
+def _check_targets(targets: list[Path], image: str) -> None:
+    """Bad output names are refused before minutes of work, not after."""
+    for target in targets:
+        if target.suffix.lower() != ".png":
+            raise UsageError(f"{target}: the output is a PNG; give a name that ends in .png")
+        if not target.parent.is_dir():
+            raise UsageError(f"{target}: the folder {target.parent} does not exist; make it first")
+        if target.resolve() == Path(image).resolve():
+            raise UsageError(f"{target}: would overwrite the input; choose another --output")
+
+
+def _cli_receipt(
+    result: EditResult,
+    values: dict[str, Any],
+    files: dict[str, Any],
+    batch: list[dict[str, Any]],
+    index: int,
+    target: Path,
+) -> dict[str, Any]:
+    """The library's receipt with what `replay` needs: the files (relative to the output) and the batch it ran in."""
+
+    def beside(path: str | None) -> str | None:
+        return None if path is None else os.path.relpath(path, target.resolve().parent)
+
+    found = {
+        "image": beside(files["image"]),
+        "mask": beside(files["mask"]),
+        "layouts": {n: beside(p) for n, p in files["layouts"].items()},
+        "source_layouts": {n: beside(p) for n, p in files["source_layouts"].items()},
+    }
+    run = {k: values[k] for k in ("model", "controlnet", "backend", "device", "dtype")}
+    return result.receipt | {"files": found, "run": run, "batch": {"members": batch, "index": index}}
+
+
+def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
+    from .images import contact_sheet
+
+    rows = []
+    for request, result in zip(requests, results, strict=True):
+        row = [("input", request.image)] + [(f"{n} layout", p) for n, p in request.layouts.items()]
+        row += [("mask", result.mask)] if result.mask else []
+        row += [("guidance image", result.guidance)] if result.guidance else []
+        rows.append([*row, (f"result, seed {request.seed}, lambda {request.options.lam:g}", result.image)])
+    return contact_sheet(rows, titles=[r.prompt for r in requests])
+
+
+@main.command("mask")
+@click.argument("image", type=click.Path())
+@_request_options
+@click.option("--output", type=click.Path(), default=None, help="PNG. Default: NAME-mask.png in this folder.")
+@_model_options
+def mask_command(image: str, output: str | None, **values: Any) -> None:
+    """Estimate where an edit would happen, and write it: white is edited. Paint over it and give it back with --mask."""
+    from .images import mask_coverage, write_png
+
+    target = Path(output or f"{Path(image).stem}-mask.png")
+    _check_targets([target], image)
+    if values["mask_mode"] == "none" or values["method"] in ("sdedit", "controlnet"):
+        raise UsageError(f"method {values['method']} with mask mode {values['mask_mode']} estimates no mask")
+    request = _request(image, values, values["seed"], _options(values))
+    with _live() as tell:
+        mask, profile = _editor(values).mask(request, tell)
+    assert mask is not None
+    write_png(target, mask, None)
+    for note in profile.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{target}: {mask_coverage(mask):.0%} of the picture")
+
+
+@main.command("layouts")
+@click.argument("image", type=click.Path())
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(["pose", "scribble", "edge", "line"]),
+              help="Which map; repeat for more. Default: all that can be made from a picture.")  # fmt: skip
+@click.option("--output", type=click.Path(), default=None, help="PNG, for one kind. Default: NAME-KIND.png.")
+def layouts_command(image: str, kinds: tuple[str, ...], output: str | None) -> None:
+    """Photograph to pose, scribble, edge or line map, to draw on and to give to --layout."""
+    from .images import load_image, write_png
+    from .layouts import annotate
+
+    wanted = kinds or ("scribble", "edge", "line")
+    if output and len(wanted) != 1:
+        raise UsageError(f"--output names one file but {len(wanted)} maps were asked for; choose one with --kind")
+    picture = load_image(image)
+    for kind in wanted:
+        target = Path(output or f"{Path(image).stem}-{kind}.png")
+        _check_targets([target], image)
+        write_png(target, annotate(picture, kind), None)
+        click.echo(str(target))
+
+
+@main.command()
+@click.argument("output", type=click.Path())
+@click.option("--image", type=click.Path(), default=None, help="The input, if it is not where it was.")
+@click.option("--write", type=click.Path(), default=None, help="Write the picture made again to this PNG.")
+def replay(output: str, image: str | None, write: str | None) -> None:
+    """Make the picture OUTPUT again from the receipt that it carries, and compare it bit for bit.
+
+    Exits with 1 if a pixel differs, which another machine, thread count or library version can cause; the differences
+    in those are named.
+    """
+    _quiet_libraries()
+    import dataclasses
+
+    import numpy as np
+    import torch
+
+    from .editor import Editor, EditRequest, MaskOptions, Options, picture_digest, versions
+    from .images import load_image, load_mask, read_receipt, write_png
+    from .ito import Phase
+
+    receipt = read_receipt(output)
+    missing = [k for k in ("request", "inputs", "files", "run", "batch", "model") if k not in receipt]
+    if missing:
+        raise UsageError(
+            f"{output}: its receipt has no {missing[0]}; only pictures that `iedit edit` wrote can be replayed"
+        )
+    if write:
+        _check_targets([Path(write)], output)
+    folder, files, asked = Path(output).resolve().parent, receipt["files"], receipt["request"]
+
+    def read(path: str, digest: str, what: str) -> Any:
+        picture = load_image(path)
+        if picture_digest(picture) != digest:
+            raise UsageError(f"{path}: the {what} has changed since; replay needs the picture that was edited")
+        return picture
+
+    inputs = receipt["inputs"]
+    picture = read(image or str(folder / files["image"]), inputs["image"], "input")
+    maps = {
+        key: {n: read(str(folder / p), inputs[key][n], f"{n} layout") for n, p in files[key].items()}
+        for key in ("layouts", "source_layouts")
+    }
+    mask = load_mask(str(folder / files["mask"]), picture.size) if files["mask"] else None
+    if mask is not None and picture_digest(mask) != inputs["mask"]:
+        raise UsageError(f"{files['mask']}: the mask has changed since")
+    told = dict(asked["options"])
+    told |= {k: Phase(**told[k]) for k in ("guidance", "final", "refinement")} | {"mask": MaskOptions(**told["mask"])}
+    told["control_scales"] = tuple((n, s) for n, s in told["control_scales"])
+    options = Options(**told)
+    torch.set_num_threads(receipt["backend"]["threads"])
+    run = receipt["run"]
+    with _live() as tell:
+        editor = Editor.load(run["model"], layouts=run["controlnet"] or None, backend=run["backend"], device=run["device"],
+                             dtype=run["dtype"])  # fmt: skip
+        if editor.model.digest != receipt["model"]["digest"]:
+            raise UsageError(f"model: {run['model']} has digest {editor.model.digest}, the picture was made with "
+                             f"{receipt['model']['digest']}; these are other weights")  # fmt: skip
+        # The same batch: networks round differently with the batch size.
+        requests = [
+            EditRequest(picture, asked["prompt"], asked["source_prompt"], asked["method"], maps["layouts"],
+                        maps["source_layouts"], mask, member["seed"], asked["steps"],
+                        dataclasses.replace(options, lam=member["lam"]))
+            for member in receipt["batch"]["members"]
+        ]  # fmt: skip
+        result = editor.edit_many(requests, tell)[receipt["batch"]["index"]]
+    if write:
+        write_png(write, result.image, receipt)
+    before, after = np.asarray(load_image(output)), np.asarray(result.image)
+    if before.shape == after.shape and (before == after).all():
+        click.echo(f"{output}: identical")
+        return
+    changed = {k: (v, versions().get(k)) for k, v in receipt["versions"].items() if versions().get(k) != v}
+    why = "; ".join(f"{k} was {a}, is {b}" for k, (a, b) in changed.items()) or "another machine or an edited picture"
+    largest = int(np.abs(before.astype(int) - after.astype(int)).max()) if before.shape == after.shape else 255
+    click.echo(f"{output}: differs, by at most {largest} of 255 ({why})")
+    sys.exit(1)
+
+
+@main.command()
+@click.option("--model", default="picturebook", show_default=True, help="The model to describe.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def info(model: str, as_json: bool) -> None:
+    """Versions, devices, what can run here and why not, and what a model holds."""
+    _quiet_libraries()
+    import torch
+
+    from .backends import reasons
+    from .editor import versions
+    from .models import describe
+
+    found: dict[str, Any] = {
+        "iedit": VERSION,
+        "versions": versions(),
+        "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
+        "threads": torch.get_num_threads(),
+        "backends": reasons(),
+        "model": describe(model),
+    }
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("iedit", VERSION)
+    table.add_row("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
+    table.add_row("devices", f"{', '.join(found['devices'])}; {found['threads']} threads")
+    for name, why in found["backends"].items():
+        table.add_row(f"backend {name}", "can run" if not why else "cannot run: " + "; ".join(why))
+    for key, value in found["model"].items():
+        table.add_row(f"model {key}", str(value))
+    Console().print(table)
+
+
+@main.command()
+@click.option("--output", type=click.Path(), default="demo/edits.png", show_default=True, help="The contact sheet.")
+@click.option("--bench", type=click.Path(), default=None, help="Append the figures to this CSV of results.")
+def demo(output: str, bench: str | None) -> None:
+    """Run the shipped sample edits with the embedded model and write one contact sheet."""
+    _quiet_libraries()
+    from .demo import run_demo
+
+    with _live() as tell:
+        figures = run_demo(Path(output), tell, Path(bench) if bench else None)
+    from rich.console import Console
+    from rich.table import Table
+
+    stages = list(dict.fromkeys(s for f in figures for s in f["seconds"]))
+    table = Table(title="seconds per stage (network evaluations)")
+    for column in ("edit", *stages, "total", "peak MiB"):
+        table.add_column(column, justify="left" if column == "edit" else "right")
+    for f in figures:
+        cells = [f"{f['seconds'].get(s, 0):.2f} ({f['evaluations'].get(s, 0)})" for s in stages]
+        table.add_row(f["name"], *cells, f"{sum(f['seconds'].values()):.2f}", f"{f['peak_mib']:.0f}")
+    Console().print(table)
+    click.echo(f"{output}: {len(figures)} edits; a row is input, layout, mask, guidance image, result")

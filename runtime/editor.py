@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,9 +25,11 @@ from torch import Tensor
 
 from ..kernels.guided_step import blend
 from ..kernels.mask_map import mask_map
+from . import METHODS, VERSION
 from . import images as pictures
 from . import layouts as layout_maps
 from .backend_torch import TorchDenoiser
+from .backends import choose
 from .denoiser import Condition, Denoiser, Network, invert
 from .errors import RunError, UsageError
 from .ito import Phase, ito_pass, masked_sampling, noised_reference, trajectory_reference
@@ -37,10 +39,8 @@ from .profile import Callback, Profile
 from .schedule import Levels, add_noise, seeded_noise
 from .stages import Result, StageCache, key_of, tensor_digest
 
-METHODS = ("ito", "iedit", "sdedit", "diffedit", "controlnet", "controlnet-diffedit")
 # METHOD section 3, row 3 for iEdit; DiffEdit's own 0.8; ITO's section 4 uses 1.0 for ControlNet + DiffEdit.
 RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.8, "controlnet-diffedit": 1.0}
-VERSION = "0.1.0"
 
 
 @dataclass(frozen=True)
@@ -261,10 +261,9 @@ class Editor:
         Raises:
             UsageError: the model cannot be loaded, or the backend is not one that can run.
         """
-        if backend not in ("auto", "torch"):
-            raise UsageError(f"backend is {backend!r}, expected auto or torch")
+        name = choose(backend)
         loaded = load_model(model, layouts, device=device, dtype=dtype)
-        return cls(loaded, TorchDenoiser(loaded), cache=cache, memory=memory)
+        return cls(loaded, TorchDenoiser(loaded), backend=name, cache=cache, memory=memory)
 
     # --- public calls -------------------------------------------------------------------------------------------
 
@@ -292,6 +291,12 @@ class Editor:
             for i, result in zip(members, self._run([jobs[i] for i in members], callback), strict=True):
                 results[i] = result
         return [r for r in results if r is not None]
+
+    def mask(self, request: EditRequest, callback: Callback | None = None) -> tuple[Image.Image | None, Profile]:
+        """Only the mask that `edit` would use: "L", white where the edit is allowed; None where there is none."""
+        job = self._check(request)
+        profile = self._run([job], callback, only_mask=True)[0].profile
+        return self._mask_picture(job), profile
 
     @torch.no_grad()
     def generate(
@@ -378,7 +383,11 @@ class Editor:
             return ((pictures.to_tensor(framed) + 1) / 2).to(model.device)
 
         maps = {name: tensor_of(name, picture) for name, picture in request.layouts.items()}
-        compares = request.mask is None and request.options.mask.mode != "none" and request.method not in ("sdedit", "controlnet")
+        compares = (
+            request.mask is None
+            and request.options.mask.mode != "none"
+            and request.method not in ("sdedit", "controlnet")
+        )
         source_maps = {}
         if compares:
             for name in maps:
@@ -413,7 +422,7 @@ class Editor:
     # --- the main path ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _run(self, jobs: list[_Job], callback: Callback | None) -> list[EditResult]:
+    def _run(self, jobs: list[_Job], callback: Callback | None, only_mask: bool = False) -> list[EditResult]:
         model, first = self.model, jobs[0].request
         options, method = first.options, first.method
         profile = Profile(callback=callback)
@@ -444,7 +453,9 @@ class Editor:
             return torch.stack([seeded_noise(j.request.seed, purpose, shape) for j in members]).to(model.device)
 
         # 1. The input's latent.
-        run.stage("encode", lambda j: [j.digest], lambda m: self._batched(model.encode, torch.cat([j.pixels for j in m])))
+        run.stage(
+            "encode", lambda j: [j.digest], lambda m: self._batched(model.encode, torch.cat([j.pixels for j in m]))
+        )
 
         # 2. The mask.
         masked = method not in ("sdedit", "controlnet")
@@ -469,6 +480,8 @@ class Editor:
             if masked and j.given_mask is not None:
                 j.mask = j.given_mask
             self._note_mask(j, profile)
+        if only_mask:
+            return self._finish(run, "encode", profile)
 
         # 3. Masked sampling, for every method but ITO.
         uncond = partial(self._uncond, negative)
@@ -490,14 +503,16 @@ class Editor:
                 return masked_sampling(network, y, levels, start, edit, uncond(edit), scale, source=source, mask=mask)
 
             run.always("sample", sample)
-            return self._finish(run, "sample", profile, shape)
+            return self._finish(run, "sample", profile)
 
         # 4. ITO: the inversion of the input.
         start = levels.start(options.encoding_ratio)
         self._invert(run, "invert", network, levels, start, condition, negative, options)
 
         def preserve(members: list[_Job]) -> Tensor:
-            return torch.cat([torch.zeros(1, 1, *shape[1:], device=model.device) if j.mask is None else j.mask for j in members])
+            return torch.cat(
+                [torch.zeros(1, 1, *shape[1:], device=model.device) if j.mask is None else j.mask for j in members]
+            )
 
         # 5. The guidance image, and its inversion under the edit prompt; not for lambda = 1.
         guided = [j for j in jobs if j.request.options.lam < 1]
@@ -508,7 +523,11 @@ class Editor:
                          dataclasses.asdict(phase), options.kept_area]  # fmt: skip
 
             def make_guidance(members: list[_Job]) -> Tensor:
-                x0, noise, edit = latents(members, "encode"), noises(members, "guidance"), condition(members, source=False)
+                x0, noise, edit = (
+                    latents(members, "encode"),
+                    noises(members, "guidance"),
+                    condition(members, source=False),
+                )
                 return ito_pass(
                     network, add_noise(x0, noise, levels.abar[start]), levels, start, edit, uncond(edit), scale,
                     source=noised_reference(x0, noise, levels), guidance=None, mask=preserve(members),
@@ -541,7 +560,7 @@ class Editor:
             )  # fmt: skip
 
         run.always("final", final)
-        return self._finish(run, "final", profile, shape)
+        return self._finish(run, "final", profile)
 
     # --- pieces of the main path --------------------------------------------------------------------------------
 
@@ -617,7 +636,9 @@ class Editor:
         if r.method not in ("sdedit", "controlnet") and jobs[0].given_mask is None and o.mask.mode != "none":
             start = levels.start(o.mask.strength)
             halves = both if (o.mask.guided and (jobs[0].maps or o.mask.mode == "trajectory")) else 1
-            total += o.mask.seeds * 2 * halves * (levels.steps - start if o.mask.mode == "trajectory" else 1) * len(jobs)
+            total += (
+                o.mask.seeds * 2 * halves * (levels.steps - start if o.mask.mode == "trajectory" else 1) * len(jobs)
+            )
         if r.method != "ito":
             run = levels.steps - levels.start(RATIOS[r.method] if o.ratio is None else o.ratio)
             return total + run * (both + ("diffedit" in r.method) * inversion) * len(jobs)
@@ -633,7 +654,9 @@ class Editor:
         area = float((job.mask > 0).float().mean())
         if not 0.01 <= area <= 0.8:
             what = "almost nothing can change" if area < 0.01 else "almost nothing is kept"
-            profile.note(f"the mask covers {area:.1%} of the picture: {what}; change the mask threshold, or give a mask")
+            profile.note(
+                f"the mask covers {area:.1%} of the picture: {what}; change the mask threshold, or give a mask"
+            )
 
     def _batched(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         """The VAE in pieces of 8, one by one where memory runs out."""
@@ -645,12 +668,23 @@ class Editor:
         try:
             return torch.cat([run(piece) for piece in batch.split(1)])
         except (RuntimeError, MemoryError) as error:
-            raise RunError(f"out of memory in the VAE with one picture of {tuple(batch.shape[-2:])}; use a smaller one") from error
+            raise RunError(
+                f"out of memory in the VAE with one picture of {tuple(batch.shape[-2:])}; use a smaller one"
+            ) from error
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self._batched(self.model.decode, latents)
 
-    def _finish(self, run: _Stages, stage: str, profile: Profile, shape: tuple[int, ...]) -> list[EditResult]:
+    def _mask_picture(self, job: _Job) -> Image.Image | None:
+        if job.mask is None:
+            return None
+        cells = (job.mask[0, 0].cpu() * 255).round().byte()
+        large = Image.fromarray(cells.numpy()).resize(
+            (job.pixels.shape[-1], job.pixels.shape[-2]), Image.Resampling.NEAREST
+        )
+        return pictures.crop_back(large, job.size)
+
+    def _finish(self, run: _Stages, stage: str, profile: Profile) -> list[EditResult]:
         """Composite, decode, and write the receipts."""
         jobs, options = run.jobs, run.jobs[0].request.options
         for j in jobs:
@@ -660,18 +694,18 @@ class Editor:
         with profile.stage("decode"):
             finals = self._decode(torch.stack([j.found[stage]["value"] for j in jobs]))
             shown = [j for j in jobs if "guidance" in j.found]
-            guides = iter(self._decode(torch.stack([j.found["guidance"]["value"] for j in shown])) if shown else [])
+            guides: Iterator[Tensor] = iter(
+                self._decode(torch.stack([j.found["guidance"]["value"] for j in shown])) if shown else []
+            )
             results = []
             for j, pixels in zip(jobs, finals, strict=True):
                 image = pictures.crop_back(pictures.to_image(pixels), j.size)
-                guidance = pictures.crop_back(pictures.to_image(next(guides)), j.size) if "guidance" in j.found else None
-                mask = None
-                if j.mask is not None:
-                    cells = j.mask[0].cpu()
-                    large = cells.repeat_interleave(self.model.factor, 1).repeat_interleave(self.model.factor, 2)
-                    mask = pictures.crop_back(Image.fromarray((large[0] * 255).round().byte().numpy()), j.size)
-                    if options.composite == "pixel":
-                        image = paste(pictures.as_rgb(j.request.image), image, mask, options.feather)
+                guidance = (
+                    pictures.crop_back(pictures.to_image(next(guides)), j.size) if "guidance" in j.found else None
+                )
+                mask = self._mask_picture(j)
+                if options.composite == "pixel" and mask is not None:
+                    image = paste(pictures.as_rgb(j.request.image), image, mask, options.feather)
                 # Copies: what the caller does with them must not reach the cache.
                 latent, source = (j.found[s]["value"].cpu().clone() for s in (stage, "encode"))
                 results.append(EditResult(image, mask, guidance, latent, source, profile, self._receipt(j, profile)))
@@ -704,7 +738,13 @@ class _Stages:
     def __init__(self, editor: Editor, jobs: list[_Job], profile: Profile):
         self.cache, self.jobs, self.profile = editor.cache, jobs, profile
         model = editor.model
-        self.base = [model.digest, editor.backend, str(model.dtype), model.device.type, list(dataclasses.astuple(model.schedule)[1:])]
+        self.base = [
+            model.digest,
+            editor.backend,
+            str(model.dtype),
+            model.device.type,
+            list(dataclasses.astuple(model.schedule)[1:]),
+        ]
 
     def stage(
         self,
@@ -771,4 +811,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "missing"
     return found
-

@@ -125,7 +125,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     """A picture as `(1, 3, H, W)` float32 in [-1, 1]."""
     import torch
 
-    values = np.asarray(image.convert("RGB"), dtype=np.float32)
+    values = np.asarray(as_rgb(image), dtype=np.float32)
     return torch.from_numpy(values).permute(2, 0, 1).unsqueeze(0).contiguous() / 127.5 - 1.0
 
 

@@ -125,10 +125,10 @@ _ANNOTATORS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 def _gradients(image: Image.Image) -> tuple[FloatArray, FloatArray]:
     """Central differences of an RGB image in [0, 1]: dx and dy, each (H, W, 3)."""
-    rgb = np.asarray(image, dtype=np.float32) / 255.0
+    rgb: FloatArray = np.asarray(image, dtype=np.float32) / np.float32(255)
     padded = np.pad(rgb, ((1, 1), (1, 1), (0, 0)), mode="edge")
-    dx = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2
-    dy = (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
+    dx: FloatArray = (padded[1:-1, 2:] - padded[1:-1, :-2]) / np.float32(2)
+    dy: FloatArray = (padded[2:, 1:-1] - padded[:-2, 1:-1]) / np.float32(2)
     return dx, dy
 
 
@@ -192,7 +192,7 @@ def _segments(dx: FloatArray, dy: FloatArray, low: float, shortest: float) -> Fl
     n = int(label.max()) + 1
 
     def total(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(label, weights=values, minlength=n)
+        return np.bincount(label, weights=values, minlength=n).astype(np.float64)
 
     # Weighted moments of each group: its centre, axis, thickness and how its gradient turns along the axis.
     mass = total(weight)

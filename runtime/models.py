@@ -80,7 +80,9 @@ class Model:
         if not torch.isfinite(images).all() and self.dtype != torch.float32:
             images = self._in_float32(lambda: self.vae.decode(z.float()).sample, "decoding")
         if not torch.isfinite(images).all():
-            raise RunError("stage decode: the VAE returned NaN or infinity, in float32 too; try a smaller guidance scale")
+            raise RunError(
+                "stage decode: the VAE returned NaN or infinity, in float32 too; try a smaller guidance scale"
+            )
         return images
 
     def _in_float32(self, run: Any, what: str) -> Tensor:
@@ -110,8 +112,7 @@ class Model:
             for ids in parts:
                 row = [begin, *ids, end]
                 rows.append(row + [pad] * (length - len(row)))
-        ids = torch.tensor(rows, device=self.device)
-        states = self.text_encoder(ids)[0].float()
+        states = self.text_encoder(torch.tensor(rows, device=self.device))[0].float()
         return states.reshape(len(texts), -1, states.shape[-1])
 
 
@@ -132,7 +133,9 @@ def find_folder(model: str) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise UsageError(f"model: {model} is not a folder; give a diffusers folder, a hub id (owner/name) or {PICTUREBOOK}")
+        raise UsageError(
+            f"model: {model} is not a folder; give a diffusers folder, a hub id (owner/name) or {PICTUREBOOK}"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -237,7 +240,9 @@ def load_model(
         dtype = names[dtype]
     kind = dtype or (torch.float16 if where.type == "cuda" else torch.float32)
 
-    inside = {p.name.removeprefix(CONTROLNET_PREFIX): p for p in sorted(folder.glob(CONTROLNET_PREFIX + "*")) if p.is_dir()}
+    inside = {
+        p.name.removeprefix(CONTROLNET_PREFIX): p for p in sorted(folder.glob(CONTROLNET_PREFIX + "*")) if p.is_dir()
+    }
     if layouts is None:
         control_folders = inside
     elif isinstance(layouts, Mapping):
@@ -245,7 +250,9 @@ def load_model(
     else:
         unknown = [n for n in layouts if n not in inside]
         if unknown:
-            raise UsageError(f"layouts: {model} has no ControlNet for {', '.join(unknown)}; it has {', '.join(inside) or 'none'}")
+            raise UsageError(
+                f"layouts: {model} has no ControlNet for {', '.join(unknown)}; it has {', '.join(inside) or 'none'}"
+            )
         control_folders = {name: inside[name] for name in layouts}
 
     unet = _read(UNet2DConditionModel, folder / "unet", kind)
@@ -270,14 +277,18 @@ def load_model(
         )
     width = text_encoder.config.hidden_size
     if unet.config.cross_attention_dim != width:
-        raise UsageError(f"model: the UNet reads text {unet.config.cross_attention_dim} wide, the text encoder's is {width}")
+        raise UsageError(
+            f"model: the UNet reads text {unet.config.cross_attention_dim} wide, the text encoder's is {width}"
+        )
     for name, net in controlnets.items():
         for key in ("block_out_channels", "cross_attention_dim", "in_channels"):
             mine, theirs = getattr(net.config, key), getattr(unet.config, key)
             if (list(mine) if isinstance(mine, (list, tuple)) else mine) != (
                 list(theirs) if isinstance(theirs, (list, tuple)) else theirs
             ):
-                raise UsageError(f"layouts: the ControlNet of {name} has {key} {mine}, the UNet {theirs}; it is for another model")
+                raise UsageError(
+                    f"layouts: the ControlNet of {name} has {key} {mine}, the UNet {theirs}; it is for another model"
+                )
 
     for part in (unet, vae, text_encoder, *controlnets.values()):
         part.to(where)
@@ -301,3 +312,23 @@ def load_model(
 def cache_folder() -> Path:
     """Where stage results go when they are kept on disk: `$XDG_CACHE_HOME/iedit` or `~/.cache/iedit`."""
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "iedit"
+
+
+def describe(model: str) -> dict[str, str]:
+    """A model's folder, parts and sizes without loading its weights; what is wrong with it in place of a part."""
+    try:
+        folder = find_folder(model)
+        for part in PARTS:
+            _check_files(folder, part)
+    except UsageError as error:
+        return {"problem": str(error)}
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    controls = [p.name.removeprefix(CONTROLNET_PREFIX) for p in sorted(folder.glob(CONTROLNET_PREFIX + "*"))]
+    return {
+        "name": model,
+        "folder": str(folder),
+        "size": f"{size / 1e6:.1f} MB",
+        "unet": f"{config['block_out_channels']} channels, {config['in_channels']}x{config['sample_size']}x{config['sample_size']} latents",
+        "layouts": ", ".join(controls) or "none",
+    }

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from iedit.training import classifier, world
 from iedit.training.embed import Part
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def test_a_flat_picture_has_an_empty_map(name: str) -> None:
     assert not _white(layouts.annotate(Image.new("RGB", (64, 48), (200, 10, 90)), name)).any()
 
 
-@pytest.mark.parametrize("angle", range(0, 180, 15))
+@pytest.mark.parametrize("angle", range(0, 90, 3))  # 87: cut by a sector border if there were one set of them
 def test_every_side_of_a_square_is_found_at_every_angle(angle: int) -> None:
     corners = [
         (64 + 50 * math.cos(math.radians(angle + turn)), 64 + 50 * math.sin(math.radians(angle + turn)))
@@ -50,7 +50,7 @@ def test_every_side_of_a_square_is_found_at_every_angle(angle: int) -> None:
     exact = Image.new("RGB", (128, 128))
     ImageDraw.Draw(exact).line([*corners, corners[0]], fill="white")
     found = layouts.line_map(_polygon(corners))
-    assert _share_near(exact, found) > 0.9
+    assert _share_near(exact, found) > 0.98
     assert _share_near(found, exact) > 0.98
 
 

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
+
 from iedit.training import classifier, truth
 from iedit.training.cli import train
-from PIL import Image
 
 
 @pytest.mark.parametrize("command", ["embed", "classifier", "figures", "truth"])

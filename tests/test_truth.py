@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageChops
+
 from iedit.training import truth, world
 from iedit.training.classifier import Reading
-from PIL import Image, ImageChops
 
 
 def reading_of(scene: world.Scene) -> Reading:

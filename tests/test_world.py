@@ -156,8 +156,8 @@ def test_an_edit_changes_something_and_only_inside_the_exact_region(kind: str) -
         assert set(np.unique(region)) <= {0, 255}
         difference = np.abs(before_pixels.astype(int) - after_pixels).max(-1)
         assert difference[region == 255].max() > 20
-        # exact_region looks at the luma above 2: what it leaves out is anti-aliasing at most.
-        assert difference[region == 0].max(initial=0) <= 8
+        # exact_region looks at a luma above 2, which blue alone reaches at 2 / 0.114 = 17.5 only.
+        assert difference[region == 0].max(initial=0) <= 17
         assert world.edit(scene, change) == after, "the same change gave another scene"
 
 

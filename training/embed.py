@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from . import world
@@ -44,6 +45,16 @@ class Part:
     lr: float
     seed: int = 0
     ema: float = 0.999
+
+
+# What the embedded model was trained with (see the model card for how it went).
+VAE = Part(2800, 32, 1.5e-3)
+SHARDS = 16
+DECODER = Part(6000, 8, 8e-4)
+DENOISER = Part(4000, 64, 1e-3)
+CONTROLNET = Part(1500, 32, 6e-4)
+CLIP = Part(800, 64, 1e-3)
+CONTROLS = ("pose", "scribble")
 
 
 def images_to_tensor(images: list[Any]) -> Tensor:
@@ -131,7 +142,7 @@ def train_loop(
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             if processes > 1:
-                flat = torch.cat([p.grad.flatten() for p in trained.values()]) / processes
+                flat = torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]) / processes
                 dist.all_reduce(flat)
                 for p, g in zip(trained.values(), flat.split([p.numel() for p in trained.values()]), strict=True):
                     p.grad = g.view_as(p)
@@ -145,7 +156,9 @@ def train_loop(
                 speed = (step + 1 - start) / (time.perf_counter() - began)
                 left = (part.steps - step - 1) / speed / 60
                 shown = " ".join(f"{k} {v:.5f}" for k, v in running.items())
-                log(f"{name}: step {step + 1}/{part.steps} {shown} {speed * part.batch:.1f} samples/s {left:.1f} min left")
+                log(
+                    f"{name}: step {step + 1}/{part.steps} {shown} {speed * part.batch:.1f} samples/s {left:.1f} min left"
+                )
             if (step + 1) % every == 0:
                 save(step + 1)
     except KeyboardInterrupt:
@@ -180,7 +193,7 @@ def new_vae() -> Any:
 
 def _crops(rng: random.Random, count: int, size: int) -> Tensor:
     """(count, 3, size, size) in [-1, 1]: crops of fresh scenes, every second one around a thing."""
-    made = []
+    made: list[Any] = []
     while len(made) < count:
         scene = training_scene(rng)
         picture = world.render(scene)
@@ -202,8 +215,11 @@ def reconstruction_loss(got: Tensor, want: Tensor) -> Tensor:
     return F.l1_loss(got, want) + 4 * F.mse_loss(got, want) + 0.5 * (dx.abs().mean() + dy.abs().mean())
 
 
-def train_vae(work: Path, log: Callable[[str], None], part: Part = Part(8000, 32, 1.5e-3)) -> Any:
-    """The autoencoder: crops of 64 for the first 80 % of the steps, then whole pictures, a quarter as many."""
+def train_vae(work: Path, log: Callable[[str], None], part: Part = VAE) -> Any:
+    """The autoencoder: crops of 64 for the first 80 % of the steps, then whole pictures, a quarter as many.
+
+    Returns it with the scaling factor measured (1 / standard deviation of the latents), kept in `work/scaling.json`.
+    """
     torch.manual_seed(part.seed)
     vae = new_vae()
 
@@ -219,6 +235,10 @@ def train_vae(work: Path, log: Callable[[str], None], part: Part = Part(8000, 32
         return reconstruction_loss(got, images) + 2e-4 * kl, {"psnr": -10 * math.log10(mse), "kl": kl.item()}
 
     train_loop("vae", part, nn.ModuleDict({"vae": vae}), loss_of, work, log)
+    noted = work / "scaling.json"
+    if not noted.exists():
+        noted.write_text(json.dumps(measure_scaling(vae)))
+    vae.register_to_config(scaling_factor=json.loads(noted.read_text()))
     return vae
 
 
@@ -296,7 +316,7 @@ class Latents:
         return torch.stack([self.data[s][i] for s, i in names]).float(), [shard_scene(s, i) for s, i in names]
 
 
-def train_decoder(vae: Any, work: Path, log: Callable[[str], None], part: Part = Part(6000, 8, 8e-4)) -> Any:
+def train_decoder(vae: Any, work: Path, log: Callable[[str], None], part: Part = DECODER) -> Any:
     """The decoder alone, encoder frozen: whole pictures from stored latents."""
     vae.requires_grad_(False)
     modules = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
@@ -417,7 +437,9 @@ def new_scheduler() -> Any:
 
 def tokens_of(tokenizer: Any, captions: list[str]) -> Tensor:
     """(B, MAX_TOKENS) int64."""
-    return tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids
 
 
 def noisy(z: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -429,7 +451,7 @@ def noisy(z: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train_denoiser(
-    vae: Any, tokenizer: Any, work: Path, log: Callable[[str], None], part: Part = Part(5200, 64, 1e-3)
+    vae: Any, tokenizer: Any, work: Path, log: Callable[[str], None], part: Part = DENOISER
 ) -> tuple[Any, Any]:
     """Text encoder and UNet together, from scratch; 10 % of the captions are dropped for guidance."""
     torch.manual_seed(part.seed)
@@ -462,7 +484,7 @@ def train_controlnet(
     unet: Any,
     work: Path,
     log: Callable[[str], None],
-    part: Part = Part(2000, 32, 6e-4),
+    part: Part = CONTROLNET,
 ) -> Any:
     """The ControlNet of one layout on the frozen UNet; half of the captions are dropped so that it reads the map."""
     from diffusers import ControlNetModel
@@ -485,11 +507,195 @@ def train_controlnet(
             with torch.no_grad():
                 states = text(tokens_of(tokenizer, captions)).last_hidden_state
             down, mid = control(x, t, states, controlnet_cond=maps, return_dict=False)
-            got = unet(
-                x, t, states, down_block_additional_residuals=down, mid_block_additional_residual=mid
-            ).sample
+            got = unet(x, t, states, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
         error = (got.float() - noise) ** 2
         return (weight * error).mean(), {"mse": error.detach().mean().item()}
 
     train_loop(f"controlnet-{name}", part, nn.ModuleDict({"control": control}), loss_of, work, log)
     return control
+
+
+# --- CLIP -------------------------------------------------------------------------------------------------------
+
+
+def new_clip(tokenizer: Any) -> Any:
+    """CLIPModel for 128x128 pictures, patches of 16, 96 wide, 3 layers a side."""
+    from transformers import CLIPConfig, CLIPModel
+
+    shared = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return CLIPModel(
+        CLIPConfig(
+            text_config=shared
+            | {
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": MAX_TOKENS,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+            },
+            vision_config=shared | {"image_size": world.SIZE, "patch_size": 16},
+            projection_dim=96,
+        )
+    )
+
+
+def train_clip(tokenizer: Any, work: Path, log: Callable[[str], None], part: Part = CLIP) -> Any:
+    """Picture and caption embeddings by the symmetric contrastive loss; pictures in CLIP's own normalisation."""
+    torch.manual_seed(part.seed)
+    clip = new_clip(tokenizer)
+    processor = new_image_processor()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+
+    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        scenes = [training_scene(rng) for _ in range(batch)]
+        pixels = ((images_to_tensor([world.render(s) for s in scenes]) + 1) / 2 - mean) / std
+        ids = tokens_of(tokenizer, [world.caption(s) for s in scenes])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = clip(input_ids=ids, pixel_values=pixels).logits_per_image
+        right = torch.arange(batch)
+        loss = (F.cross_entropy(logits.float(), right) + F.cross_entropy(logits.float().t(), right)) / 2
+        return loss, {"top1": (logits.argmax(1) == right).float().mean().item()}
+
+    train_loop("clip", part, nn.ModuleDict({"clip": clip}), loss_of, work, log)
+    return clip
+
+
+def new_image_processor() -> Any:
+    """CLIP's picture preparation for 128x128."""
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(size={"shortest_edge": world.SIZE}, crop_size={"height": world.SIZE, "width": world.SIZE})
+
+
+# --- everything -------------------------------------------------------------------------------------------------
+
+ORDER = ("vae", "latents", "decoder", "denoiser", *(f"controlnet-{n}" for n in CONTROLS), "clip")
+
+
+def run_part(name: str, work: Path, log: Callable[[str], None]) -> Any:
+    """Train one part, or go on with it; what it builds on is read from `work` and must be finished."""
+    tokenizer = make_tokenizer(work / "tokenizer")
+    if name == "vae":
+        return train_vae(work, log)
+    if name == "clip":
+        return train_clip(tokenizer, work, log)
+    quiet: Callable[[str], None] = lambda _: None  # noqa: E731
+    vae = train_vae(work, quiet)
+    if name == "latents":
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return make_shards(vae, work, log, range(rank, SHARDS, processes))
+    if name == "decoder":
+        return train_decoder(vae, work, log)
+    if name == "denoiser":
+        return train_denoiser(vae, tokenizer, work, log)
+    if name.startswith("controlnet-"):
+        text, unet = train_denoiser(vae, tokenizer, work, quiet)
+        return train_controlnet(name.removeprefix("controlnet-"), vae, tokenizer, text, unet, work, log)
+    raise ValueError(f"run_part: name is {name!r}, expected one of {', '.join(ORDER)}")
+
+
+def _worker(rank: int, processes: int, name: str, work: Path, meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
+    run_part(name, work, lambda line: print(line, flush=True))
+    dist.destroy_process_group()
+
+
+def train_all(
+    work: Path, log: Callable[[str], None], processes: int = 1, out: Path | None = None, parts: tuple[str, ...] = ORDER
+) -> Path:
+    """Train `parts` in order and, when every part is there, write the model.
+
+    Args:
+        work: checkpoints; the same call goes on where it was stopped.
+        processes: data-parallel processes of one thread each.
+        out: folder of the model; default the package's `picturebook`.
+
+    Returns:
+        The folder written.
+    """
+    for name in parts:
+        if processes == 1:
+            run_part(name, work, log)
+            continue
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            spawn(_worker, (processes, name, work, f"{folder}/meeting"), nprocs=processes)
+    return write_model(work, log, out)
+
+
+def write_samples(folder: Path) -> None:
+    """The demo's pictures, layouts and prompts (`samples.json`), drawn by the world."""
+    thing = world.Thing
+    pose = (120.0, 150.0, 35.0, 60.0, 12.0, 6.0, 12.0, 6.0)
+    new_pose = (40.0, 95.0, 140.0, 165.0, 28.0, 12.0, 10.0, 4.0)
+    pair = world.Scene((thing("car", "red", 33, 108, 44), thing("tree", "green", 95, 106, 43)), "grass", "noon", 78)
+    house = world.Scene((thing("house", "yellow", 64, 108, 64),), "snow", "sunset", 79)
+    dancer = world.Scene((thing("person", "purple", 62, 112, 62, 1.0, pose),), "sand", "noon", 80)
+    boat = world.Scene((thing("boat", "blue", 58, 108, 58),), "grass", "sunset", 78)
+    edits = (
+        ("swap one of two things", pair, world.Change("thing", 0, "mushroom"), ()),
+        ("recolour", house, world.Change("colour", 0, "blue"), ()),
+        ("new pose", dancer, world.Change("pose", 0, new_pose), ("pose",)),
+        ("new outline", boat, world.Change("scribble", 0, (72.0, 68.0, 0.85)), ("scribble",)),
+        ("night falls", pair, world.Change("sky", 0, "night"), ()),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for name, scene, change, layouts in edits:
+        after, stem = world.edit(scene, change), name.replace(" ", "-")
+        files = {f"{stem}.png": world.render(scene)}
+        files |= {f"{stem}-{n}.png": world.layout(after, n) for n in layouts}
+        files |= {f"{stem}-source-{n}.png": world.layout(scene, n) for n in layouts}
+        for file, picture in files.items():
+            picture.save(folder / file)
+        listed.append(
+            {
+                "name": name,
+                "image": f"{stem}.png",
+                "prompt": world.caption(after),
+                "source_prompt": world.caption(scene),
+                "layouts": {n: f"{stem}-{n}.png" for n in layouts},
+                "source_layouts": {n: f"{stem}-source-{n}.png" for n in layouts},
+            }
+        )
+    (folder / "samples.json").write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def write_model(work: Path, log: Callable[[str], None], out: Path | None = None) -> Path:
+    """The trained parts as a diffusers folder of float16 safetensors, with `iedit.json` and `model_index.json`."""
+    from ..runtime.models import CONTROLNET_PREFIX, picturebook_folder
+
+    out = picturebook_folder() if out is None else out
+    tokenizer = make_tokenizer(out / "tokenizer")
+    vae = train_decoder(train_vae(work, log), work, log)
+    text, unet = train_denoiser(vae, tokenizer, work, log)
+    for module, name in ((vae, "vae"), (text, "text_encoder"), (unet, "unet")):
+        save_folder(module.half(), out / name)
+    unet.float()
+    for name in CONTROLS:
+        if (work / f"controlnet-{name}.pt").exists():
+            control = train_controlnet(name, vae, tokenizer, text, unet, work, log)
+            save_folder(control.half(), out / f"{CONTROLNET_PREFIX}{name}")
+    if (work / "clip.pt").exists():
+        save_folder(train_clip(tokenizer, work, log).half(), out / "clip")
+        new_image_processor().save_pretrained(out / "clip")
+    new_scheduler().save_pretrained(out / "scheduler")
+    write_samples(out / "samples")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    log(f"model: written to {out}, {size / 1e6:.1f} MB")
+    return out

@@ -232,8 +232,10 @@ def edit(scene: Scene, change: Change) -> Scene:
     allowed = {"thing": KINDS, "colour": COLOURS, "ground": GROUNDS, "sky": SKIES}
     if change.kind in allowed and change.value not in allowed[change.kind]:
         raise ValueError(f"edit: {change.kind} {change.value!r} is not one of {', '.join(allowed[change.kind])}")
-    if change.kind in ("ground", "sky"):
-        return replace(scene, **{change.kind: change.value})
+    if change.kind == "ground":
+        return replace(scene, ground=str(change.value))
+    if change.kind == "sky":
+        return replace(scene, sky=str(change.value))
     if not 0 <= change.index < len(scene.things):
         raise ValueError(f"edit: index {change.index} is not in a scene of {len(scene.things)} things")
     thing = scene.things[change.index]
@@ -427,7 +429,7 @@ def _draw(draw: ImageDraw.ImageDraw, parts: Iterable[Part], fills: dict[str, tup
 
 def _gradient(top: tuple[int, ...], bottom: tuple[int, ...], height: int) -> Image.Image:
     column = Image.new("RGB", (1, 2))
-    column.putdata([top, bottom])  # type: ignore[arg-type]
+    column.putdata([top, bottom])
     # Resized from the two centres of a 1x2 picture: the blend runs over the whole height.
     return column.resize((SIZE * SCALE, height), Image.Resampling.BILINEAR, box=(0, 0.5, 1, 1.5))
 
@@ -492,14 +494,16 @@ def exact_region(before: Scene, after: Scene, margin: int = 4) -> Image.Image:
 
     The margin is half a latent cell: an 8x8 block is the smallest thing that a latent edit can touch.
     """
-    difference = ImageChops.difference(render(before), render(after)).convert("L").point(lambda v: 255 if v > 2 else 0)
+    bands = ImageChops.difference(render(before), render(after)).split()
+    largest = ImageChops.lighter(ImageChops.lighter(bands[0], bands[1]), bands[2])
+    difference = largest.point(lambda v: 255 if v > 2 else 0)
     return difference.filter(ImageFilter.MaxFilter(2 * margin + 1)) if margin else difference
 
 
 def layout(scene: Scene, name: str) -> Image.Image:
     """The layout map of a scene: 128x128 RGB on black.
 
-    pose: skeletons of the people in OpenPose's colours; scribble: 3 px outline of every thing; edge: edges of the
+    pose: skeletons of the people in OpenPose's colours; scribble: 2 px outline of every thing; edge: edges of the
     picture by the same operator that annotates photographs; line: the straight edges of the things and the horizon.
     """
     if name == "pose":

@@ -1,0 +1,58 @@
+"""Which implementation of an operation runs, and why not another: one question, answered by a list of reasons.
+
+`IEDIT_KERNELS` in the environment is `auto` (default: Triton where it can run), `reference` (plain torch always) or
+`triton` (an error, with the reasons, where it cannot run).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from torch import Tensor
+
+VARIABLE = "IEDIT_KERNELS"
+
+
+def triton_installed() -> bool:
+    """Whether Triton can be imported; asked once per process by Python's own module cache."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on a CPU (tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not_triton(*tensors: Tensor | None) -> list[str]:
+    """Reasons why the Triton kernels cannot take these tensors; empty if they can."""
+    reasons = []
+    if not triton_installed():
+        reasons.append('triton is not installed (pip install "iedit[gpu]")')
+    present = [t for t in tensors if t is not None]
+    if not interpreted() and any(t.device.type != "cuda" for t in present):
+        reasons.append("the tensors are not on a CUDA device")
+    if len({t.device for t in present}) > 1:
+        reasons.append("the tensors are on several devices")
+    wide = [str(t.dtype) for t in present if t.is_floating_point() and t.element_size() > 4]
+    if wide:
+        reasons.append(f"{wide[0]} is computed by the definition in plain torch")
+    return reasons
+
+
+def use_triton(operation: str, *tensors: Tensor | None) -> bool:
+    """Whether `operation` runs as a Triton kernel on these tensors.
+
+    Raises:
+        RuntimeError: `IEDIT_KERNELS=triton` and it cannot, with the reasons.
+        ValueError: the variable has another value.
+    """
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted not in ("auto", "reference", "triton"):
+        raise ValueError(f"{VARIABLE} is {wanted!r}, expected auto, reference or triton")
+    if wanted == "reference":
+        return False
+    reasons = why_not_triton(*tensors)
+    if wanted == "triton" and reasons:
+        raise RuntimeError(f"{operation}: {VARIABLE}=triton, but Triton cannot run: {'; '.join(reasons)}")
+    return not reasons

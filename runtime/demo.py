@@ -1,0 +1,141 @@
+"""The demo: the sample edits that ship with the embedded model, one contact sheet, seconds per stage."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from .editor import Editor, EditRequest, Options, versions
+from .images import contact_sheet, load_image, write_png, write_whole
+from .models import picturebook_folder
+from .profile import Callback
+
+
+def sample_requests(folder: Path | None = None) -> list[tuple[str, EditRequest]]:
+    """The shipped samples as `(name, request)`: `samples/samples.json` beside their pictures."""
+    folder = (picturebook_folder() if folder is None else folder) / "samples"
+    found = []
+    for sample in json.loads((folder / "samples.json").read_text()):
+        found.append(
+            (
+                sample["name"],
+                EditRequest(
+                    image=load_image(folder / sample["image"]),
+                    prompt=sample["prompt"],
+                    source_prompt=sample["source_prompt"],
+                    layouts={n: load_image(folder / f) for n, f in sample["layouts"].items()},
+                    source_layouts={n: load_image(folder / f) for n, f in sample["source_layouts"].items()},
+                    options=Options(**sample.get("options", {})),
+                ),
+            )
+        )
+    return found
+
+
+class PeakMemory:
+    """The largest resident size of this process, MiB, while the block runs: sampled ten times a second on Linux.
+
+    `peak` is 0 where /proc is not there.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        self.peak, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        status = Path("/proc/self/statm")
+        while status.exists():
+            import resource
+
+            pages = int(status.read_text().split()[1])
+            self.peak = max(self.peak, pages * resource.getpagesize() / 2**20)
+            if self._stop.wait(0.1):
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def run_demo(output: Path, callback: Callback | None = None, bench: Path | None = None) -> list[dict[str, Any]]:
+    """Run every sample and write the sheet.
+
+    Returns:
+        For each edit: name, seconds and evaluations per stage, peak_mib (of the process), mask_area.
+    """
+    editor = Editor.load()
+    rows, titles, figures = [], [], []
+    for name, request in sample_requests():
+        with PeakMemory() as memory:
+            result = editor.edit(request, callback)
+        row = [("input", request.image)]
+        row += [(f"{n} asked for", p) for n, p in request.layouts.items()]
+        if result.mask:
+            row.append(("mask", result.mask))
+        if result.guidance:
+            row.append(("guidance image", result.guidance))
+        rows.append([*row, ("result", result.image)])
+        titles.append(f"{name}: {request.source_prompt} -> {request.prompt}")
+        figures.append(
+            {
+                "name": name,
+                "seconds": dict(result.profile.seconds),
+                "evaluations": dict(result.profile.evaluations),
+                "peak_mib": memory.peak,
+                "mask_area": result.receipt["mask"]["area"],
+            }
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_png(output, contact_sheet(rows, titles=titles), None)
+    if bench is not None:
+        append_rows(bench, figures, editor)
+    return figures
+
+
+COLUMNS = ("name", "variant", "shape", "dtype", "p20", "p50", "p80", "unit", "peak_mib", "evaluations", "quality", "device",
+           "versions", "date")  # fmt: skip
+
+
+def append_rows(path: Path, figures: list[dict[str, Any]], editor: Editor) -> None:
+    """Add a row per edit and stage to a results CSV, keeping what is there; written whole."""
+    old = path.read_text() if path.exists() else ""
+    lines: list[str] = []
+
+    class Lines:
+        def write(self, text: str) -> None:
+            lines.append(text)
+
+    writer = csv.DictWriter(Lines(), COLUMNS, lineterminator="\n")
+    if not old:
+        writer.writeheader()
+    v = versions()
+    shared = {
+        "variant": f"{editor.backend}, {editor.model.name}",
+        "dtype": str(editor.model.dtype).removeprefix("torch."),
+        "unit": "s",
+        "device": editor.model.device.type,
+        "versions": f"torch {v['torch']} diffusers {v['diffusers']}",
+        "date": datetime.date.today().isoformat(),
+    }
+    for f in figures:
+        total = {"total": sum(f["seconds"].values())}
+        for stage, seconds in (f["seconds"] | total).items():
+            count = sum(f["evaluations"].values()) if stage == "total" else f["evaluations"].get(stage, 0)
+            writer.writerow(
+                shared
+                | {
+                    "name": f"demo/{f['name']}/{stage}",
+                    "shape": "128x128",
+                    "p50": round(seconds, 4),
+                    "peak_mib": round(f["peak_mib"]),
+                    "evaluations": count,
+                    "quality": f"mask area {f['mask_area']:.3f}",
+                }
+            )
+    write_whole(path, (old + "".join(lines)).encode())

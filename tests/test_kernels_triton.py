@@ -1,0 +1,87 @@
+"""Triton kernels without a GPU: in the interpreter (a process of its own), and compiled ahead of time for four chips."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+
+HERE = Path(__file__).parent
+# Shared memory of one block, bytes: the compiler does not check it.
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+def test_the_kernels_match_float64_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py")]
+    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+def _kernels() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    from iedit.kernels import guided_step_triton as guided
+    from iedit.kernels import ito_step_triton as ito
+    from iedit.kernels import mask_map_triton as mask
+
+    found = []
+    for kind in ("fp32", "fp16", "bf16"):
+        p = f"*{kind}"
+        shared = {"y_ptr": p, "x_ptr": p, "g_ptr": p, "m_ptr": "*fp32", "lam_ptr": "*fp32", "out_ptr": p, "lr": "fp32",
+                  "n": "i32", "hw": "i32", "channels": "i32"}  # fmt: skip
+        scratch = {"value_ptr": "*fp32", "mean_ptr": "*fp32", "square_ptr": "*fp32", "correction_ptr": "*fp32", "k": "i32"}
+        for on in (True, False):
+            constants = {"GUIDED": on, "KEPT": on, "BLOCK": ito.BLOCK}
+            found.append((f"once-{kind}-{on}", ito.ito_step_once, shared, constants, ito.WARPS))
+            constants = {"GUIDED": on, "KEPT": on, "BLOCK": ito.BLOCK_MANY}
+            found.append((f"many-{kind}-{on}", ito.ito_step_many, shared | scratch, constants, ito.WARPS))
+        names = dict.fromkeys(("x_ptr", "cond_ptr", "uncond_ptr", "ref_ptr", "noise_ptr", "out_ptr"), p)
+        names |= dict.fromkeys(("cx_ptr", "ceps_ptr", "sa_ptr", "sn_ptr", "m_ptr", "ra_ptr", "rn_ptr"), "*fp32")
+        names |= {"scale": "fp32", "n": "i32", "hw": "i32"}
+        constants = {"GUIDED": True, "PREDICTION": 1, "MASKED": True, "NOISED": True, "BLOCK": guided.BLOCK}
+        found.append((f"guided-{kind}", guided.guided_step_kernel, names, constants, 4))
+    names = {"a_ptr": "*fp32", "b_ptr": "*fp32", "out_ptr": "*fp32", "planes": "i32", "hw": "i32"}
+    found.append(("difference", mask.difference_kernel, names, {"BLOCK": mask.BLOCK}, 4))
+    names = {"heat_ptr": "*fp32", "weight_ptr": "*fp32", "scratch_ptr": "*fp32", "out_ptr": "*fp32", "threshold": "fp32",
+             "h": "i32", "w": "i32"}  # fmt: skip
+    for clamp in (True, False):
+        found.append((f"threshold-{clamp}", mask.threshold_kernel, names, {"RADIUS": 3, "CLAMP": clamp, "BLOCK": mask.BLOCK}, 4))
+    return found
+
+
+@pytest.mark.parametrize("chip", [80, 89, 90, 100])
+def test_every_kernel_compiles_for_the_chip_without_a_spill(chip: int) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    spills = {}
+    for label, kernel, signature, constants, warps in _kernels():
+        names = kernel.arg_names
+        # Without divisibility the compiler makes unvectorised code, which is not what runs.
+        wide = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in ("n", "hw")}
+        source = ASTSource(
+            kernel,
+            {n: signature.get(n, "constexpr") for n in names},
+            {names.index(k): v for k, v in constants.items()},
+            wide,
+        )
+        made = triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_warps": warps})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            report = subprocess.run([str(reader), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout + report.stderr)
+        assert found, report.stdout + report.stderr
+        if int(found[2]):
+            spills[label] = int(found[2])
+        assert made.metadata.shared <= SHARED[chip], label
+    assert not spills
