@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,13 +137,19 @@ class Options:
         within("lambda", self.lam, 0, 1)
         within("mask threshold", self.mask.cut, 0, 1)
         within("mask seeds", self.mask.seeds, 1, 1000)
+        within("mask sigma", self.mask.sigma, 0, 1000)
         within("feather", self.feather, 0, 1000)
+        scales = {"guidance_scale": self.guidance_scale, "inversion_scale": self.inversion_scale,
+                  "control_scale": self.control_scale}  # fmt: skip
+        for name, value in {**scales, **{f"control_scales {n}": s for n, s in self.control_scales}}.items():
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{name} is {value}, expected a number")
         for name, ratio in (("encoding_ratio", self.encoding_ratio), ("mask strength", self.mask.strength),
                             ("ratio", 1.0 if self.ratio is None else self.ratio)):  # fmt: skip
             if not 0 < ratio <= 1:
                 raise UsageError(f"{name} is {ratio}, expected a number above 0 and at most 1")
         for phase in (self.guidance, self.final, self.refinement):
-            if phase.k < 1 or (phase.t_u is not None and phase.t_u < 0) or phase.lr <= 0:
+            if phase.k < 1 or (phase.t_u is not None and phase.t_u < 0) or not 0 < phase.lr < math.inf:
                 raise UsageError(f"{phase}: expected t_u >= 0, k >= 1 and lr > 0")
 
 
@@ -358,9 +365,14 @@ class Editor:
             if name not in model.controlnets:
                 known = ", ".join(model.controlnets) or "none"
                 raise UsageError(f"layout {name!r}: {model.name} has no ControlNet of that name; it has {known}")
+        for name, _ in request.options.control_scales:
+            if name not in model.controlnets:
+                known = ", ".join(model.controlnets) or "none"
+                raise UsageError(f"control_scales: {model.name} has no ControlNet {name!r}; it has {known}")
         extra = sorted(set(request.source_layouts) - set(request.layouts))
         if extra:
             raise UsageError(f"source layout {extra[0]!r} has no layout to go with it: give layouts[{extra[0]!r}] too")
+        pictures.check_size(request.image)
         image = pictures.as_rgb(request.image)
         padded, size = pictures.pad_to_multiple(image, model.multiple)
 
@@ -620,6 +632,7 @@ class Editor:
         """Network evaluations if nothing is cached, for the progress bar."""
         r = jobs[0].request
         o, both = r.options, 1 if scale == 1 else 2
+        inversion = 1 if o.inversion_scale == 1 else 2
         total = 0
         if r.method not in ("sdedit", "controlnet") and jobs[0].given_mask is None and o.mask.mode != "none":
             start = levels.start(o.mask.strength)
@@ -629,10 +642,9 @@ class Editor:
             )
         if r.method != "ito":
             run = levels.steps - levels.start(RATIOS[r.method] if o.ratio is None else o.ratio)
-            return total + run * (both + ("diffedit" in r.method)) * len(jobs)
+            return total + run * (both + ("diffedit" in r.method) * inversion) * len(jobs)
         run = levels.steps - levels.start(o.encoding_ratio)
         guided = sum(j.request.options.lam < 1 for j in jobs)
-        inversion = 1 if o.inversion_scale == 1 else 2
         total += run * (inversion + both) * len(jobs) + run * (inversion + both) * guided
         return total + (run * (inversion + both) * guided if o.refine else 0)
 
@@ -695,8 +707,9 @@ class Editor:
                 mask = self._mask_picture(j)
                 if options.composite == "pixel" and mask is not None:
                     image = paste(pictures.as_rgb(j.request.image), image, mask, options.feather)
-                results.append(EditResult(image, mask, guidance, j.found[stage]["value"].cpu(), j.found["encode"]["value"].cpu(),
-                                          profile, self._receipt(j, profile)))  # fmt: skip
+                # Copies: what the caller does with them must not reach the cache.
+                latent, source = (j.found[s]["value"].cpu().clone() for s in (stage, "encode"))
+                results.append(EditResult(image, mask, guidance, latent, source, profile, self._receipt(j, profile)))
         profile.notes += [n for n in self.model.notes if n not in profile.notes]
         return results
 

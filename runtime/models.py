@@ -159,6 +159,10 @@ def _check_files(folder: Path, part: str) -> None:
     wanted = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(part, "config.json")
     if not (where / wanted).is_file():
         raise UsageError(f"model: {where / wanted} is missing; {folder} is not a whole diffusers checkpoint")
+    if part == "tokenizer" and not any(
+        all((where / name).is_file() for name in names) for names in (["tokenizer.json"], ["vocab.json", "merges.txt"])
+    ):  # transformers would make do with an empty vocabulary
+        raise UsageError(f"model: {where} has neither vocab.json and merges.txt nor tokenizer.json; it cannot read text")
     if part in ("unet", "vae", "text_encoder") and not _weights(where):
         raise UsageError(f"model: {where} holds no weights (*.safetensors); the download may have been cut off")
 
@@ -171,11 +175,25 @@ def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
         variant = "fp16"
     keyword = "dtype" if loader.__module__.startswith("transformers") else "torch_dtype"
     try:
-        part = loader.from_pretrained(folder, local_files_only=True, variant=variant, **{keyword: dtype})
+        part, found = loader.from_pretrained(
+            folder, local_files_only=True, variant=variant, output_loading_info=True, **{keyword: dtype}
+        )
     except Exception as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"model: {folder} cannot be read ({line}); the files may be damaged or cut off") from error
+    missing = sorted(found["missing_keys"])
+    if missing:  # the loaders warn and fill the holes with random numbers
+        raise UsageError(
+            f"model: the weights of {folder} lack {len(missing)} tensors ({missing[0]}, ...); the files may be damaged"
+        )
     return part.eval().requires_grad_(False)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"model: {path} cannot be read ({str(error).splitlines()[0]}); it may be damaged") from error
 
 
 def _digest(folders: Sequence[Path]) -> str:
@@ -244,7 +262,7 @@ def load_model(
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:
         raise UsageError(f"model: {folder / 'tokenizer'} cannot be read ({str(error).splitlines()[0]})") from error
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    config = _read_json(folder / "scheduler" / "scheduler_config.json")
     controlnets: dict[str, Any] = {}
     for name, path in control_folders.items():
         if not (path / "config.json").is_file() or not _weights(path):
@@ -274,7 +292,7 @@ def load_model(
 
     for part in (unet, vae, text_encoder, *controlnets.values()):
         part.to(where)
-    hints = json.loads((folder / "iedit.json").read_text()) if (folder / "iedit.json").is_file() else {}
+    hints = _read_json(folder / "iedit.json") if (folder / "iedit.json").is_file() else {}
     return Model(
         name=model,
         folder=folder,

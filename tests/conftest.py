@@ -68,7 +68,7 @@ def _build_checkpoint(folder: Path, latent_channels: int = 4, seed: int = 0) -> 
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 16, 16),
@@ -78,7 +78,7 @@ def _build_checkpoint(folder: Path, latent_channels: int = 4, seed: int = 0) -> 
         sample_size=64,
         scaling_factor=0.9,
     )
-    unet = UNet2DConditionModel(
+    unet: Any = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),
         layers_per_block=1,
@@ -98,7 +98,7 @@ def _build_checkpoint(folder: Path, latent_channels: int = 4, seed: int = 0) -> 
         text_encoder.save_pretrained(folder / "text_encoder")
         embed.new_scheduler().save_pretrained(folder / "scheduler")
         for name in ("pose", "scribble"):
-            net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+            net: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
             for zero in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
                 for p in zero.parameters():
                     p.copy_(0.3 * torch.randn_like(p))

@@ -27,7 +27,7 @@ def epsilon(output: torch.Tensor, x: torch.Tensor, abar: float, prediction: str)
     return to_epsilon(output, x, torch.full((len(x),), abar, dtype=x.dtype), prediction)
 
 
-def ddim(spacing: str = "leading", prediction: str = "epsilon", **more: Any) -> DDIMScheduler:
+def ddim(spacing: str = "leading", prediction: str = "epsilon", **more: Any) -> Any:
     config = {"set_alpha_to_one": False, "steps_offset": 1 if spacing == "leading" else 0} | more
     return DDIMScheduler(**SD, timestep_spacing=spacing, prediction_type=prediction, **config)
 
