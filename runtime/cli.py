@@ -580,12 +580,19 @@ def demo(output: str, bench: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    stages = list(dict.fromkeys(s for f in figures for s in f["seconds"]))
     table = Table(title="seconds per stage (network evaluations)")
-    for column in ("edit", *stages, "total", "peak MiB"):
-        table.add_column(column, justify="left" if column == "edit" else "right")
+    table.add_column("stage")
     for f in figures:
-        cells = [f"{f['seconds'].get(s, 0):.2f} ({f['evaluations'].get(s, 0)})" for s in stages]
-        table.add_row(f["name"], *cells, f"{sum(f['seconds'].values()):.2f}", f"{f['peak_mib']:.0f}")
+        table.add_column(f["name"], justify="right")
+    for stage in dict.fromkeys(s for f in figures for s in f["seconds"]):
+        cells = (
+            f"{f['seconds'][stage]:.2f} ({f['evaluations'].get(stage, 0)})" if stage in f["seconds"] else "-"
+            for f in figures
+        )
+        table.add_row(stage, *cells)
+    table.add_section()
+    totals = (f"{sum(f['seconds'].values()):.2f} ({sum(f['evaluations'].values())})" for f in figures)
+    table.add_row("total", *totals)
+    table.add_row("peak MiB", *(f"{f['peak_mib']:.0f}" for f in figures))
     Console().print(table)
     click.echo(f"{output}: {len(figures)} edits; a row is input, layout, mask, guidance image, result")

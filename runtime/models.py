@@ -194,6 +194,10 @@ def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     if names and all(".fp16." in n for n in names):
         variant = "fp16"
     keyword = "dtype" if loader.__module__.startswith("transformers") else "torch_dtype"
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # transformers draws one for each part
     try:
         part, report = loader.from_pretrained(
             folder, local_files_only=True, variant=variant, output_loading_info=True, **{keyword: dtype}
@@ -202,6 +206,9 @@ def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
         raise UsageError(
             f"model: {folder} cannot be read ({_first_line(error)}); the files may be damaged or cut off"
         ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     missing = sorted(k for k in report["missing_keys"] if not k.endswith("position_ids"))  # a buffer, made anew
     if missing:  # both libraries go on with random weights
         raise UsageError(
