@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from iedit.training.embed import make_tokenizer, new_scheduler, save_folder
 
@@ -113,6 +114,7 @@ def fill(module: nn.Module, seed: int) -> None:
 
 def write(folder: Path, log: Callable[[str], None] = print, layout: str = "pose") -> Path:
     """The checkpoint with a ControlNet for `layout`; parts that are there already are kept."""
+    logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer").exists():
         making = folder / "tokenizer.tmp"
@@ -155,6 +157,7 @@ def edit(folder: Path, table: Path | None = None) -> dict[str, Any]:
     ImageDraw.Draw(source).line((128, 20, 128, 220), fill="red", width=8)
     request = EditRequest(picture, "a red person on sand at noon", layouts={"pose": drawn}, source_layouts={"pose": source},
                           steps=2, options=Options(mask=MaskOptions(seeds=2)))  # fmt: skip
+    busy = f"load average {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores at the start"
     with PeakMemory() as memory:
         began = time.perf_counter()
         editor = Editor.load(str(folder), device="cpu", dtype="float32")
@@ -166,6 +169,7 @@ def edit(folder: Path, table: Path | None = None) -> dict[str, Any]:
             "variant": "torch, SD 1.5 shapes, 1 ControlNet, random weights",
             "shape": "256x256",
             "peak_mib": round(memory.peak),
+            "quality": busy,
         }
         append_csv(table, [row | {"name": "full-size/load", "p50": round(loaded, 2), "evaluations": 0},
                            row | {"name": "full-size/ito, 2 steps", "p50": round(spent, 2), "evaluations": evaluations}],
