@@ -76,9 +76,9 @@ def run_demo(output: Path, callback: Callback | None = None, bench: Path | None 
     """
     if output.suffix.lower() != ".png":
         raise UsageError(f"{output}: the sheet is a PNG; give a name that ends in .png")
+    editor = Editor.load()
     for path in (output, *([bench] if bench else [])):
         path.parent.mkdir(parents=True, exist_ok=True)
-    editor = Editor.load()
     rows, titles, figures = [], [], []
     for name, request in sample_requests():
         with PeakMemory() as memory:

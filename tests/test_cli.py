@@ -577,6 +577,7 @@ def test_info_tells_versions_devices_backends_and_the_model(tiny_checkpoint_cli:
     assert found["versions"]["torch"] == torch.__version__
     assert found["backends"]["torch"] == []
     assert found["devices"][0] == "cpu"
+    assert (found["no_gpu"] == "") == torch.cuda.is_available() == (len(found["devices"]) > 1)
     assert found["model"]["layouts"] == "pose, scribble"
     shown = fine("info", "--model", str(tiny_checkpoint_cli)).stdout
     assert "can run" in shown and "pose, scribble" in shown
@@ -599,3 +600,16 @@ def test_every_command_has_help_in_which_every_option_is_explained(command: str)
 
 def test_an_unknown_command_is_a_usage_error() -> None:
     assert call("edlt").exit_code == 2
+
+
+def test_the_group_lists_its_commands_in_the_order_of_a_first_reading() -> None:
+    shown = fine("--help").stdout.split("Commands:")[1]
+    found = [line.split()[0] for line in shown.splitlines() if line[:2] == "  " and line[2:3].strip()]
+    assert found == ["edit", "mask", "layouts", "replay", "info", "demo", "train"]
+    assert "..." not in shown
+
+
+def test_time_left_is_told_in_minutes_when_it_is_long() -> None:
+    from iedit.runtime.cli import _time_left
+
+    assert [_time_left(s) for s in (3.4, 119, 121, 3600)] == ["3 s left", "119 s left", "2 min left", "60 min left"]
