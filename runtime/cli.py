@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ class _Commands(click.Group):
     """Loads the groups of other packages when they are used, and turns the project's errors into one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *_GROUPS])
+        return [*self.commands, *_GROUPS]  # in the order of a first reading, not of the alphabet
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in _GROUPS:
@@ -57,7 +58,13 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except IeditError as error:
-            raise (_Usage if error.exit_code == 2 else _Failure)(str(error)) from error
+            raise (_Usage if error.exit_code == 2 else _Failure)(" ".join(str(error).split())) from error
+        except MemoryError as error:
+            raise _Failure("out of memory; use a smaller picture, --dtype float16 or another machine") from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of the output went away: click's own business
+                raise
+            raise _Failure(f"{error.filename or 'system'}: {error.strerror or error}") from error
 
 
 @click.group(cls=_Commands)
@@ -151,29 +158,37 @@ def _options(values: dict[str, Any], lam: float = 0.6) -> Options:
     )
 
 
-def _request(image: str, values: dict[str, Any], seed: int, options: Options) -> EditRequest:
-    from .editor import EditRequest
-    from .images import load_image, load_mask, mask_coverage
+def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The files of a request, read before the slow imports so that a wrong name is told at once."""
+    from .images import load_image, load_layout, load_mask, mask_coverage
 
     picture = load_image(image)
-    mask = None
+    found: dict[str, Any] = {
+        "image": picture,
+        "layouts": {n: load_layout(p) for n, p in values["layout"].items()},
+        "source_layouts": {n: load_layout(p) for n, p in values["source_layout"].items()},
+        "mask": None,
+    }
     if values.get("mask"):
-        mask = load_mask(values["mask"], picture.size)
-        covered = mask_coverage(mask)
+        found["mask"] = load_mask(values["mask"], picture.size)
+        covered = mask_coverage(found["mask"])
         if covered == 0:
             raise UsageError(f"{values['mask']}: the mask is empty, nothing could change; paint what to edit in white")
         if covered == 1:
             raise UsageError(
                 f"{values['mask']}: the mask covers everything, nothing is kept; use --mask-mode none instead"
             )
+    return found
+
+
+def _request(inputs: dict[str, Any], values: dict[str, Any], seed: int, options: Options) -> EditRequest:
+    from .editor import EditRequest
+
     return EditRequest(
-        image=picture,
+        **inputs,
         prompt=values["prompt"],
         source_prompt=values["source_prompt"],
         method=values["method"],
-        layouts={n: load_image(p) for n, p in values["layout"].items()},
-        source_layouts={n: load_image(p) for n, p in values["source_layout"].items()},
-        mask=mask,
         seed=seed,
         steps=values["steps"],
         options=options,
@@ -207,22 +222,27 @@ def _quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def _live() -> Iterator[Callable[[Progress], bool | None]]:
-    """One live line on stderr: stage, step, share of the run, time left."""
+    """One live line on stderr: stage, step, share of the run, time left. Nothing where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
                TextColumn("{task.fields[left]}"))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=1.0, left="")
 
         def tell(progress: Any) -> bool | None:
             step = f" {progress.step}/{progress.steps}" if progress.steps else ""
-            left = "" if progress.seconds_left is None else f"{progress.seconds_left:.0f} s left"
+            left = "" if progress.seconds_left is None else _time_left(progress.seconds_left)
             bar.update(task, description=progress.stage + step, completed=progress.fraction, left=left)
             return None
 
         yield tell
+
+
+def _time_left(seconds: float) -> str:
+    return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
 
 
 # --- commands ---------------------------------------------------------------------------------------------------
@@ -254,11 +274,26 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     """Edit IMAGE as the prompt says and leave the rest alone.
 
     \b
-    Text:     iedit edit in.png --source-prompt "a red car ..." --prompt "a blue car ..."
-    Pose:     iedit edit in.png --prompt "a person ..." --layout pose=new.png --source-layout pose=old.png
-    Sweep:    iedit edit in.png --prompt "..." --lambda 0.2 --lambda 0.6 --lambda 1
+    Text      iedit edit in.png --source-prompt "a red car ..." --prompt "a blue car ..."
+    Pose      iedit edit in.png --prompt "a person ..." --layout pose=new.png --source-layout pose=old.png
+    Outline   iedit layouts in.png --kind scribble, draw on it, then --layout scribble=in-scribble.png
+    By hand   iedit mask in.png --prompt "..." and paint on it, then --mask in-mask.png
+    Sweep     iedit edit in.png --prompt "..." --lambda 0.2 --lambda 0.6 --lambda 1
 
-    The output PNG carries a receipt; `iedit replay OUT.png` makes it again.
+    \b
+    Too much changed?    Say what is there with --source-prompt; raise --mask-threshold or --lambda; give a --mask;
+                         --composite pixel leaves what is outside the mask exactly as it was.
+    Too little changed?  Lower --mask-threshold or --lambda; raise --guidance-scale.
+
+    \b
+    ito                  finds where to edit, preserves the rest, follows a guidance image
+    iedit                noises the picture and repaints inside the mask
+    sdedit               noises the picture and repaints all of it
+    diffedit             inverts the picture and repaints inside the mask
+    controlnet           sdedit with layouts; controlnet-diffedit: diffedit with layouts
+
+    The output PNG carries a receipt; `iedit replay OUT.png` makes it again. Exit code 2: it cannot be done as asked,
+    1: it failed while running; either way nothing was written.
     """
     from .images import write_png, write_whole
 
@@ -269,8 +304,10 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         if len(wanted) == 1
         else [first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(len(wanted))]
     )
-    _check_targets([*targets, *([Path(stages)] if stages else [])], image)
-    requests = [_request(image, values, seed, _options(values, lam)) for seed, lam in wanted]
+    read = [image, *values["layout"].values(), *values["source_layout"].values(), *filter(None, [values["mask"]])]
+    _check_targets([*targets, *([Path(stages)] if stages else [])], read, [Path(profile)] if profile else [])
+    inputs = _inputs(image, values)
+    requests = [_request(inputs, values, seed, _options(values, lam)) for seed, lam in wanted]
     with _live() as tell:
         results = _editor(values, cache).edit_many(requests, tell)
     files = {
@@ -300,15 +337,19 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     click.echo(f"{spent:.1f} s, {sum(results[0].profile.evaluations.values())} network evaluations", err=True)
 
 
-def _check_targets(targets: list[Path], image: str) -> None:
-    """Bad output names are refused before minutes of work, not after."""
-    for target in targets:
-        if target.suffix.lower() != ".png":
+def _check_targets(pictures: list[Path], inputs: Sequence[str], others: Sequence[Path] = ()) -> None:
+    """Bad output names are refused before minutes of work, not after: `pictures` are PNGs, `others` any files."""
+    taken = {Path(i).resolve(): i for i in inputs}
+    for target in (*pictures, *others):
+        if target in pictures and target.suffix.lower() != ".png":
             raise UsageError(f"{target}: the output is a PNG; give a name that ends in .png")
         if not target.parent.is_dir():
             raise UsageError(f"{target}: the folder {target.parent} does not exist; make it first")
-        if target.resolve() == Path(image).resolve():
-            raise UsageError(f"{target}: would overwrite the input; choose another --output")
+        if target.is_dir():
+            raise UsageError(f"{target}: this is a folder, expected a file name")
+        if target.resolve() in taken:
+            raise UsageError(f"{target}: would overwrite {taken[target.resolve()]}; choose another name")
+        taken[target.resolve()] = f"another output of this command, {target}"
 
 
 def _cli_receipt(
@@ -330,7 +371,15 @@ def _cli_receipt(
         "layouts": {n: beside(p) for n, p in files["layouts"].items()},
         "source_layouts": {n: beside(p) for n, p in files["source_layouts"].items()},
     }
-    run = {k: values[k] for k in ("model", "controlnet", "backend", "device", "dtype")}
+
+    def model(name: str) -> str:
+        # A local folder is kept relative to the picture; the leading dot tells it from a hub id.
+        if name == "picturebook" or not Path(name).expanduser().is_dir():
+            return name
+        return os.path.join(".", str(beside(str(Path(name).expanduser()))))
+
+    run = {k: values[k] for k in ("backend", "device", "dtype")}
+    run |= {"model": model(values["model"]), "controlnet": {n: model(f) for n, f in values["controlnet"].items()}}
     return result.receipt | {"files": found, "run": run, "batch": {"members": batch, "index": index}}
 
 
@@ -356,10 +405,12 @@ def mask_command(image: str, output: str | None, **values: Any) -> None:
     from .images import mask_coverage, write_png
 
     target = Path(output or f"{Path(image).stem}-mask.png")
-    _check_targets([target], image)
-    if values["mask_mode"] == "none" or values["method"] in ("sdedit", "controlnet"):
-        raise UsageError(f"method {values['method']} with mask mode {values['mask_mode']} estimates no mask")
-    request = _request(image, values, values["seed"], _options(values))
+    _check_targets([target], [image, *values["layout"].values(), *values["source_layout"].values()])
+    if values["method"] in ("sdedit", "controlnet"):
+        raise UsageError(f"method {values['method']} uses no mask; name one that does, such as --method ito")
+    if values["mask_mode"] == "none":
+        raise UsageError("--mask-mode none estimates no mask; use single or trajectory")
+    request = _request(_inputs(image, values), values, values["seed"], _options(values))
     with _live() as tell:
         mask, profile = _editor(values).mask(request, tell)
     assert mask is not None
@@ -382,33 +433,31 @@ def layouts_command(image: str, kinds: tuple[str, ...], output: str | None) -> N
     wanted = kinds or ("scribble", "edge", "line")
     if output and len(wanted) != 1:
         raise UsageError(f"--output names one file but {len(wanted)} maps were asked for; choose one with --kind")
+    targets = [Path(output or f"{Path(image).stem}-{kind}.png") for kind in wanted]
+    _check_targets(targets, [image])
     picture = load_image(image)
-    for kind in wanted:
-        target = Path(output or f"{Path(image).stem}-{kind}.png")
-        _check_targets([target], image)
-        write_png(target, annotate(picture, kind), None)
+    maps = [annotate(picture, kind) for kind in wanted]
+    for target, drawn in zip(targets, maps, strict=True):
+        write_png(target, drawn, None)
         click.echo(str(target))
 
 
 @main.command()
 @click.argument("output", type=click.Path())
 @click.option("--image", type=click.Path(), default=None, help="The input, if it is not where it was.")
+@click.option("--model", default=None, help="The model, if it is not where it was; its weights must be the same.")
 @click.option("--write", type=click.Path(), default=None, help="Write the picture made again to this PNG.")
-def replay(output: str, image: str | None, write: str | None) -> None:
-    """Make the picture OUTPUT again from the receipt that it carries, and compare it bit for bit.
+def replay(output: str, image: str | None, model: str | None, write: str | None) -> None:
+    """Make the picture OUTPUT again from its receipt and compare it bit for bit.
 
     Exits with 1 if a pixel differs, which another machine, thread count or library version can cause; the differences
     in those are named.
     """
-    _quiet_libraries()
     import dataclasses
 
     import numpy as np
-    import torch
 
-    from .editor import Editor, EditRequest, MaskOptions, Options, picture_digest, versions
-    from .images import load_image, load_mask, read_receipt, write_png
-    from .ito import Phase
+    from .images import load_image, load_layout, load_mask, read_receipt, write_png
 
     receipt = read_receipt(output)
     missing = [k for k in ("request", "inputs", "files", "run", "batch", "model") if k not in receipt]
@@ -417,35 +466,52 @@ def replay(output: str, image: str | None, write: str | None) -> None:
             f"{output}: its receipt has no {missing[0]}; only pictures that `iedit edit` wrote can be replayed"
         )
     if write:
-        _check_targets([Path(write)], output)
+        _check_targets([Path(write)], [output])
+    _quiet_libraries()
+    import torch
+
+    from .editor import Editor, EditRequest, MaskOptions, Options, picture_digest, versions
+    from .ito import Phase
+
     folder, files, asked = Path(output).resolve().parent, receipt["files"], receipt["request"]
 
-    def read(path: str, digest: str, what: str) -> Any:
-        picture = load_image(path)
+    def read(path: str, digest: str, what: str, load: Callable[[str], Any] = load_image) -> Any:
+        picture = load(path)
         if picture_digest(picture) != digest:
-            raise UsageError(f"{path}: the {what} has changed since; replay needs the picture that was edited")
+            raise UsageError(f"{path}: this {what} is not the one that was used; replay needs the same file")
         return picture
 
     inputs = receipt["inputs"]
     picture = read(image or str(folder / files["image"]), inputs["image"], "input")
     maps = {
-        key: {n: read(str(folder / p), inputs[key][n], f"{n} layout") for n, p in files[key].items()}
+        key: {n: read(str(folder / p), inputs[key][n], f"{n} layout", load_layout) for n, p in files[key].items()}
         for key in ("layouts", "source_layouts")
     }
     mask = load_mask(str(folder / files["mask"]), picture.size) if files["mask"] else None
     if mask is not None and picture_digest(mask) != inputs["mask"]:
-        raise UsageError(f"{files['mask']}: the mask has changed since")
-    told = dict(asked["options"])
-    told |= {k: Phase(**told[k]) for k in ("guidance", "final", "refinement")} | {"mask": MaskOptions(**told["mask"])}
-    told["control_scales"] = tuple((n, s) for n, s in told["control_scales"])
-    options = Options(**told)
+        raise UsageError(
+            f"{folder / files['mask']}: this mask is not the one that was used; replay needs the same file"
+        )
+    try:
+        told = dict(asked["options"])
+        told |= {k: Phase(**told[k]) for k in ("guidance", "final", "refinement")}
+        told["mask"] = MaskOptions(**told["mask"])
+        told["control_scales"] = tuple((n, s) for n, s in told["control_scales"])
+        options = Options(**told)
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{output}: its receipt is of iedit {receipt.get('iedit')}, whose options this version does not know "
+                         f"({error}); replay it with that version") from error  # fmt: skip
     torch.set_num_threads(receipt["backend"]["threads"])
     run = receipt["run"]
+
+    def found(name: str) -> str:
+        return str(folder / name) if name.startswith(".") else name
+
     with _live() as tell:
-        editor = Editor.load(run["model"], layouts=run["controlnet"] or None, backend=run["backend"], device=run["device"],
-                             dtype=run["dtype"])  # fmt: skip
+        editor = Editor.load(model or found(run["model"]), layouts={n: found(f) for n, f in run["controlnet"].items()} or None,
+                             backend=run["backend"], device=run["device"], dtype=run["dtype"])  # fmt: skip
         if editor.model.digest != receipt["model"]["digest"]:
-            raise UsageError(f"model: {run['model']} has digest {editor.model.digest}, the picture was made with "
+            raise UsageError(f"model: {editor.model.name} has digest {editor.model.digest}, the picture was made with "
                              f"{receipt['model']['digest']}; these are other weights")  # fmt: skip
         # The same batch: networks round differently with the batch size.
         requests = [
@@ -468,6 +534,17 @@ def replay(output: str, image: str | None, write: str | None) -> None:
     sys.exit(1)
 
 
+def _why_no_gpu() -> str:
+    """The reason, or nothing if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "torch sees no device; check the driver and CUDA_VISIBLE_DEVICES"
+
+
 @main.command()
 @click.option("--model", default="picturebook", show_default=True, help="The model to describe.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
@@ -484,6 +561,7 @@ def info(model: str, as_json: bool) -> None:
         "iedit": VERSION,
         "versions": versions(),
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
+        "no_gpu": _why_no_gpu(),
         "threads": torch.get_num_threads(),
         "backends": reasons(),
         "model": describe(model),
@@ -497,7 +575,9 @@ def info(model: str, as_json: bool) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("iedit", VERSION)
     table.add_row("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
-    table.add_row("devices", f"{', '.join(found['devices'])}; {found['threads']} threads")
+    table.add_row("devices", f"{', '.join(found['devices'])}; {found['threads']} thread{'s' * (found['threads'] != 1)}")
+    if found["no_gpu"]:
+        table.add_row("", f"no GPU: {found['no_gpu']}")
     for name, why in found["backends"].items():
         table.add_row(f"backend {name}", "can run" if not why else "cannot run: " + "; ".join(why))
     for key, value in found["model"].items():
@@ -518,12 +598,19 @@ def demo(output: str, bench: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    stages = list(dict.fromkeys(s for f in figures for s in f["seconds"]))
     table = Table(title="seconds per stage (network evaluations)")
-    for column in ("edit", *stages, "total", "peak MiB"):
-        table.add_column(column, justify="left" if column == "edit" else "right")
+    table.add_column("stage")
     for f in figures:
-        cells = [f"{f['seconds'].get(s, 0):.2f} ({f['evaluations'].get(s, 0)})" for s in stages]
-        table.add_row(f["name"], *cells, f"{sum(f['seconds'].values()):.2f}", f"{f['peak_mib']:.0f}")
+        table.add_column(f["name"], justify="right")
+    for stage in dict.fromkeys(s for f in figures for s in f["seconds"]):
+        cells = (
+            f"{f['seconds'][stage]:.2f} ({f['evaluations'].get(stage, 0)})" if stage in f["seconds"] else "-"
+            for f in figures
+        )
+        table.add_row(stage, *cells)
+    table.add_section()
+    totals = (f"{sum(f['seconds'].values()):.2f} ({sum(f['evaluations'].values())})" for f in figures)
+    table.add_row("total", *totals)
+    table.add_row("peak MiB", *(f"{f['peak_mib']:.0f}" for f in figures))
     Console().print(table)
     click.echo(f"{output}: {len(figures)} edits; a row is input, layout, mask, guidance image, result")

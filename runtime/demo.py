@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import json
 import threading
 from pathlib import Path
 from typing import Any
 
 from .editor import Editor, EditRequest, Options, versions
-from .images import contact_sheet, load_image, write_png, write_whole
+from .errors import UsageError
+from .images import contact_sheet, load_image, load_layout, write_png, write_whole
 from .models import picturebook_folder
 from .profile import Callback
 
@@ -27,8 +29,8 @@ def sample_requests(folder: Path | None = None) -> list[tuple[str, EditRequest]]
                     image=load_image(folder / sample["image"]),
                     prompt=sample["prompt"],
                     source_prompt=sample["source_prompt"],
-                    layouts={n: load_image(folder / f) for n, f in sample["layouts"].items()},
-                    source_layouts={n: load_image(folder / f) for n, f in sample["source_layouts"].items()},
+                    layouts={n: load_layout(folder / f) for n, f in sample["layouts"].items()},
+                    source_layouts={n: load_layout(folder / f) for n, f in sample["source_layouts"].items()},
                     options=Options(**sample.get("options", {})),
                 ),
             )
@@ -67,9 +69,16 @@ def run_demo(output: Path, callback: Callback | None = None, bench: Path | None 
     """Run every sample and write the sheet.
 
     Returns:
-        For each edit: name, seconds and evaluations per stage, peak_mib (of the process), mask_area.
+        For each edit: name, size, seconds and evaluations per stage, peak_mib (of the process), mask_area.
+
+    Raises:
+        UsageError: the output is not a .png, or there is no embedded model; nothing has been run.
     """
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"{output}: the sheet is a PNG; give a name that ends in .png")
     editor = Editor.load()
+    for path in (output, *([bench] if bench else [])):
+        path.parent.mkdir(parents=True, exist_ok=True)
     rows, titles, figures = [], [], []
     for name, request in sample_requests():
         with PeakMemory() as memory:
@@ -88,10 +97,10 @@ def run_demo(output: Path, callback: Callback | None = None, bench: Path | None 
                 "seconds": dict(result.profile.seconds),
                 "evaluations": dict(result.profile.evaluations),
                 "peak_mib": memory.peak,
-                "mask_area": result.receipt["mask"]["area"],
+                "mask_area": (result.receipt["mask"] or {"area": 1.0})["area"],
+                "size": request.image.size,
             }
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_png(output, contact_sheet(rows, titles=titles), None)
     if bench is not None:
         append_rows(bench, figures, editor)
@@ -103,15 +112,35 @@ COLUMNS = ("name", "variant", "shape", "dtype", "p20", "p50", "p80", "unit", "pe
 
 
 def append_rows(path: Path, figures: list[dict[str, Any]], editor: Editor) -> None:
-    """Add a row per edit and stage to a results CSV, keeping what is there; written whole."""
+    """Add a row per edit and stage to a results CSV."""
+    rows = []
+    for f in figures:
+        total = {"total": sum(f["seconds"].values())}
+        for stage, seconds in (f["seconds"] | total).items():
+            count = sum(f["evaluations"].values()) if stage == "total" else f["evaluations"].get(stage, 0)
+            rows.append(
+                {
+                    "name": f"demo/{f['name']}/{stage}",
+                    "shape": f"{f['size'][0]}x{f['size'][1]}",
+                    "p50": round(seconds, 4),
+                    "peak_mib": round(f["peak_mib"]),
+                    "evaluations": count,
+                    "quality": f"mask area {f['mask_area']:.3f}",
+                }
+            )
+    append_csv(path, rows, editor)
+
+
+def append_csv(path: Path, rows: list[dict[str, Any]], editor: Editor) -> None:
+    """Add rows of `COLUMNS` to a results CSV, keeping what is there; written whole.
+
+    What describes the editor, the versions and the day is filled in where a row does not say it.
+    """
     old = path.read_text() if path.exists() else ""
-    lines: list[str] = []
-
-    class Lines:
-        def write(self, text: str) -> None:
-            lines.append(text)
-
-    writer = csv.DictWriter(Lines(), COLUMNS, lineterminator="\n")
+    if old and old.splitlines()[0].split(",") != list(COLUMNS):
+        raise UsageError(f"{path}: its columns are not those of this version; give another file")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     if not old:
         writer.writeheader()
     v = versions()
@@ -123,19 +152,7 @@ def append_rows(path: Path, figures: list[dict[str, Any]], editor: Editor) -> No
         "versions": f"torch {v['torch']} diffusers {v['diffusers']}",
         "date": datetime.date.today().isoformat(),
     }
-    for f in figures:
-        total = {"total": sum(f["seconds"].values())}
-        for stage, seconds in (f["seconds"] | total).items():
-            count = sum(f["evaluations"].values()) if stage == "total" else f["evaluations"].get(stage, 0)
-            writer.writerow(
-                shared
-                | {
-                    "name": f"demo/{f['name']}/{stage}",
-                    "shape": "128x128",
-                    "p50": round(seconds, 4),
-                    "peak_mib": round(f["peak_mib"]),
-                    "evaluations": count,
-                    "quality": f"mask area {f['mask_area']:.3f}",
-                }
-            )
-    write_whole(path, (old + "".join(lines)).encode())
+    for row in rows:
+        writer.writerow(shared | row)
+    separator = "" if not old or old.endswith("\n") else "\n"
+    write_whole(path, (old + separator + text.getvalue()).encode())

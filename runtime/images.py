@@ -32,8 +32,8 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, s
 # --- files to pictures ------------------------------------------------------------------------------------------
 
 
-def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A file as a picture: EXIF orientation applied, transparency on white, the first frame of an animation.
+def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, background: str = "white") -> Image.Image:
+    """A file as a picture: EXIF orientation applied, transparency on `background`, the first frame of an animation.
 
     Returns:
         RGB; see `as_rgb` for what the modes become.
@@ -41,7 +41,12 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
     Raises:
         UsageError: missing, unreadable, truncated, not an image, or more than `max_pixels` pixels.
     """
-    return as_rgb(_open(path, max_pixels), str(path))
+    return as_rgb(_open(path, max_pixels), str(path), background)
+
+
+def load_layout(path: str | os.PathLike[str]) -> Image.Image:
+    """A layout map as a picture: as `load_image`, but with its transparency on black, which is "nothing here"."""
+    return load_image(path, background="black")
 
 
 def _open(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -64,10 +65,10 @@ class Model:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: posterior mode times the scaling factor."""
-        images = images.to(self.device, self.dtype)
-        latent = self.vae.encode(images).latent_dist.mode().float()
+        images = images.to(self.device)
+        latent = self.vae.encode(images.to(self.dtype)).latent_dist.mode().float()
         if not torch.isfinite(latent).all() and self.dtype != torch.float32:
-            latent = self._in_float32(lambda: self.vae.encode(images.float()).latent_dist.mode(), "encoding")
+            latent = self._float32_vae("encoding").encode(images.float()).latent_dist.mode()
         if not torch.isfinite(latent).all():
             raise RunError("stage encode: the VAE returned NaN or infinity, in float32 too; check the checkpoint")
         return latent * self.vae.config.scaling_factor
@@ -78,20 +79,19 @@ class Model:
         z = latents.to(self.device) / self.vae.config.scaling_factor
         images = self.vae.decode(z.to(self.dtype)).sample.float()
         if not torch.isfinite(images).all() and self.dtype != torch.float32:
-            images = self._in_float32(lambda: self.vae.decode(z.float()).sample, "decoding")
+            images = self._float32_vae("decoding").decode(z.float()).sample
         if not torch.isfinite(images).all():
             raise RunError(
                 "stage decode: the VAE returned NaN or infinity, in float32 too; try a smaller guidance scale"
             )
         return images
 
-    def _in_float32(self, run: Any, what: str) -> Tensor:
-        self.notes.append(f"the VAE gave NaN in {self.dtype}; {what} was repeated in float32")
-        self.vae.float()
-        try:
-            return run().float()
-        finally:
-            self.vae.to(self.dtype)
+    def _float32_vae(self, what: str) -> Any:
+        """A copy: other threads may be using the VAE in its own dtype."""
+        note = f"the VAE gave NaN in {str(self.dtype).removeprefix('torch.')}; {what} was repeated in float32"
+        if note not in self.notes:
+            self.notes.append(note)
+        return copy.deepcopy(self.vae).float()
 
     def token_chunks(self, text: str) -> list[list[int]]:
         """Token ids of a prompt in chunks that the text encoder takes; a long prompt has several."""
@@ -128,6 +128,11 @@ def find_folder(model: str) -> Path:
         UsageError: there is no such folder and the hub cannot be reached or does not know the id.
     """
     if model == PICTUREBOOK:
+        if not (picturebook_folder() / "unet" / "config.json").is_file():
+            raise UsageError(
+                "model: this installation came without the embedded model; install a release, or make it with `iedit train embed`, "
+                "or name another model with --model"
+            )
         return picturebook_folder()
     path = Path(model).expanduser()
     if path.is_dir():
@@ -142,11 +147,16 @@ def find_folder(model: str) -> Path:
         patterns = [f"{p}/*" for p in PARTS] + ["*.json", f"{CONTROLNET_PREFIX}*/*"]
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"model: {model} is not a folder here and could not be fetched from the hub ({type(error).__name__}: {reason}); "
-            "download it where there is a network and give its folder"
+            f"model: {model} is not a folder here and could not be fetched from the hub ({_first_line(error)}); "
+            "check the name, or download it where there is a network and give its folder"
         ) from error
+
+
+def _first_line(error: BaseException, longest: int = 160) -> str:
+    """What an error of another library says, short enough for a line; its type where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= longest else lines[0][: longest - 3] + "..."
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -159,12 +169,22 @@ def _check_files(folder: Path, part: str) -> None:
     wanted = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(part, "config.json")
     if not (where / wanted).is_file():
         raise UsageError(f"model: {where / wanted} is missing; {folder} is not a whole diffusers checkpoint")
-    if part == "tokenizer" and not any(
-        all((where / name).is_file() for name in names) for names in (["tokenizer.json"], ["vocab.json", "merges.txt"])
-    ):  # transformers would make do with an empty vocabulary
-        raise UsageError(f"model: {where} has neither vocab.json and merges.txt nor tokenizer.json; it cannot read text")
     if part in ("unet", "vae", "text_encoder") and not _weights(where):
         raise UsageError(f"model: {where} holds no weights (*.safetensors); the download may have been cut off")
+    if part == "tokenizer" and not (where / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (where / name).is_file():
+                raise UsageError(f"model: {where / name} is missing; {folder} is not a whole diffusers checkpoint")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model: {path} cannot be read ({_first_line(error)}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"model: {path} holds a {type(found).__name__}, expected an object; fetch it again")
+    return found
 
 
 def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -174,26 +194,27 @@ def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     if names and all(".fp16." in n for n in names):
         variant = "fp16"
     keyword = "dtype" if loader.__module__.startswith("transformers") else "torch_dtype"
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # transformers draws one for each part
     try:
-        part, found = loader.from_pretrained(
+        part, report = loader.from_pretrained(
             folder, local_files_only=True, variant=variant, output_loading_info=True, **{keyword: dtype}
         )
     except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"model: {folder} cannot be read ({line}); the files may be damaged or cut off") from error
-    missing = sorted(found["missing_keys"])
-    if missing:  # the loaders warn and fill the holes with random numbers
         raise UsageError(
-            f"model: the weights of {folder} lack {len(missing)} tensors ({missing[0]}, ...); the files may be damaged"
+            f"model: {folder} cannot be read ({_first_line(error)}); the files may be damaged or cut off"
+        ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    missing = sorted(k for k in report["missing_keys"] if not k.endswith("position_ids"))  # a buffer, made anew
+    if missing:  # both libraries go on with random weights
+        raise UsageError(
+            f"model: {folder} lacks {len(missing)} of its weights, {missing[0]} first; it is incomplete or for another config"
         )
     return part.eval().requires_grad_(False)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"model: {path} cannot be read ({str(error).splitlines()[0]}); it may be damaged") from error
 
 
 def _digest(folders: Sequence[Path]) -> str:
@@ -203,6 +224,23 @@ def _digest(folders: Sequence[Path]) -> str:
             with path.open("rb") as handle:
                 total.update(f"{folder.name}/{path.name}".encode() + hashlib.file_digest(handle, "sha256").digest())
     return total.hexdigest()[:16]
+
+
+def _device(asked: str | torch.device | None) -> torch.device:
+    """The device to use: the one asked for, or the GPU if there is one."""
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(asked)
+    except RuntimeError:
+        raise UsageError(f"device is {asked!r}, expected cpu, cuda or cuda:NUMBER") from None
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        have = torch.cuda.device_count()
+        raise UsageError(f"device: {where} was asked for, but {f'only {have} CUDA devices are' if have else 'no CUDA device is'} "
+                         "here; use another number, or cpu")  # fmt: skip
+    if where.type not in ("cpu", "cuda"):
+        raise UsageError(f"device is {asked!r}, expected cpu, cuda or cuda:NUMBER")
+    return where
 
 
 def load_model(
@@ -230,9 +268,7 @@ def load_model(
     folder = find_folder(model)
     for part in PARTS:
         _check_files(folder, part)
-    where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device: {where} was asked for, but there is no CUDA device; use --device cpu")
+    where = _device(device)
     if isinstance(dtype, str):
         names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
         if dtype not in names:
@@ -261,8 +297,20 @@ def load_model(
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:
-        raise UsageError(f"model: {folder / 'tokenizer'} cannot be read ({str(error).splitlines()[0]})") from error
-    config = _read_json(folder / "scheduler" / "scheduler_config.json")
+        raise UsageError(
+            f"model: {folder / 'tokenizer'} cannot be read ({_first_line(error)}); fetch it again"
+        ) from error
+    if len(tokenizer) > text_encoder.config.vocab_size:
+        raise UsageError(
+            f"model: the tokenizer knows {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}; "
+            "they are of different checkpoints"
+        )
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    try:
+        schedule = Schedule.from_config(_read_json(scheduler))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise UsageError(f"model: {scheduler} is not a schedule that DDIM can follow ({_first_line(error)})") from error
+    hints = _read_json(folder / "iedit.json") if (folder / "iedit.json").is_file() else {}
     controlnets: dict[str, Any] = {}
     for name, path in control_folders.items():
         if not (path / "config.json").is_file() or not _weights(path):
@@ -292,7 +340,6 @@ def load_model(
 
     for part in (unet, vae, text_encoder, *controlnets.values()):
         part.to(where)
-    hints = _read_json(folder / "iedit.json") if (folder / "iedit.json").is_file() else {}
     return Model(
         name=model,
         folder=folder,
@@ -300,7 +347,7 @@ def load_model(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        schedule=Schedule.from_config(config),
+        schedule=schedule,
         controlnets=controlnets,
         device=where,
         dtype=kind,
@@ -320,15 +367,19 @@ def describe(model: str) -> dict[str, str]:
         folder = find_folder(model)
         for part in PARTS:
             _check_files(folder, part)
+        config = _read_json(folder / "unet" / "config.json")
+        side = config.get("sample_size", "?")
+        unet = f"{config['block_out_channels']} channels, {config['in_channels']}x{side}x{side} latents"
     except UsageError as error:
         return {"problem": str(error)}
-    config = json.loads((folder / "unet" / "config.json").read_text())
+    except KeyError as error:
+        return {"problem": f"model: {folder / 'unet' / 'config.json'} has no {error}; fetch it again"}
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     controls = [p.name.removeprefix(CONTROLNET_PREFIX) for p in sorted(folder.glob(CONTROLNET_PREFIX + "*"))]
     return {
         "name": model,
         "folder": str(folder),
         "size": f"{size / 1e6:.1f} MB",
-        "unet": f"{config['block_out_channels']} channels, {config['in_channels']}x{config['sample_size']}x{config['sample_size']} latents",
+        "unet": unet,
         "layouts": ", ".join(controls) or "none",
     }

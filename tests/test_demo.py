@@ -1,0 +1,112 @@
+"""The demo: samples in, one sheet and whole rows of figures out."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from iedit.runtime import demo
+from iedit.runtime.cli import main
+from iedit.runtime.demo import COLUMNS, PeakMemory, run_demo
+from iedit.runtime.errors import UsageError
+
+STAGES = ("encode", "mask", "invert", "guidance", "invert-guidance", "final", "decode")
+
+
+@pytest.fixture
+def samples(tiny_checkpoint_cli: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two samples of random pictures in place of the shipped ones, for a model of random weights."""
+    from iedit.runtime import models
+
+    whole = tmp_path / "picturebook"
+    whole.symlink_to(tiny_checkpoint_cli, target_is_directory=True)
+    monkeypatch.setattr(models, "picturebook_folder", lambda: whole)
+    beside = tmp_path / "shipped"
+    folder = beside / "samples"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(demo, "picturebook_folder", lambda: beside)
+    for name in ("in", "pose", "old"):
+        Image.effect_noise((32, 32), 80).save(folder / f"{name}.png")
+    words = {"image": "in.png", "prompt": "a blue car", "source_prompt": "a red car"}
+    none: dict[str, str] = {}
+    listed = [
+        words | {"name": "recolour", "layouts": none, "source_layouts": none, "options": {"lam": 1.0}},
+        words | {"name": "new pose", "layouts": {"pose": "pose.png"}, "source_layouts": {"pose": "old.png"}},
+    ]
+    (folder / "samples.json").write_text(json.dumps(listed))
+    return folder
+
+
+def test_the_demo_writes_a_sheet_and_complete_figures(samples: Path, tmp_path: Path) -> None:
+    sheet = tmp_path / "made" / "edits.png"
+    seen: list[str] = []
+    figures = run_demo(sheet, lambda p: seen.append(p.stage))
+    assert Image.open(sheet).width >= 5 * 192  # input, layout, mask, guidance image, result
+    assert [f["name"] for f in figures] == ["recolour", "new pose"]
+    assert set(figures[0]["seconds"]) == set(STAGES) - {"guidance", "invert-guidance"}
+    assert set(figures[1]["seconds"]) == set(STAGES) == set(figures[1]["evaluations"])
+    # 25 steps: one evaluation each to invert, two each with guidance.
+    assert (figures[1]["evaluations"]["invert-guidance"], figures[1]["evaluations"]["final"]) == (25, 50)
+    assert figures[1]["evaluations"]["invert"] == 0  # the same picture and source prompt as the first sample's
+    for f in figures:
+        assert all(seconds > 0 for seconds in f["seconds"].values())
+        assert 0 <= f["mask_area"] <= 1
+        assert f["size"] == (32, 32)
+        assert f["peak_mib"] > 50  # this process has torch loaded
+    assert set(seen) == set(STAGES)
+
+
+def test_rows_are_appended_whole_and_earlier_ones_are_kept(samples: Path, tmp_path: Path) -> None:
+    table = tmp_path / "bench" / "results.csv"
+    run_demo(tmp_path / "edits.png", bench=table)
+    first = table.read_text()
+    run_demo(tmp_path / "edits.png", bench=table)
+    both = table.read_text()
+    assert both.startswith(first) and len(both) > len(first)
+    rows = list(csv.DictReader(both.splitlines()))
+    assert len(rows) == 2 * (len(STAGES) - 2 + 1 + len(STAGES) + 1)
+    assert tuple(rows[0]) == COLUMNS
+    for row in rows:
+        assert row["name"].startswith("demo/") and row["shape"] == "32x32" and row["dtype"] == "float32"
+        assert None not in row and all(row[c] for c in COLUMNS if c not in ("p20", "p80"))
+        assert float(row["p50"]) >= 0  # a stage that the cache answers rounds to 0
+    total = next(r for r in rows if r["name"] == "demo/new pose/total")
+    parts = [r for r in rows[: len(rows) // 2] if r["name"].startswith("demo/new pose/") and r is not total]
+    assert sum(int(r["evaluations"]) for r in parts) == int(total["evaluations"])
+
+
+def test_a_table_of_other_columns_is_left_alone(samples: Path, tmp_path: Path) -> None:
+    table = tmp_path / "results.csv"
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match="its columns are not those"):
+        run_demo(tmp_path / "edits.png", bench=table)
+    assert table.read_text() == "a,b\n1,2\n"
+
+
+def test_the_command_prints_a_table_and_where_the_sheet_is(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["demo", "--output", "edits.png"])
+    assert result.exit_code == 0, result.output
+    assert all(word in result.stdout for word in ("recolour", "new pose", "peak MiB", *STAGES))
+    assert result.stdout.splitlines()[-1].startswith("edits.png: 2 edits")
+    assert result.stderr == ""
+    assert CliRunner().invoke(main, ["demo", "--output", "edits.jpg"]).exit_code == 2
+
+
+def test_peak_memory_sees_what_is_held_for_a_moment() -> None:
+    import time
+
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as memory:
+        held = bytearray(b"x" * (200 << 20))
+        time.sleep(0.3)
+        del held
+    assert memory.peak > before.peak + 150

@@ -1,0 +1,119 @@
+"""The VAE's way out of half precision, prompts in chunks, and where a model is looked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from iedit.runtime.errors import RunError, UsageError
+from iedit.runtime.models import Model, describe, find_folder, load_model, picturebook_folder
+
+
+class FakeVae(nn.Module):
+    """Halves on the way in and doubles on the way out; what its weights' dtype is in `broken` comes out as NaN."""
+
+    def __init__(self, broken: tuple[torch.dtype, ...], dtype: torch.dtype):
+        super().__init__()
+        self.half_of = nn.Parameter(torch.tensor(0.5, dtype=dtype), requires_grad=False)
+        self.broken = broken
+        self.config = SimpleNamespace(scaling_factor=0.25)
+
+    def _through(self, x: Tensor) -> Tensor:
+        assert x.dtype == self.half_of.dtype
+        return torch.full_like(x, float("nan")) if x.dtype in self.broken else x
+
+    def encode(self, x: Tensor) -> Any:
+        latent = self._through(x) * self.half_of
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latent))
+
+    def decode(self, z: Tensor) -> Any:
+        return SimpleNamespace(sample=self._through(z) / self.half_of)
+
+
+def model_with(vae: FakeVae, dtype: torch.dtype) -> Model:
+    nothing: Any = None
+    return Model("fake", Path(), nothing, vae, nothing, nothing, nothing, {}, torch.device("cpu"), dtype, "0" * 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_vae_that_overflows_in_half_precision_is_repeated_in_float32(dtype: torch.dtype) -> None:
+    model = model_with(FakeVae((dtype,), dtype), dtype)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    latent = model.encode(images)
+    assert latent.dtype == torch.float32
+    assert torch.equal(latent, images * 0.5 * 0.25)  # of the float32 pictures, not of their rounding to a half
+    assert torch.equal(model.decode(latent), images)
+    name = str(dtype).removeprefix("torch.")
+    assert model.notes == [
+        f"the VAE gave NaN in {name}; {what} was repeated in float32" for what in ("encoding", "decoding")
+    ]
+    assert model.vae.half_of.dtype == dtype  # other threads may be using it
+
+    model.encode(images)
+    assert len(model.notes) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_vae_that_gives_nan_in_float32_is_an_error_that_names_the_stage(dtype: torch.dtype) -> None:
+    model = model_with(FakeVae((torch.float16, torch.float32), dtype), dtype)
+    with pytest.raises(RunError, match="stage encode"):
+        model.encode(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(RunError, match="stage decode"):
+        model.decode(torch.zeros(1, 4, 8, 8))
+
+
+def test_a_vae_that_is_fine_in_half_precision_is_left_alone() -> None:
+    model = model_with(FakeVae((), torch.float16), torch.float16)
+    images = torch.rand(1, 3, 8, 8)
+    assert torch.equal(model.encode(images), (images.half() * 0.5).float() * 0.25)
+    assert model.notes == []
+
+
+def test_a_long_prompt_becomes_chunks_that_each_begin_and_end_as_the_encoder_expects(tiny_checkpoint_cli: Path) -> None:
+    model = load_model(str(tiny_checkpoint_cli))
+    length = model.tokenizer.model_max_length
+    words = ["red", "car", "grass", "noon"] * length
+    chunks = model.token_chunks(" ".join(words))
+    assert [len(c) for c in chunks[:-1]] == [length - 2] * (len(chunks) - 1)
+    assert [i for c in chunks for i in c] == model.tokenizer(" ".join(words), add_special_tokens=False).input_ids
+
+    states = model.encode_text([" ".join(words), "red"], len(chunks))
+    assert states.shape == (2, len(chunks) * length, 16)
+    first = model.encode_text([" ".join(words[: length - 2])])
+    torch.testing.assert_close(states[:1, :length], first)
+    torch.testing.assert_close(states[1:, :length], model.encode_text(["red"]))
+    torch.testing.assert_close(states[1:, length : 2 * length], model.encode_text([""]))
+
+
+def test_the_layouts_to_load_can_be_named(tiny_checkpoint_cli: Path) -> None:
+    assert set(load_model(str(tiny_checkpoint_cli)).controlnets) == {"pose", "scribble"}
+    assert set(load_model(str(tiny_checkpoint_cli), ["pose"]).controlnets) == {"pose"}
+    assert load_model(str(tiny_checkpoint_cli), []).controlnets == {}
+    with pytest.raises(UsageError, match="no ControlNet for depth; it has pose, scribble"):
+        load_model(str(tiny_checkpoint_cli), ["depth"])
+
+
+def test_the_digest_is_of_the_weights_in_use(tiny_checkpoint_cli: Path) -> None:
+    whole, pose = load_model(str(tiny_checkpoint_cli)), load_model(str(tiny_checkpoint_cli), ["pose"])
+    assert whole.digest == load_model(str(tiny_checkpoint_cli), dtype="bfloat16").digest
+    assert whole.digest != pose.digest
+
+
+def test_an_unknown_dtype_is_refused(tiny_checkpoint_cli: Path) -> None:
+    with pytest.raises(UsageError, match="dtype is 'int8', expected one of float32, float16, bfloat16"):
+        load_model(str(tiny_checkpoint_cli), dtype="int8")
+
+
+def test_an_installation_without_the_embedded_model_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iedit.runtime.models.picturebook_folder", lambda: tmp_path / "picturebook")
+    with pytest.raises(UsageError, match="iedit train embed"):
+        find_folder("picturebook")
+    assert "iedit train embed" in describe("picturebook")["problem"]
+    assert picturebook_folder().name == "picturebook"

@@ -1,0 +1,112 @@
+"""What the README shows can be typed: its command lines parse, its options exist, its Python compiles."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from iedit.runtime import METHODS
+from iedit.runtime.cli import main
+
+
+def blocks(root: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (root / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+def parse(line: str) -> click.Command:
+    """The command of an `iedit ...` line; raises click's error if a name, an option or a value is wrong."""
+    words = shlex.split(line, comments=True)
+    command: click.Command = main
+    while isinstance(command, click.Group):
+        words = words[1:]
+        if words[:1] == ["--help"]:
+            return command
+        with click.Context(command) as context:
+            found = command.get_command(context, words[0]) if words else None
+        if found is None:
+            raise click.UsageError(f"no such command: {line}")
+        command = found
+    words = [w for w in words[1:] if w != "--help"]
+    command.make_context(command.name, words)
+    return command
+
+
+def test_every_command_line_parses(root: Path) -> None:
+    lines = [line for block in blocks(root, "sh") for line in block.splitlines() if line.startswith("iedit ")]
+    assert len(lines) >= 8
+    shown = {parse(line).name for line in lines}
+    assert shown >= {"edit", "mask", "layouts", "replay", "info", "demo", "train"}
+
+
+@pytest.mark.parametrize("line", ["iedit edlt a.png", "iedit edit a.png --promt x", "iedit edit a.png", "iedit train"])
+def test_a_wrong_line_would_be_noticed(line: str) -> None:
+    with pytest.raises(click.UsageError):
+        parse(line)
+
+
+def test_every_make_target_shown_exists(root: Path) -> None:
+    targets = re.findall(r"^([a-z]+):", (root / "Makefile").read_text(), re.MULTILINE)
+    shown = re.findall(r"^make (\w+)", "\n".join(blocks(root, "sh")), re.MULTILINE)
+    assert {"demo", "test"} <= set(shown) <= set(targets)
+
+
+def test_every_fence_says_its_language_or_is_the_stage_graph(root: Path) -> None:
+    fences = re.findall(r"^```(\w*)", (root / "README.md").read_text(), re.MULTILINE)
+    assert set(fences[::2]) == {"sh", "python", ""}
+    assert fences[::2].count("") == 1
+
+
+def test_every_python_block_compiles_and_its_imports_exist(root: Path) -> None:
+    found = blocks(root, "python")
+    assert found
+    for block in found:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(str(node.module))
+                for name in node.names:
+                    if not hasattr(module, name.name):  # then it is a module of the package, or this raises
+                        importlib.import_module(f"{node.module}.{name.name}")
+            elif isinstance(node, ast.Import):
+                for name in node.names:
+                    importlib.import_module(name.name)
+
+
+def test_the_keywords_of_the_python_blocks_are_fields(root: Path) -> None:
+    from iedit.runtime import editor
+
+    checked = 0
+    for block in blocks(root, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                fields = getattr(getattr(editor, node.func.id, None), "__dataclass_fields__", None)
+                if fields is not None:
+                    assert {k.arg for k in node.keywords} <= set(fields)
+                    checked += 1
+    assert checked >= 3
+
+
+def test_the_options_table_has_every_option_of_edit_and_no_other(root: Path) -> None:
+    text = (root / "README.md").read_text()
+    rows = re.findall(r"^\| (`--.*?) \|", text, re.MULTILINE)
+    shown = [name for row in rows for name in re.findall(r"`(--[a-z-]+)`", row)]
+    known = {o for p in main.commands["edit"].params if isinstance(p, click.Option) for o in p.opts}
+    assert sorted(shown) == sorted(known)
+
+
+def test_the_methods_table_has_every_method(root: Path) -> None:
+    rows = re.findall(r"^\| `([a-z][a-z-]*)` \|", (root / "README.md").read_text(), re.MULTILINE)
+    assert tuple(rows) == METHODS
+
+
+def test_options_named_in_the_help_texts_exist() -> None:
+    for name, command in main.commands.items():
+        known = {o for p in command.params for o in p.opts} | {"--help"}
+        everywhere = known | {o for c in main.commands.values() for p in c.params for o in p.opts}
+        told = " ".join([command.help or "", *(getattr(p, "help", None) or "" for p in command.params)])
+        assert set(re.findall(r"--[a-z][a-z-]*", told)) <= everywhere, name
