@@ -41,8 +41,9 @@ def _load(model: str, reader: Path) -> tuple[Any, Any]:
     except FileNotFoundError as error:
         raise click.ClickException(str(error)) from error
     from ..runtime.editor import Editor
+    from ..runtime.stages import StageCache
 
-    return Editor.load(model=model), judge
+    return Editor.load(model=model, cache=StageCache(memory=0)), judge  # no cache: methods are compared by their cost
 
 
 @click.group()
@@ -176,7 +177,7 @@ def truth(
     asked_kinds, asked_methods = _names(suite.KINDS, kinds), _names(tuple(suite.METHODS), methods)
     editor, judge = _load(model, reader)
     rows = suite.run(
-        editor, judge, asked_methods, asked_kinds, count, settings=f"{model} {getattr(editor, 'digest', '')}".strip(),
+        editor, judge, asked_methods, asked_kinds, count, settings=editor.model.digest,
         seed=seed, steps=steps, batch=batch, output=output, sheet=sheet, log=click.echo,
     )  # fmt: skip
     summary = suite.summarise(rows)
