@@ -6,8 +6,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ class Model:
     dtype: torch.dtype
     digest: str
     guidance_scale: float = 7.5
-    notes: list[str] = field(default_factory=list)
 
     @property
     def channels(self) -> int:
@@ -63,34 +62,36 @@ class Model:
         return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: posterior mode times the scaling factor."""
+    def encode(self, images: Tensor, note: Callable[[str], None] | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: posterior mode times the scaling factor.
+
+        `note` is told when a half overflowed and float32 was used.
+        """
         images = images.to(self.device)
         latent = self.vae.encode(images.to(self.dtype)).latent_dist.mode().float()
         if not torch.isfinite(latent).all() and self.dtype != torch.float32:
-            latent = self._float32_vae("encoding").encode(images.float()).latent_dist.mode()
+            latent = self._float32_vae("encoding", note).encode(images.float()).latent_dist.mode()
         if not torch.isfinite(latent).all():
             raise RunError("stage encode: the VAE returned NaN or infinity, in float32 too; check the checkpoint")
         return latent * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, note: Callable[[str], None] | None = None) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]; float32 is tried where a half overflows."""
         z = latents.to(self.device) / self.vae.config.scaling_factor
         images = self.vae.decode(z.to(self.dtype)).sample.float()
         if not torch.isfinite(images).all() and self.dtype != torch.float32:
-            images = self._float32_vae("decoding").decode(z.float()).sample
+            images = self._float32_vae("decoding", note).decode(z.float()).sample
         if not torch.isfinite(images).all():
             raise RunError(
                 "stage decode: the VAE returned NaN or infinity, in float32 too; try a smaller guidance scale"
             )
         return images
 
-    def _float32_vae(self, what: str) -> Any:
+    def _float32_vae(self, what: str, note: Callable[[str], None] | None) -> Any:
         """A copy: other threads may be using the VAE in its own dtype."""
-        note = f"the VAE gave NaN in {str(self.dtype).removeprefix('torch.')}; {what} was repeated in float32"
-        if note not in self.notes:
-            self.notes.append(note)
+        if note is not None:
+            note(f"the VAE gave NaN in {str(self.dtype).removeprefix('torch.')}; {what} was repeated in float32")
         return copy.deepcopy(self.vae).float()
 
     def token_chunks(self, text: str) -> list[list[int]]:

@@ -49,7 +49,8 @@ class Profile:
     seconds: dict[str, float] = field(default_factory=dict)
     cached: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    expected: int = 0
+    expected: int = 0  # evaluations of the whole run, for the progress: all batches, less what the cache answered
+    before: int = 0  # evaluations of the batches before this one
     callback: Callback | None = field(default=None, repr=False)
     _stage: str = field(default="", repr=False)
     _step: int = field(default=0, repr=False)
@@ -85,7 +86,7 @@ class Profile:
     def _tell(self, step: int, steps: int) -> None:
         if self.callback is None:
             return
-        done = min(1.0, sum(self.evaluations.values()) / self.expected) if self.expected else 0.0
+        done = min(1.0, (self.before + sum(self.evaluations.values())) / self.expected) if self.expected > 0 else 0.0
         spent = time.perf_counter() - self._began
         left = spent * (1 - done) / done if done > 0 else None
         if self.callback(Progress(self._stage, step, steps, done, left)) is False:

@@ -213,8 +213,8 @@ def test_5_a_batch_is_its_single_runs_bit_for_bit_but_for_the_network(
 ) -> None:
     model = dataclasses.replace(model)
     encode, decode = model.encode, model.decode  # networks too
-    monkeypatch.setattr(model, "encode", lambda images: torch.cat([encode(i) for i in images.split(1)]))
-    monkeypatch.setattr(model, "decode", lambda latents: torch.cat([decode(i) for i in latents.split(1)]))
+    monkeypatch.setattr(model, "encode", lambda images, note=None: torch.cat([encode(i) for i in images.split(1)]))
+    monkeypatch.setattr(model, "decode", lambda latents, note=None: torch.cat([decode(i) for i in latents.split(1)]))
     requests = batch_of(picture, method, options)
     together = editor_of(model, denoiser=OneByOne(model)).edit_many(requests)
     for asked, result in zip(requests, together, strict=True):

@@ -1,0 +1,278 @@
+"""What an edit is asked with and what it returns; the check of a request before anything is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from . import METHODS
+from . import images as pictures
+from . import layouts as layout_maps
+from .errors import UsageError
+from .ito import Phase
+from .models import Model
+from .profile import Profile
+from .stages import Result, key_of
+
+# METHOD section 3, row 3 for iEdit; DiffEdit's own 0.8; ITO's section 4 uses 1.0 for ControlNet + DiffEdit.
+RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.8, "controlnet-diffedit": 1.0}
+UNMASKED = ("sdedit", "controlnet")
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How the edit mask is estimated (ITO Eq. 7; METHOD section 2, rows 11-14).
+
+    Attributes:
+        mode: "single" (one evaluation at the noise level of `strength`), "trajectory" (both conditions are denoised and
+            compared at the last step) or "none" (ITO then preserves everywhere, Eq. 3; other methods do not blend).
+        seeds: noises that the difference is averaged over.
+        strength: where the comparison starts, share of the steps.
+        guided: compare predictions after guidance.
+        sigma: of the Gaussian smoothing, latent pixels.
+        norm: "minmax", or "clamp" at 3x the mean as diffusers does; per image.
+        threshold: cells above it are edited; None is 0.1 for minmax and 0.5 for clamp.
+    """
+
+    mode: str = "single"
+    seeds: int = 10
+    strength: float = 0.5
+    guided: bool = True
+    sigma: float = 1.0
+    norm: str = "minmax"
+    threshold: float | None = None
+
+    @property
+    def cut(self) -> float:
+        """The threshold in force."""
+        return (0.1 if self.norm == "minmax" else 0.5) if self.threshold is None else self.threshold
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything about an edit that is not its inputs.
+
+    Attributes:
+        lam: weight of preservation against guidance, lambda of ITO Eq. 6; 1 skips the guidance image.
+        guidance_scale: classifier-free guidance; None is what the checkpoint recommends, else 7.5.
+        negative_prompt: text of the unconditional half.
+        control_scale: of every ControlNet's residuals.
+        control_scales: (name, scale) pairs that differ from `control_scale`.
+        encoding_ratio: share of the steps that ITO encodes, t_E / N.
+        ratio: share of the steps that the other methods encode; None is 0.7 (SDEdit, iEdit, ControlNet), 0.8 (DiffEdit),
+            1.0 (ControlNet + DiffEdit).
+        mask: how the mask is estimated.
+        guidance, final: ITO's updates while the guidance image is made and in the final pass.
+        refine: refine the guidance image with the input (ITO A.5).
+        refinement: the updates of that refinement.
+        inversion: condition of the inversion: the "source" prompt or "unconditional".
+        inversion_scale: classifier-free guidance during the inversion; 1 is off.
+        inversion_evaluate: timestep told during inversion: of the "target" level (as diffusers does) or the "source".
+        round_trip: pass the guidance image through the VAE before it is inverted.
+        kept_area: normalise the preservation loss by the kept area.
+        composite: "none"; "latent" (source latent outside the mask at the end); "pixel" (feathered paste of the input).
+        feather: width of the pixel paste's edge, pixels.
+    """
+
+    lam: float = 0.6
+    guidance_scale: float | None = None
+    negative_prompt: str = ""
+    control_scale: float = 1.0
+    control_scales: tuple[tuple[str, float], ...] = ()
+    encoding_ratio: float = 1.0
+    ratio: float | None = None
+    mask: MaskOptions = MaskOptions()
+    guidance: Phase = Phase()
+    final: Phase = Phase()
+    refine: bool = False
+    refinement: Phase = Phase(t_u=6)
+    inversion: str = "source"
+    inversion_scale: float = 1.0
+    inversion_evaluate: str = "target"
+    round_trip: bool = False
+    kept_area: bool = False
+    composite: str = "none"
+    feather: float = 4.0
+
+    def check(self) -> None:
+        """Raises UsageError for a value that no stage could use."""
+
+        def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+            if value not in allowed:
+                raise UsageError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+
+        def within(name: str, value: float, low: float, high: float) -> None:
+            if not low <= value <= high:
+                raise UsageError(f"{name} is {value}, expected {low} to {high}")
+
+        one_of("mask mode", self.mask.mode, ("single", "trajectory", "none"))
+        one_of("mask norm", self.mask.norm, ("minmax", "clamp"))
+        one_of("inversion", self.inversion, ("source", "unconditional"))
+        one_of("inversion_evaluate", self.inversion_evaluate, ("target", "source"))
+        one_of("composite", self.composite, ("none", "latent", "pixel"))
+        within("lambda", self.lam, 0, 1)
+        within("mask threshold", self.mask.cut, 0, 1)
+        within("mask seeds", self.mask.seeds, 1, 1000)
+        within("mask sigma", self.mask.sigma, 0, 1000)
+        within("feather", self.feather, 0, 1000)
+        scales = {"guidance_scale": self.guidance_scale, "inversion_scale": self.inversion_scale,
+                  "control_scale": self.control_scale}  # fmt: skip
+        for name, value in {**scales, **{f"control_scales {n}": s for n, s in self.control_scales}}.items():
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{name} is {value}, expected a number")
+        for name, ratio in (("encoding_ratio", self.encoding_ratio), ("mask strength", self.mask.strength),
+                            ("ratio", 1.0 if self.ratio is None else self.ratio)):  # fmt: skip
+            if not 0 < ratio <= 1:
+                raise UsageError(f"{name} is {ratio}, expected a number above 0 and at most 1")
+        for phase in (self.guidance, self.final, self.refinement):
+            if phase.k < 1 or (phase.t_u is not None and phase.t_u < 0) or not 0 < phase.lr < math.inf:
+                raise UsageError(f"{phase}: expected t_u >= 0, k >= 1 and lr > 0")
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One edit.
+
+    Attributes:
+        image: any PIL mode and size; it is padded to what the model takes and cropped back.
+        prompt: what the edited picture shows.
+        source_prompt: what the picture shows now. With layouts and no source prompt, `prompt` stands for both.
+        method: one of `METHODS`.
+        layouts: ControlNet name -> map of the picture's size, for the edited picture.
+        source_layouts: the same for the picture as it is; those not given are annotated from it where that can be done.
+        mask: "L" picture of the same size, white edits; None estimates one.
+        seed: of every noise; 0 is a seed.
+        steps: sampling steps.
+    """
+
+    image: Image.Image
+    prompt: str
+    source_prompt: str = ""
+    method: str = "ito"
+    layouts: Mapping[str, Image.Image] = field(default_factory=dict)
+    source_layouts: Mapping[str, Image.Image] = field(default_factory=dict)
+    mask: Image.Image | None = None
+    seed: int = 0
+    steps: int = 25
+    options: Options = Options()
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What an edit returns.
+
+    Attributes:
+        image: RGB, the size of the input.
+        mask: "L", white where the edit was allowed; None without a mask.
+        guidance: RGB guidance image, None where it was skipped.
+        latent, source_latent: (C, h, w) float32 on the CPU, of the result and of the input (padded size).
+        profile: what the batch cost that this edit was part of.
+        receipt: JSON-ready: the request, model digest, versions, backend, mask statistics, notes.
+    """
+
+    image: Image.Image
+    mask: Image.Image | None
+    guidance: Image.Image | None
+    latent: Tensor
+    source_latent: Tensor
+    profile: Profile
+    receipt: dict[str, Any]
+
+
+@dataclass
+class Job:
+    """A checked request with its tensors on the device; `found` holds stage results by stage name."""
+
+    request: EditRequest
+    size: tuple[int, int]
+    pixels: Tensor
+    digest: str
+    maps: dict[str, Tensor]
+    source_maps: dict[str, Tensor]
+    given_mask: Tensor | None
+    chunks: int
+    source_prompt: str
+    keys: dict[str, str] = field(default_factory=dict)
+    found: dict[str, Result] = field(default_factory=dict)
+    mask: Tensor | None = None
+
+
+def estimates_mask(request: EditRequest) -> bool:
+    """Whether the method uses a mask and the options let it be estimated where none is given."""
+    return request.method not in UNMASKED and request.options.mask.mode != "none"
+
+
+def check_request(model: Model, request: EditRequest) -> Job:
+    """Everything that can be wrong with a request, before anything is run.
+
+    Raises:
+        UsageError: the request cannot be run as asked.
+    """
+    if request.method not in METHODS:
+        raise UsageError(f"method is {request.method!r}, expected one of {', '.join(METHODS)}")
+    if not request.prompt.strip():
+        raise UsageError("the prompt is empty: say what the edited picture shows")
+    if request.method.startswith("controlnet") and not request.layouts:
+        raise UsageError(f"method {request.method} needs at least one layout (--layout pose=FILE)")
+    request.options.check()
+    model.schedule.levels(request.steps)
+    for name in {**request.layouts, **request.source_layouts}:
+        if name not in model.controlnets:
+            known = ", ".join(model.controlnets) or "none"
+            raise UsageError(f"layout {name!r}: {model.name} has no ControlNet of that name; it has {known}")
+    for name, _ in request.options.control_scales:
+        if name not in model.controlnets:
+            known = ", ".join(model.controlnets) or "none"
+            raise UsageError(f"control_scales: {model.name} has no ControlNet {name!r}; it has {known}")
+    extra = sorted(set(request.source_layouts) - set(request.layouts))
+    if extra:
+        raise UsageError(f"source layout {extra[0]!r} has no layout to go with it: give layouts[{extra[0]!r}] too")
+    pictures.check_size(request.image)
+    image = pictures.as_rgb(request.image)
+    padded, size = pictures.pad_to_multiple(image, model.multiple)
+
+    def tensor_of(name: str, picture: Image.Image) -> Tensor:
+        layout = layout_maps.check_layout(picture, name, size)
+        framed = Image.new("RGB", padded.size)
+        framed.paste(layout, (0, 0))
+        return ((pictures.to_tensor(framed) + 1) / 2).to(model.device)
+
+    maps = {name: tensor_of(name, picture) for name, picture in request.layouts.items()}
+    source_maps = {}
+    if request.mask is None and estimates_mask(request):
+        for name in maps:
+            given = request.source_layouts.get(name)
+            source_maps[name] = tensor_of(name, layout_maps.annotate(image, name) if given is None else given)
+    given_mask = None
+    if request.mask is not None:
+        mask = pictures.load_mask(request.mask, size)
+        latent = (padded.height // model.factor, padded.width // model.factor)
+        given_mask = pictures.mask_to_latent(mask, latent, padded.size).to(model.device)
+    source_prompt = request.source_prompt or (request.prompt if request.layouts else "")
+    texts = (request.prompt, source_prompt, request.options.negative_prompt)
+    return Job(
+        request=request,
+        size=size,
+        pixels=pictures.to_tensor(padded),
+        digest=hashlib.sha256(f"{padded.size}".encode() + padded.tobytes()).hexdigest()[:32],
+        maps=maps,
+        source_maps=source_maps,
+        given_mask=given_mask,
+        chunks=max(len(model.token_chunks(t)) for t in texts),
+        source_prompt=source_prompt,
+    )
+
+
+def group_key(job: Job) -> str:
+    """Jobs with equal keys share every network call: size, method, steps, layouts and all options but lambda."""
+    r = job.request
+    shared = dataclasses.replace(r.options, lam=0.0)
+    return key_of("group", list(job.pixels.shape), r.method, r.steps, sorted(job.maps), sorted(job.source_maps),
+                  job.given_mask is None, job.chunks, dataclasses.asdict(shared))  # fmt: skip
