@@ -69,6 +69,11 @@ class Schedule:
         prediction = scheduler.config.prediction_type
         if prediction not in PREDICTIONS:
             raise UsageError(f"scheduler: prediction_type is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+        if prediction == "sample" and float(scheduler.final_alpha_cumprod) == 1:
+            raise UsageError(
+                "scheduler: with prediction_type sample and set_alpha_to_one the clean level has no noise to be read from a "
+                "prediction, so nothing can be inverted; set set_alpha_to_one to false"
+            )
         return cls(
             tuple(float(a) for a in scheduler.alphas_cumprod.double()),
             float(scheduler.final_alpha_cumprod),

@@ -18,6 +18,7 @@ import math
 import os
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Part:
 # What the embedded model was trained with (see the model card for how it went).
 VAE = Part(2800, 32, 1.5e-3)
 SHARDS = 16
-DECODER = Part(6000, 8, 8e-4)
+DECODER = Part(2500, 8, 8e-4)
 DENOISER = Part(2800, 64, 1e-3)
 CONTROLNET = Part(1500, 32, 6e-4)
 CLIP = Part(800, 64, 1e-3)
@@ -374,12 +375,15 @@ def make_tokenizer(folder: Path) -> Any:
             merges.append((pieces[0], pieces[1]))
             tokens.append(pieces[0] + pieces[1])
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
-    tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
-    )
-    tokenizer.save_pretrained(folder)
+    # To a folder of its own first: parts that train side by side make the same tokenizer at the same moment.
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        vocabulary, rules = Path(name) / "vocab.json", Path(name) / "merges.txt"
+        vocabulary.write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+        rules.write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+        tokenizer = CLIPTokenizer(str(vocabulary), str(rules), model_max_length=MAX_TOKENS, pad_token="<|endoftext|>")
+        tokenizer.save_pretrained(name)
+        for made in Path(name).iterdir():
+            os.replace(made, folder / made.name)
     return tokenizer
 
 
@@ -619,8 +623,6 @@ def train_all(
         if processes == 1:
             run_part(name, work, log)
             continue
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             spawn(_worker, (processes, name, work, f"{folder}/meeting"), nprocs=processes)
     return write_model(work, log, out)
