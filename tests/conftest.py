@@ -99,7 +99,7 @@ def root() -> Path:
 # --- small models -----------------------------------------------------------------------------------------------
 
 # The embedded model is one of those that every identity is tested on, as soon as its weights are in the tree.
-EMBEDDED = ["picturebook"] if (ROOT / "runtime" / "picturebook" / "unet").is_dir() else []
+EMBEDDED = ["picturebook"]
 
 
 def _build_checkpoint(folder: Path, latent_channels: int = 4, seed: int = 0) -> Path:
