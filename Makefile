@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	$(BIN)/iedit demo --output demo/edits.png
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+	$(BIN)/python -m pytest -m "not slow and not gpu" -q -n 2 --dist worksteal
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow and not gpu" -q

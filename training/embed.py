@@ -53,9 +53,8 @@ VAE = Part(2800, 32, 1.5e-3)
 SHARDS = 16
 DECODER = Part(2500, 8, 8e-4)
 DENOISER = Part(2800, 64, 1e-3)
-CONTROLNET = Part(1500, 32, 6e-4)
 CLIP = Part(800, 64, 1e-3)
-CONTROLS = ("pose", "scribble")
+CONTROLS = {"pose": Part(1000, 32, 6e-4), "scribble": Part(1500, 32, 6e-4)}
 GUIDANCE_SCALE = 5.0
 
 
@@ -489,11 +488,12 @@ def train_controlnet(
     unet: Any,
     work: Path,
     log: Callable[[str], None],
-    part: Part = CONTROLNET,
+    part: Part | None = None,
 ) -> Any:
     """The ControlNet of one layout on the frozen UNet; half of the captions are dropped so that it reads the map."""
     from diffusers import ControlNetModel
 
+    part = CONTROLS[name] if part is None else part
     torch.manual_seed(part.seed)
     control = ControlNetModel.from_unet(
         unet, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 48, 64)
@@ -672,7 +672,7 @@ def card(work: Path, out: Path, figures: str) -> str:
 
     rows = []
     parts = {"vae": VAE, "decoder": DECODER, "denoiser": DENOISER, "clip": CLIP} | {
-        f"controlnet-{n}": CONTROLNET for n in CONTROLS
+        f"controlnet-{n}": p for n, p in CONTROLS.items()
     }
     for name, part in parts.items():
         path = work / f"{name}.pt"
