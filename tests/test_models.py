@@ -114,3 +114,36 @@ def test_an_installation_without_the_embedded_model_says_how_to_get_it(
         find_folder("picturebook")
     assert "iedit train embed" in describe("picturebook")["problem"]
     assert picturebook_folder().name == "picturebook"
+
+
+def test_of_a_hub_repository_only_one_variant_of_the_weights_is_fetched() -> None:
+    from fnmatch import fnmatch
+
+    from iedit.runtime.models import HUB_FILES
+
+    def fetched(name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in HUB_FILES)
+
+    wanted = (
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "scheduler/scheduler_config.json",
+        "config.json",  # of a ControlNet's own repository
+        "diffusion_pytorch_model.safetensors",
+        "controlnet-pose/diffusion_pytorch_model.safetensors",
+    )
+    spared = (
+        "v1-5-pruned.ckpt",
+        "v1-5-pruned.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "safety_checker/model.safetensors",
+    )
+    assert [n for n in wanted if not fetched(n)] == []
+    assert [n for n in spared if fetched(n)] == []
