@@ -54,7 +54,7 @@ SHARDS = 16
 DECODER = Part(2500, 8, 8e-4)
 DENOISER = Part(2800, 64, 1e-3)
 CLIP = Part(800, 64, 1e-3)
-CONTROLS = {"pose": Part(1000, 32, 6e-4), "scribble": Part(1500, 32, 6e-4)}
+CONTROLS = {"pose": Part(1000, 32, 6e-4), "scribble": Part(2300, 32, 6e-4)}
 GUIDANCE_SCALE = 5.0
 
 

@@ -101,14 +101,18 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % confidence interval of the mean by the percentile bootstrap; the same numbers give the same interval.
+def bootstrap(
+    values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % confidence interval of the (weighted) mean by the percentile bootstrap; the same numbers give the same interval.
 
     NaNs are left out; with no value left the interval is (NaN, NaN).
     """
-    kept = np.asarray([v for v in values if not math.isnan(v)], np.float64)
+    heavy = [1.0] * len(values) if weights is None else weights
+    pairs = [(v, w) for v, w in zip(values, heavy, strict=True) if not math.isnan(v)]
+    kept, weight = np.asarray([v for v, _ in pairs], np.float64), np.asarray([w for _, w in pairs], np.float64)
     if not len(kept):
         return math.nan, math.nan
     picks = np.random.default_rng(seed).integers(0, len(kept), (draws, len(kept)))
-    low, high = np.quantile(kept[picks].mean(1), (0.025, 0.975), method="nearest")
+    low, high = np.quantile((kept * weight)[picks].sum(1) / weight[picks].sum(1), (0.025, 0.975), method="nearest")
     return float(low), float(high)

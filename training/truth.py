@@ -238,7 +238,7 @@ def judge(case: Case, reading: Reading) -> Row:
 
 def measure(case: Case, image: Image.Image, mask: Image.Image | None = None) -> Row:
     """Distances of an edited picture: inside the exact region to the exact target, outside it to the input; and the IoU
-    of the estimated mask ("L" of any size) with the exact region, NaN without one.
+    of the estimated mask ("L" of any size) with the exact region, NaN without one. `outside`: share of the picture there.
     """
     got, region = _picture(image), _inside(case.region)
     target, source, kept = _picture(case.target), _picture(case.source), ~region
@@ -251,6 +251,7 @@ def measure(case: Case, image: Image.Image, mask: Image.Image | None = None) -> 
         "l1_in": metrics.l1(got, target, region).item(),
         "psnr_in": metrics.psnr(got, target, region).item(),
         "l1_out": metrics.l1(got, source, kept).item(),
+        "outside": kept.float().mean().item(),
         "psnr_out": metrics.psnr(got, source, kept).item(),
         "ssim_out": metrics.ssim(got, source, kept).item(),
         "mask_iou": overlap,
@@ -540,16 +541,20 @@ def summarise(rows: Sequence[Row], by_things: bool = False) -> list[Row]:
             mixed = name == "distance" and kind.split()[0] in ("text", "layout")
             for suffix, part in (("", "value"), ("_low", "low"), ("_high", "high")):
                 one[name + suffix] = math.nan if mixed else figure[part]
+        # Over all pixels outside: an edit of the sky leaves 2 % of its picture outside, an edit of a thing 70 %.
+        values, weights = [r["l1_out"] for r in some], [r["outside"] for r in some]
+        one["l1_out_pixels"] = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+        one["l1_out_pixels_low"], one["l1_out_pixels_high"] = metrics.bootstrap(values, weights)
         summary.append(one)
     return summary
 
 
 def verdicts(summary: Sequence[Row], method: str = "ito") -> list[Row]:
     """What is asked of ITO, as figures with `wanted`: new >= 0.90 on text and >= 0.80 on layout edits, old <= 0.05, and
-    an L1 <= 0.03 outside the exact region.
+    an L1 <= 0.03 outside the exact region: over all pixels there, and as the mean of the edits' own means.
     """
-    asked = {"text": (("new", ">= 0.90"), ("old", "<= 0.05"), ("l1_out", "<= 0.03"))}
-    asked["layout"] = (("new", ">= 0.80"), ("old", "<= 0.05"), ("l1_out", "<= 0.03"))
+    rest = (("old", "<= 0.05"), ("l1_out_pixels", "<= 0.03"), ("l1_out", "<= 0.03"))
+    asked = {"text": (("new", ">= 0.90"), *rest), "layout": (("new", ">= 0.80"), *rest)}
     return [
         {"name": f"{one['kind']} edits: {_HEADS[name]}", "value": one[name], "low": one[name + "_low"],
          "high": one[name + "_high"], "n": one["n"], "wanted": wanted, "unit": ""}
@@ -566,7 +571,8 @@ _HEADS = {
     "distance": "px or IoU",
     "l1_in": "L1 inside",
     "psnr_in": "PSNR inside",
-    "l1_out": "L1 outside",
+    "l1_out": "L1 outside, per edit",
+    "l1_out_pixels": "L1 outside, per pixel",
     "psnr_out": "PSNR outside",
     "ssim_out": "SSIM outside",
     "mask_iou": "mask IoU",
@@ -577,6 +583,7 @@ _DIGITS = {
     "distance": 2,
     "l1_in": 3,
     "l1_out": 3,
+    "l1_out_pixels": 3,
     "psnr_in": 1,
     "psnr_out": 1,
     "ssim_out": 3,
