@@ -31,6 +31,20 @@ def _gradient(y, x, g, m, rec, along_y, along_g, GUIDED: tl.constexpr):
 
 
 @triton.jit
+def _values(m_ptr, n, hw, channels, KEPT: tl.constexpr, BLOCK: tl.constexpr):
+    """What L_rec is a mean over: all n values, or those that are kept, channels * sum(1 - m)."""
+    count = n.to(tl.float32)
+    if KEPT:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, hw, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < hw
+            total += tl.where(inside, 1.0 - tl.load(m_ptr + at, mask=inside, other=1.0).to(tl.float32), 0.0)
+        count = tl.maximum(tl.sum(total, 0), 1.0) * channels
+    return count
+
+
+@triton.jit
 def _cosine_factors(yy, gg, yg, weight):
     """Factors of y and g in (1 - lambda) dL_G/dy; zero where a norm is."""
     live = (yy > 0.0) & (gg > 0.0)
@@ -52,15 +66,7 @@ def ito_step_once(y_ptr, x_ptr, g_ptr, m_ptr, lam_ptr, out_ptr, lr, n, hw, chann
     out_ptr += sample * n
     m_ptr += sample * hw
     lam = tl.load(lam_ptr + sample).to(tl.float32)
-    count = n.to(tl.float32)
-    if KEPT:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, hw, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            inside = at < hw
-            total += tl.where(inside, 1.0 - tl.load(m_ptr + at, mask=inside, other=1.0).to(tl.float32), 0.0)
-        count = tl.maximum(tl.sum(total, 0), 1.0) * channels
-    rec = lam * 2.0 / count
+    rec = lam * 2.0 / _values(m_ptr, n, hw, channels, KEPT, BLOCK)
     along_y = 0.0
     along_g = 0.0
     if GUIDED:
@@ -105,15 +111,7 @@ def ito_step_many(y_ptr, x_ptr, g_ptr, m_ptr, lam_ptr, out_ptr, value_ptr, mean_
     square_ptr += sample * n
     m_ptr += sample * hw
     lam = tl.load(lam_ptr + sample).to(tl.float32)
-    count = n.to(tl.float32)
-    if KEPT:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, hw, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            inside = at < hw
-            total += tl.where(inside, 1.0 - tl.load(m_ptr + at, mask=inside, other=1.0).to(tl.float32), 0.0)
-        count = tl.maximum(tl.sum(total, 0), 1.0) * channels
-    rec = lam * 2.0 / count
+    rec = lam * 2.0 / _values(m_ptr, n, hw, channels, KEPT, BLOCK)
     s_gg = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
         at = start + tl.arange(0, BLOCK)

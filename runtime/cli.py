@@ -599,7 +599,7 @@ def demo(output: str, bench: str | None) -> None:
     from rich.table import Table
 
     table = Table(title="seconds per stage (network evaluations)")
-    table.add_column("stage")
+    table.add_column("stage", no_wrap=True)
     for f in figures:
         table.add_column(f["name"], justify="right")
     for stage in dict.fromkeys(s for f in figures for s in f["seconds"]):

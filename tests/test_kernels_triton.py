@@ -79,7 +79,7 @@ def test_every_kernel_compiles_for_the_chip_without_a_spill(chip: int) -> None:
         source = ASTSource(
             kernel,
             {n: signature.get(n, "constexpr") for n in names},
-            {names.index(k): v for k, v in constants.items()},
+            constants,
             wide,
         )
         made = triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_warps": warps})
