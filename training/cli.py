@@ -181,9 +181,38 @@ def truth(
         seed=seed, steps=steps, batch=batch, output=output, sheet=sheet, log=click.echo,
     )  # fmt: skip
     summary = suite.summarise(rows)
-    Console().print(suite.table(suite.summarise(rows, by_things) if by_things else summary))
+    console = Console()
+    if not console.is_terminal:  # 17 columns: a file or a pipe takes them in one line
+        console.width = 220
+    console.print(suite.table(suite.summarise(rows, by_things) if by_things else summary))
     for one in suite.verdicts(summary):
         click.echo(
             f"{one['name']}: {one['value']:.3f}, wanted {one['wanted']}: {'met' if suite.met(one) else 'NOT MET'}"
         )
     _write_card(output, reader, edits=summary)
+
+
+@train.command()
+@_work
+@_output
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="The model. Default: the embedded one.",
+)
+def card(work: Path, output: Path, folder: Path | None) -> None:
+    """Write the model card: data, steps and hours from WORK, figures of `figures` and `truth` from OUTPUT."""
+    from ..runtime.images import write_whole
+    from ..runtime.models import picturebook_folder
+    from . import embed as training
+    from .truth import read_json, render_card
+
+    found = read_json(output / "figures.json")
+    if not found:
+        raise click.ClickException(
+            f"{output / 'figures.json'} is not there; run `iedit train figures` and `truth` first"
+        )
+    model = picturebook_folder() if folder is None else folder
+    write_whole(model / "README.md", training.card(work, model, render_card(found)).encode())
+    click.echo(f"wrote {model / 'README.md'}")

@@ -706,6 +706,9 @@ Data: scenes drawn without end by `training/world.py`; {SHARDS * SHARD} of them 
 | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
+`iedit.json` recommends a guidance scale of {GUIDANCE_SCALE:g}: on the first 20 held-out edits of each text kind ITO is right
+on 98 % at 5 and on 97 % at 7.5, with an L1 to the exact target of 0.089 against 0.097. The other defaults are the papers'.
+
 The checkpoints were shared with other work on the same two cores, so the hours are upper bounds. The autoencoder's first 2000
 and the denoiser's first 1500 steps ran under a cosine meant for 4000 steps; the schedule was then shortened to the steps above.
 
