@@ -85,7 +85,7 @@ def test_ito_step_carries_the_state_from_call_to_call() -> None:
         twice = ito_definition.ito_step(twice, x, g, mask, lam, k=2, state=state)
     assert state.steps == 4
     parts = [t.double() for t in (y, x, g, mask, lam)]
-    exact = ito_definition.ito_step(*parts, k=4)  # type: ignore[misc]
+    exact = ito_definition.ito_step(*parts, k=4)
     assert (twice.double() - exact).abs().max() <= sensitivity(*parts, k=4) + once(exact)
 
 
