@@ -430,8 +430,10 @@ def test_sigint_stops_the_command_in_the_middle_of_a_run(edit: list[str], here: 
     code = "from iedit.runtime.cli import main; main(prog_name='iedit')"
     words = [*edit, "--steps", "1000", "--cache", "kept", "--output", "out.png"]  # half a minute and more
     environment = os.environ | {"PYTHONPATH": str(root / ".types")}
+    # A shell's background jobs ignore SIGINT, and so would their children.
     with subprocess.Popen([sys.executable, "-c", code, *words], env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as running:  # fmt: skip
+                          stderr=subprocess.PIPE,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as running:  # fmt: skip
         end = time.monotonic() + 120
         while not list(here.glob("kept/*.safetensors")) and time.monotonic() < end and running.poll() is None:
             time.sleep(0.1)

@@ -640,9 +640,9 @@ def test_what_cannot_be_loaded_is_refused_by_name(tiny_folder: Path, tmp_path: P
     refused(tmp_path / "nothing", "is not a folder")
     refused("nothing", "is not a folder")
     refused(tiny_folder, "dtype is 'float8'", dtype="float8")
-    refused(tiny_folder, "backend is 'magic'", backend="magic")
+    refused(tiny_folder, "backend 'magic' was requested but cannot run", backend="magic")
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="there is no CUDA device"):
+        with pytest.raises(UsageError, match="no CUDA device is here"):
             RealEditor.load(str(tiny_folder), device="cuda")
 
 
