@@ -49,12 +49,16 @@ class Part:
 
 
 # What the embedded model was trained with (see the model card for how it went).
-VAE = Part(2800, 32, 1.5e-3)
+PARTS = {
+    "vae": Part(2800, 32, 1.5e-3),
+    "decoder": Part(2500, 8, 8e-4),
+    "denoiser": Part(2800, 64, 1e-3),
+    "controlnet-pose": Part(1000, 32, 6e-4),
+    "controlnet-scribble": Part(2300, 32, 6e-4),
+    "clip": Part(800, 64, 1e-3),
+}
+CONTROLS = ("pose", "scribble")
 SHARDS = 16
-DECODER = Part(2500, 8, 8e-4)
-DENOISER = Part(2800, 64, 1e-3)
-CLIP = Part(800, 64, 1e-3)
-CONTROLS = {"pose": Part(1000, 32, 6e-4), "scribble": Part(2300, 32, 6e-4)}
 GUIDANCE_SCALE = 5.0
 
 
@@ -216,11 +220,12 @@ def reconstruction_loss(got: Tensor, want: Tensor) -> Tensor:
     return F.l1_loss(got, want) + 4 * F.mse_loss(got, want) + 0.5 * (dx.abs().mean() + dy.abs().mean())
 
 
-def train_vae(work: Path, log: Callable[[str], None], part: Part = VAE) -> Any:
+def train_vae(work: Path, log: Callable[[str], None]) -> Any:
     """The autoencoder: crops of 64 for the first 80 % of the steps, then whole pictures, a quarter as many.
 
     Returns it with the scaling factor measured (1 / standard deviation of the latents), kept in `work/scaling.json`.
     """
+    part = PARTS["vae"]
     torch.manual_seed(part.seed)
     vae = new_vae()
 
@@ -237,8 +242,10 @@ def train_vae(work: Path, log: Callable[[str], None], part: Part = VAE) -> Any:
 
     train_loop("vae", part, nn.ModuleDict({"vae": vae}), loss_of, work, log)
     noted = work / "scaling.json"
-    if not noted.exists():
-        noted.write_text(json.dumps(measure_scaling(vae)))
+    if not noted.exists():  # processes that train together find the same number; each writes it whole
+        temporary = noted.with_name(f"{noted.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(measure_scaling(vae)))
+        os.replace(temporary, noted)
     vae.register_to_config(scaling_factor=json.loads(noted.read_text()))
     return vae
 
@@ -317,8 +324,9 @@ class Latents:
         return torch.stack([self.data[s][i] for s, i in names]).float(), [shard_scene(s, i) for s, i in names]
 
 
-def train_decoder(vae: Any, work: Path, log: Callable[[str], None], part: Part = DECODER) -> Any:
+def train_decoder(vae: Any, work: Path, log: Callable[[str], None]) -> Any:
     """The decoder alone, encoder frozen: whole pictures from stored latents."""
+    part = PARTS["decoder"]
     vae.requires_grad_(False)
     modules = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     modules.requires_grad_(True)
@@ -454,10 +462,9 @@ def noisy(z: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return a.sqrt() * z + (1 - a).sqrt() * noise, t, noise, (5 * (1 - a) / a).clamp(max=1.0)
 
 
-def train_denoiser(
-    vae: Any, tokenizer: Any, work: Path, log: Callable[[str], None], part: Part = DENOISER
-) -> tuple[Any, Any]:
+def train_denoiser(vae: Any, tokenizer: Any, work: Path, log: Callable[[str], None]) -> tuple[Any, Any]:
     """Text encoder and UNet together, from scratch; 10 % of the captions are dropped for guidance."""
+    part = PARTS["denoiser"]
     torch.manual_seed(part.seed)
     text, unet, alphas = new_text_encoder(tokenizer), new_unet(), new_scheduler().alphas_cumprod
     latents, scale = Latents(work), vae.config.scaling_factor
@@ -488,12 +495,11 @@ def train_controlnet(
     unet: Any,
     work: Path,
     log: Callable[[str], None],
-    part: Part | None = None,
 ) -> Any:
     """The ControlNet of one layout on the frozen UNet; half of the captions are dropped so that it reads the map."""
     from diffusers import ControlNetModel
 
-    part = CONTROLS[name] if part is None else part
+    part = PARTS[f"controlnet-{name}"]
     torch.manual_seed(part.seed)
     control = ControlNetModel.from_unet(
         unet, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 48, 64)
@@ -544,8 +550,9 @@ def new_clip(tokenizer: Any) -> Any:
     )
 
 
-def train_clip(tokenizer: Any, work: Path, log: Callable[[str], None], part: Part = CLIP) -> Any:
+def train_clip(tokenizer: Any, work: Path, log: Callable[[str], None]) -> Any:
     """Picture and caption embeddings by the symmetric contrastive loss; pictures in CLIP's own normalisation."""
+    part = PARTS["clip"]
     torch.manual_seed(part.seed)
     clip = new_clip(tokenizer)
     processor = new_image_processor()
@@ -671,10 +678,7 @@ def card(work: Path, out: Path, figures: str) -> str:
     from ..runtime.models import CONTROLNET_PREFIX
 
     rows = []
-    parts = {"vae": VAE, "decoder": DECODER, "denoiser": DENOISER, "clip": CLIP} | {
-        f"controlnet-{n}": p for n, p in CONTROLS.items()
-    }
-    for name, part in parts.items():
+    for name, part in PARTS.items():
         path = work / f"{name}.pt"
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)

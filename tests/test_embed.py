@@ -1,0 +1,119 @@
+"""Training of the embedded model: every part in small, resumed as if it had not been stopped, and a model that loads."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from iedit.runtime.editor import Editor, EditRequest
+from iedit.training import embed, world
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in embed.PARTS:
+        monkeypatch.setitem(embed.PARTS, name, embed.Part(2, 4, 1e-3))
+    monkeypatch.setattr(embed, "SHARD", 25)
+    monkeypatch.setattr(embed, "SHARDS", 1)
+    # A pose part draws from scenes with a person alone; 25 scenes hold some.
+    assert any(t.kind == "person" for i in range(25) for t in embed.shard_scene(0, i).things)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_command_trains_every_part_and_writes_a_model_that_edits(tmp_path: Path) -> None:
+    said: list[str] = []
+    out = embed.train_all(tmp_path / "work", said.append, out=tmp_path / "model")
+    for part in (
+        "unet",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "scheduler",
+        "clip",
+        "controlnet-pose",
+        "controlnet-scribble",
+        "samples",
+    ):
+        assert (out / part).is_dir(), part
+    editor = Editor.load(str(out), device="cpu")
+    assert editor.model.guidance_scale == embed.GUIDANCE_SCALE
+    scene = world.scene_of_seed(0, 1)
+    map_ = {"scribble": world.layout(scene, "scribble")}
+    request = EditRequest(world.render(scene), "a red car", layouts=map_, source_layouts=map_, steps=2)
+    assert editor.edit(request).image.size == (128, 128)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").glob("*.pt")}
+    assert {p.stem for p in before} == set(embed.PARTS)
+    embed.train_all(tmp_path / "work", said.append, out=tmp_path / "model")  # finished parts are not trained again
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    text = embed.card(tmp_path / "work", out, "FIGURES")
+    assert all(f"| {name} | 2 | 4 | 0.001 |" in text for name in embed.PARTS)
+
+
+def loop(work: Path, part: embed.Part, stop_at: int | None = None) -> Tensor:
+    """A linear fit through `train_loop`; its averaged weights."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1)
+
+    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(batch, 3) + rng.random()
+        return ((net(x) - x.sum(1, keepdim=True)) ** 2).mean(), {}
+
+    embed.train_loop("fit", part, nn.ModuleDict({"net": net}), loss_of, work, lambda _: None, every=7)
+    return net.weight.detach().clone()
+
+
+def test_a_run_that_was_interrupted_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    part = embed.Part(30, 8, 1e-2)
+    whole = loop(tmp_path / "whole", part)
+    with pytest.raises(KeyboardInterrupt):
+        loop(tmp_path / "parts", part, stop_at=17)
+    assert torch.load(tmp_path / "parts" / "fit.pt", weights_only=True)["step"] == 17
+    assert torch.equal(loop(tmp_path / "parts", part), whole)
+    assert list((tmp_path / "parts").glob("*.tmp")) == []
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path: Path) -> None:
+    net = nn.Linear(1, 1)
+
+    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        return net.weight.sum() * (float("nan") if step == 3 else 1.0), {}
+
+    with pytest.raises(FloatingPointError, match="fit: the loss is nan at step 3"):
+        embed.train_loop("fit", embed.Part(5, 1, 1e-3), nn.ModuleDict({"net": net}), loss_of, tmp_path, lambda _: None)
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    part = embed.Part(1000, 1, 1.0)
+    rates = [embed.learning_rate(part, s) for s in range(1000)]
+    assert rates[0] == 1 / 20 and max(rates) == 1.0 and rates.index(1.0) in (19, 20)
+    assert rates[-1] == pytest.approx(0.02, abs=1e-4)
+    assert all(a >= b for a, b in itertools.pairwise(rates[20:]))
+
+
+def test_every_word_of_the_world_is_one_token_and_anything_else_still_splits(tmp_path: Path) -> None:
+    tokenizer = embed.make_tokenizer(tmp_path)
+    assert [w for w in embed.WORDS if len(tokenizer.tokenize(w)) != 1] == []
+    ids: Any = tokenizer("a zebra, 12 ü").input_ids
+    assert tokenizer.unk_token_id not in ids[1:-1]
+    longest = max((world.caption(world.scene_of_seed(i, 2)) for i in range(200)), key=len)
+    assert len(tokenizer(longest).input_ids) <= embed.MAX_TOKENS
+    assert not list(tmp_path.glob("tmp*"))
+
+
+def test_the_loss_weight_is_min_snr() -> None:
+    alphas = embed.new_scheduler().alphas_cumprod
+    torch.manual_seed(0)
+    z = torch.randn(64, 4, 16, 16)
+    x, t, noise, weight = embed.noisy(z, alphas)
+    a = alphas[t].view(-1, 1, 1, 1)
+    assert torch.allclose(x, a.sqrt() * z + (1 - a).sqrt() * noise)
+    snr = a / (1 - a)
+    assert torch.allclose(weight, torch.minimum(snr, torch.tensor(5.0)) / snr)
