@@ -168,7 +168,8 @@ def train_loop(
                 save(step + 1)
     except KeyboardInterrupt:
         save(step)
-        log(f"{name}: stopped at step {step}, saved; the same command goes on from here")
+        if rank == 0:
+            log(f"{name}: stopped at step {step}, saved; the same command goes on from here")
         raise
     if start < part.steps:
         save(part.steps)
