@@ -716,8 +716,10 @@ on 98 % at 5 and on 97 % at 7.5, with an L1 to the exact target of 0.089 against
 the first 10 of each text kind (thing, colour, sky or ground) its IoU with the exact region is 0.63, 0.59, 0.81 for 20 network
 evaluations, that of "trajectory" 0.39, 0.22, 0.74 for 480, with equal accuracy. The other defaults are the papers'.
 
-The two cores were shared with other work, so the hours are upper bounds. The autoencoder's first 2000
-and the denoiser's first 1500 steps ran under a cosine meant for 4000 steps; the schedule was then shortened to the steps above.
+The two cores were shared with other work, so the hours are upper bounds. Steps were changed
+while it ran, so the cosine of the learning rate was not one piece everywhere: the autoencoder's first 2000 and the denoiser's first
+1500 steps ran under one meant for 4000, the pose ControlNet was stopped at 1000 of 1500, and the scribble ControlNet, finished at
+1500, went on to 2300.
 
 {figures}"""
 
