@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,11 +367,6 @@ def load_model(
         digest=_digest([folder / "unet", folder / "vae", folder / "text_encoder", *control_folders.values()]),
         guidance_scale=float(hints.get("guidance_scale", 7.5)),
     )
-
-
-def cache_folder() -> Path:
-    """Where stage results go when they are kept on disk: `$XDG_CACHE_HOME/iedit` or `~/.cache/iedit`."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "iedit"
 
 
 def describe(model: str) -> dict[str, str]:

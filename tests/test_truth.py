@@ -132,7 +132,7 @@ def test_the_exact_target_gets_a_perfect_score() -> None:
     summary = truth.summarise(rows)
     assert all(one["new"] == 1 for one in summary)
     assert all(truth.met(f) for f in truth.verdicts(summary))
-    assert len(truth.verdicts(summary)) == 6
+    assert len(truth.verdicts(summary)) == 2 * 4 + 2 * len(truth.KINDS)  # text is 4, layout 4, each kind 2
     distances = {one["kind"]: one["distance"] for one in summary}
     assert distances["pose"] == 0
     assert distances["scribble"] == 1
