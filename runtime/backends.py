@@ -1,17 +1,113 @@
-"""What can run the networks here, and why the rest cannot. One question, answered in one place, by a list of reasons."""
+"""What can run the networks here, and why the rest cannot. One question, answered in one place, by a list of reasons.
+
+A backend answers for five kinds of modules: the UNet (alone, or fused with its ControlNets), the VAE's encoder and decoder,
+and the text encoder. `auto` is a `Ladder`: per module and per shape the first backend that can; why the ones above it
+could not is told to the running profile, once, and from there to the result, the receipt and the command line.
+"""
 
 from __future__ import annotations
 
-from .errors import UsageError
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
-BACKENDS = ("torch",)
+import torch
+from torch import Tensor
+
+from . import profile
+from .denoiser import Condition
+from .errors import UsageError
+from .models import Model, Modules
+
+BACKENDS = ("torch",)  # the ladder, from the top
+
+
+@runtime_checkable
+class Backend(Modules, Protocol):
+    """Networks of one model; no state that a caller could see. Tensors come and go on the model's device."""
+
+    name: str
+
+    def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
+        """Reasons why it cannot run `module` at this shape (pixels); empty if it can."""
+        ...
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """See `denoiser.Denoiser`; float32."""
+        ...
+
+
+def unet_module(condition: Condition) -> str:
+    """The name of the module that answers for a condition: "unet", or "unet+pose+scribble", names sorted."""
+    return "+".join(["unet", *sorted(name for name, _, _ in condition.layouts)])
+
+
+class Ladder:
+    """The first backend of several that can run a module at a shape. The last one must be able to run everything.
+
+    Args:
+        steps: from the top.
+        factor: pixels per latent cell.
+        above: reasons why backends that are not among the steps cannot run at all, by name.
+    """
+
+    name = "auto"
+
+    def __init__(self, steps: Sequence[Backend], factor: int, above: dict[str, list[str]] | None = None):
+        self.steps, self.factor, self.above = list(steps), factor, above or {}
+
+    def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
+        return self.steps[-1].why_not(module, batch, height, width)
+
+    def choose(self, module: str, batch: int, height: int, width: int) -> Backend:
+        """The backend for one call; the reasons of those above it go to the running profile."""
+        running = profile.current()
+        if running is not None:
+            for name, why in self.above.items():
+                running.step_down("all", name, why)
+        for step in self.steps[:-1]:
+            why = step.why_not(module, batch, height, width)
+            if not why:
+                return step
+            if running is not None:
+                running.step_down(module, step.name, why)
+        return self.steps[-1]
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        size = (x.shape[-2] * self.factor, x.shape[-1] * self.factor)
+        return self.choose(unet_module(condition), len(x), *size).predict(x, t, condition)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.choose("vae_encoder", len(images), *images.shape[-2:]).encode_image(images)
+
+    def decode_latent(self, latents: Tensor) -> Tensor:
+        size = (latents.shape[-2] * self.factor, latents.shape[-1] * self.factor)
+        return self.choose("vae_decoder", len(latents), *size).decode_latent(latents)
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        return self.choose("text_encoder", len(ids), 0, 0).encode_tokens(ids)
 
 
 def why_unavailable(name: str) -> list[str]:
-    """Reasons why backend `name` cannot run here; empty if it can."""
+    """Reasons why backend `name` cannot run on this machine at all; empty if it can (given engines, where it needs them)."""
     if name == "torch":
         return []
     return [f"there is no such backend; known are auto, {', '.join(BACKENDS)}"]
+
+
+def check_backend(name: str) -> None:
+    """Raises UsageError where `name` was asked for and cannot run on this machine; before a model is loaded for it."""
+    why = [] if name == "auto" else why_unavailable(name)
+    if why:
+        raise UsageError(f"backend {name!r} was requested but cannot run: {'; '.join(why)}")
+
+
+def missing(*modules: str, extra: str) -> list[str]:
+    """A reason for each package that is not installed."""
+    return [
+        f'{m} is not installed (pip install "iedit[{extra}]")' for m in modules if importlib.util.find_spec(m) is None
+    ]
 
 
 def reasons() -> dict[str, list[str]]:
@@ -19,15 +115,45 @@ def reasons() -> dict[str, list[str]]:
     return {name: why_unavailable(name) for name in BACKENDS}
 
 
-def choose(name: str) -> str:
-    """The backend to load: `name` itself, or for "auto" the first of the ladder that can run.
+def load_backend(name: str, model: Model, engines: Path | None = None, **options: Any) -> Backend:
+    """A backend of a loaded model, or for "auto" the ladder.
+
+    Args:
+        engines: folder of exported engines; None is `engine_spec.engines_folder(model.digest)`.
+        options: `attention` ("sdpa" or "xformers") and `channels_last`, of the backends that run torch modules.
 
     Raises:
-        UsageError: it was asked for by name and cannot run: never a silent step down.
+        UsageError: it was asked for by name and cannot run, or has no usable engine: never a silent step down.
     """
+    from .backend_torch import TorchBackend
+
+    check_backend(name)
     if name == "auto":
-        return next(b for b in BACKENDS if not why_unavailable(b))
-    why = why_unavailable(name)
+        steps: list[Backend] = []
+        above: dict[str, list[str]] = {}
+        for step in BACKENDS[:-1]:
+            if step == "compile":
+                above[step] = ["it compiles for minutes in every process; ask for it by name"]
+                continue
+            why = why_unavailable(step)
+            if why:
+                above[step] = why
+                continue
+            try:
+                steps.append(load_backend(step, model, engines, **options))
+            except UsageError as error:
+                above[step] = [str(error)]
+        return Ladder([*steps, TorchBackend(model, **options)], model.factor, above)
+    return TorchBackend(model, **options)
+
+
+def refuse(backend: Backend, module: str, batch: int, height: int, width: int) -> None:
+    """Raises UsageError with the reasons where `backend` cannot run `module` at this shape."""
+    why = backend.why_not(module, batch, height, width)
     if why:
-        raise UsageError(f"backend {name!r} was requested but cannot run: {'; '.join(why)}")
-    return name
+        raise UsageError(f"backend {backend.name!r} cannot run {module}: {'; '.join(why)}")
+
+
+def cuda_missing() -> list[str]:
+    """A reason if there is no CUDA device."""
+    return [] if torch.cuda.is_available() else ["no CUDA device"]

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +23,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 from . import METHODS, VERSION
 from . import images as pictures
-from .backend_torch import TorchDenoiser
-from .backends import choose
+from .backends import Backend, check_backend, load_backend
 from .batch import Batch, vae_batches
 from .denoiser import Condition, Denoiser, Network
 from .ito import Phase, masked_sampling
@@ -40,8 +41,8 @@ class Editor:
 
     Args:
         model: a loaded checkpoint.
-        denoiser: the backend that answers for the UNet and ControlNets.
-        backend: its name, for the receipt.
+        denoiser: what answers for the UNet and ControlNets; a `backends.Backend` answers for the other modules too.
+        backend: its name, for the receipt and the cache; its own by default.
         cache: stage results; None makes one of 512 MiB in memory.
         memory: bound in bytes for one network call's activations; decides how many samples share a call.
     """
@@ -51,11 +52,13 @@ class Editor:
         model: Model,
         denoiser: Denoiser,
         *,
-        backend: str = "torch",
+        backend: str | None = None,
         cache: StageCache | None = None,
         memory: int = 1 << 30,
     ):
-        self.model, self.denoiser, self.backend = model, denoiser, backend
+        # A bare denoiser (a test's, a user's own network) leaves the other modules to the model.
+        self.model = dataclasses.replace(model, modules=denoiser) if isinstance(denoiser, Backend) else model
+        self.denoiser, self.backend = denoiser, backend or str(getattr(denoiser, "name", "torch"))
         self.cache = StageCache() if cache is None else cache
         self.memory = memory
 
@@ -69,15 +72,23 @@ class Editor:
         dtype: str | torch.dtype | None = None,
         cache: StageCache | None = None,
         memory: int = 1 << 30,
+        engines: str | os.PathLike[str] | None = None,
+        **options: Any,
     ) -> Editor:
-        """Load the embedded model, a diffusers folder or a hub id; see `models.load_model`.
+        """Load the embedded model, a diffusers folder or a hub id (see `models.load_model`) and its backend.
+
+        Args:
+            backend: torch, compile, onnx, tensorrt, or auto: the first that can run, per module and shape.
+            engines: folder of exported engines; by default the user's cache, by the weights' digest.
+            options: of the backends that run torch modules: `attention` and `channels_last` (`backend_torch.TorchBackend`).
 
         Raises:
             UsageError: the model cannot be loaded, or the backend is not one that can run.
         """
-        name = choose(backend)
+        check_backend(backend)
         loaded = load_model(model, layouts, device=device, dtype=dtype)
-        return cls(loaded, TorchDenoiser(loaded), backend=name, cache=cache, memory=memory)
+        runs = load_backend(backend, loaded, None if engines is None else Path(engines), **options)
+        return cls(loaded, runs, cache=cache, memory=memory)
 
     # --- public calls -------------------------------------------------------------------------------------------
 

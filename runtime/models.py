@@ -6,9 +6,9 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,22 @@ HUB_FILES = tuple(
 )
 
 
+class Modules(Protocol):
+    """What runs everything but the UNet; see `backends.Backend`."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: the posterior's mode, not scaled."""
+        ...
+
+    def decode_latent(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w), unscaled -> (B, 3, H, W) float32, about [-1, 1]."""
+        ...
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, L, D) float32."""
+        ...
+
+
 @dataclass
 class Model:
     """The parts of a checkpoint, in eval mode on one device.
@@ -43,6 +59,8 @@ class Model:
         name, folder: as asked for, and where it was found.
         controlnets: layout name -> ControlNetModel.
         digest: sha256 over the weights of every part in use, 16 hex digits.
+        modules: the backend that runs VAE and text encoder; None is eager torch.
+        part_digests: the same over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
         guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
     """
 
@@ -58,6 +76,16 @@ class Model:
     dtype: torch.dtype
     digest: str
     guidance_scale: float = 7.5
+    part_digests: Mapping[str, str] = field(default_factory=dict)
+    modules: Modules | None = None
+
+    def module_digest(self, module: str) -> str:
+        """Of the parts that an engine for `module` is made of (see `engine_spec.EngineSpec`), 16 hex digits."""
+        if module.startswith("unet"):
+            parts = ["unet", *(CONTROLNET_PREFIX + name for name in module.split("+")[1:])]
+        else:
+            parts = ["vae" if module.startswith("vae_") else module]
+        return hashlib.sha256("".join(self.part_digests[p] for p in parts).encode()).hexdigest()[:16]
 
     @property
     def channels(self) -> int:
@@ -81,8 +109,11 @@ class Model:
         `note` is told when a half overflowed and float32 was used.
         """
         images = images.to(self.device)
-        latent = self.vae.encode(images.to(self.dtype)).latent_dist.mode().float()
-        if not torch.isfinite(latent).all() and self.dtype != torch.float32:
+        if self.modules is None:
+            latent = self.vae.encode(images.to(self.dtype)).latent_dist.mode().float()
+        else:
+            latent = self.modules.encode_image(images)
+        if not torch.isfinite(latent).all():
             latent = self._float32_vae("encoding", note).encode(images.float()).latent_dist.mode()
         if not torch.isfinite(latent).all():
             raise RunError("stage encode: the VAE returned NaN or infinity, in float32 too; check the checkpoint")
@@ -92,8 +123,11 @@ class Model:
     def decode(self, latents: Tensor, note: Callable[[str], None] | None = None) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]; float32 is tried where a half overflows."""
         z = latents.to(self.device) / self.vae.config.scaling_factor
-        images = self.vae.decode(z.to(self.dtype)).sample.float()
-        if not torch.isfinite(images).all() and self.dtype != torch.float32:
+        if self.modules is None:
+            images = self.vae.decode(z.to(self.dtype)).sample.float()
+        else:
+            images = self.modules.decode_latent(z)
+        if not torch.isfinite(images).all():
             images = self._float32_vae("decoding", note).decode(z.float()).sample
         if not torch.isfinite(images).all():
             raise RunError(
@@ -103,8 +137,12 @@ class Model:
 
     def _float32_vae(self, what: str, note: Callable[[str], None] | None) -> Any:
         """A copy: other threads may be using the VAE in its own dtype."""
+        backend = getattr(self.modules, "name", "")
         if note is not None:
-            note(f"the VAE gave NaN in {str(self.dtype).removeprefix('torch.')}; {what} was repeated in float32")
+            how = (
+                f"in {str(self.dtype).removeprefix('torch.')}" if backend in ("", "torch") else f"on backend {backend}"
+            )
+            note(f"the VAE gave NaN {how}; {what} was repeated in float32")
         return copy.deepcopy(self.vae).float()
 
     def token_chunks(self, text: str) -> list[list[int]]:
@@ -126,7 +164,8 @@ class Model:
             for ids in parts:
                 row = [begin, *ids, end]
                 rows.append(row + [pad] * (length - len(row)))
-        states = self.text_encoder(torch.tensor(rows, device=self.device))[0].float()
+        ids = torch.tensor(rows, device=self.device)
+        states = self.text_encoder(ids)[0].float() if self.modules is None else self.modules.encode_tokens(ids)
         return states.reshape(len(texts), -1, states.shape[-1])
 
 
@@ -230,13 +269,18 @@ def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     return part.eval().requires_grad_(False)
 
 
-def _digest(folders: Sequence[Path]) -> str:
-    total = hashlib.sha256()
-    for folder in folders:
+def _digests(folders: Mapping[str, Path]) -> tuple[str, dict[str, str]]:
+    """Of all weights together, and of each part's weights and config; 16 hex digits each."""
+    total, parts = hashlib.sha256(), {}
+    for name, folder in folders.items():
+        part = hashlib.sha256((folder / "config.json").read_bytes())
         for path in _weights(folder):
             with path.open("rb") as handle:
-                total.update(f"{folder.name}/{path.name}".encode() + hashlib.file_digest(handle, "sha256").digest())
-    return total.hexdigest()[:16]
+                found = hashlib.file_digest(handle, "sha256").digest()
+            total.update(f"{folder.name}/{path.name}".encode() + found)
+            part.update(found)
+        parts[name] = part.hexdigest()[:16]
+    return total.hexdigest()[:16], parts
 
 
 def _device(asked: str | torch.device | None) -> torch.device:
@@ -353,6 +397,10 @@ def load_model(
 
     for part in (unet, vae, text_encoder, *controlnets.values()):
         part.to(where)
+    digest, parts = _digests(
+        {"unet": folder / "unet", "vae": folder / "vae", "text_encoder": folder / "text_encoder"}
+        | {CONTROLNET_PREFIX + name: path for name, path in control_folders.items()}
+    )
     return Model(
         name=model,
         folder=folder,
@@ -364,7 +412,8 @@ def load_model(
         controlnets=controlnets,
         device=where,
         dtype=kind,
-        digest=_digest([folder / "unet", folder / "vae", folder / "text_encoder", *control_folders.values()]),
+        digest=digest,
+        part_digests=parts,
         guidance_scale=float(hints.get("guidance_scale", 7.5)),
     )
 

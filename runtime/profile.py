@@ -1,14 +1,64 @@
-"""What a run cost: seconds, network evaluations and calls per stage; and the live progress that comes with it."""
+"""What a run cost: seconds, network evaluations and calls per stage, step and module; and the live progress that comes with it.
+
+The running profile is a context variable, so a backend can say what it ran, and why not something faster, without being
+handed anything: `profile.current()` and `profile.module_call(...)`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import Cancelled
+
+_CURRENT: ContextVar[Profile | None] = ContextVar("iedit_profile", default=None)
+
+
+def current() -> Profile | None:
+    """The profile of the stage that is running in this thread, if any."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def module_call(module: str, backend: str, batch: int, *, cold: bool = False, device: Any = None) -> Iterator[None]:
+    """Record one call of a module in the running profile; nothing where none is running.
+
+    Args:
+        cold: this call compiles, builds or warms up; such calls are counted apart.
+        device: where it runs; on CUDA the time is that of the device, by events, without waiting for it.
+    """
+    running = _CURRENT.get()
+    if running is None:
+        yield
+        return
+    events = None
+    if device is not None and device.type == "cuda":
+        import torch
+
+        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        events[0].record()
+    began = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - began
+    if events is not None:
+        events[1].record()
+    running.modules.append(
+        ModuleCall(
+            running.stage_name,
+            running.step_number,
+            module,
+            backend,
+            batch,
+            began - running.began,
+            seconds,
+            cold,
+            events,
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -33,6 +83,38 @@ Callback = Callable[[Progress], bool | None]
 
 
 @dataclass
+class ModuleCall:
+    """One call of one module.
+
+    Attributes:
+        stage, step: where in the run; step 0 is outside the stage's steps.
+        module, backend: what ran and who ran it.
+        batch: samples in the call.
+        start: seconds from the beginning of the profile, on the host.
+        host: seconds that the host spent in the call; on a GPU that is the launching only.
+        cold: the call compiled, built or warmed up.
+    """
+
+    stage: str
+    step: int
+    module: str
+    backend: str
+    batch: int
+    start: float
+    host: float
+    cold: bool
+    events: Any = field(default=None, repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """What the call took: on the device where there were events, else on the host."""
+        if self.events is None:
+            return self.host
+        self.events[1].synchronize()
+        return float(self.events[0].elapsed_time(self.events[1])) / 1e3
+
+
+@dataclass
 class Profile:
     """Figures of one run (of one batch of requests, which share it).
 
@@ -42,6 +124,8 @@ class Profile:
         seconds: stage -> wall-clock seconds; a stage answered from the cache is there with what the look-up took.
         cached: stages answered from the cache for every request of the batch.
         notes: what a user should know: smaller batches, steps down, unusual masks.
+        modules: every call of a module, in order.
+        steps_down: (module, backend) -> reasons why that backend did not run it.
     """
 
     evaluations: dict[str, int] = field(default_factory=dict)
@@ -49,29 +133,33 @@ class Profile:
     seconds: dict[str, float] = field(default_factory=dict)
     cached: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    modules: list[ModuleCall] = field(default_factory=list)
+    steps_down: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     expected: int = 0  # evaluations of the whole run, for the progress: all batches, less what the cache answered
     before: int = 0  # evaluations of the batches before this one
     callback: Callback | None = field(default=None, repr=False)
-    _stage: str = field(default="", repr=False)
-    _step: int = field(default=0, repr=False)
-    _began: float = field(default_factory=time.perf_counter, repr=False)
+    stage_name: str = field(default="", repr=False)
+    step_number: int = field(default=0, repr=False)
+    began: float = field(default_factory=time.perf_counter, repr=False)
 
     @property
     def where(self) -> str:
         """The running stage and step, for messages."""
-        return f"stage {self._stage}, step {self._step}" if self._step else f"stage {self._stage}"
+        return f"stage {self.stage_name}, step {self.step_number}" if self.step_number else f"stage {self.stage_name}"
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times a stage. Stages do not nest."""
-        self._stage, self._step = name, 0
+        self.stage_name, self.step_number = name, 0
         self.evaluations.setdefault(name, 0)
         self.calls.setdefault(name, 0)
         began = time.perf_counter()
         self._tell(0, 0)
+        before = _CURRENT.set(self)
         try:
             yield
         finally:
+            _CURRENT.reset(before)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def step(self, step: int, steps: int) -> None:
@@ -80,26 +168,46 @@ class Profile:
         Raises:
             Cancelled: the callback returned False.
         """
-        self._step = step
+        self.step_number = step
         self._tell(step, steps)
 
     def _tell(self, step: int, steps: int) -> None:
         if self.callback is None:
             return
         done = min(1.0, (self.before + sum(self.evaluations.values())) / self.expected) if self.expected > 0 else 0.0
-        spent = time.perf_counter() - self._began
+        spent = time.perf_counter() - self.began
         left = spent * (1 - done) / done if done > 0 else None
-        if self.callback(Progress(self._stage, step, steps, done, left)) is False:
+        if self.callback(Progress(self.stage_name, step, steps, done, left)) is False:
             raise Cancelled(f"cancelled in {self.where}; nothing was written")
 
     def count(self, samples: int) -> None:
         """One network call of `samples` samples in the running stage."""
-        self.evaluations[self._stage] = self.evaluations.get(self._stage, 0) + samples
-        self.calls[self._stage] = self.calls.get(self._stage, 0) + 1
+        self.evaluations[self.stage_name] = self.evaluations.get(self.stage_name, 0) + samples
+        self.calls[self.stage_name] = self.calls.get(self.stage_name, 0) + 1
 
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    def step_down(self, module: str, backend: str, why: Sequence[str]) -> None:
+        """`backend` did not run `module`, for these reasons."""
+        self.steps_down.setdefault((module, backend), list(why))
+
+    def by_module(self) -> list[dict[str, Any]]:
+        """A row for every module and backend: calls, samples, seconds, cold calls and their seconds."""
+        rows: dict[tuple[str, str], dict[str, Any]] = {}
+        for call in self.modules:
+            row = rows.setdefault(
+                (call.module, call.backend),
+                {"module": call.module, "backend": call.backend, "calls": 0, "samples": 0, "seconds": 0.0,
+                 "cold_calls": 0, "cold_seconds": 0.0},
+            )  # fmt: skip
+            row["calls"] += 1
+            row["samples"] += call.batch
+            row["seconds"] += call.seconds
+            row["cold_calls"] += call.cold
+            row["cold_seconds"] += call.seconds if call.cold else 0.0
+        return [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows.values()]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -109,5 +217,11 @@ class Profile:
             "seconds": {k: round(v, 6) for k, v in self.seconds.items()},
             "cached": list(self.cached),
             "notes": list(self.notes),
+            "modules": self.by_module(),
+            "steps_down": self.why_down(),
             "total_seconds": round(sum(self.seconds.values()), 6),
         }
+
+    def why_down(self) -> list[dict[str, Any]]:
+        """JSON-ready: what did not run which module, and why."""
+        return [{"module": m, "backend": b, "reasons": why} for (m, b), why in self.steps_down.items()]

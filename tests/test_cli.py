@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from iedit import runtime
 from iedit.runtime import images
-from iedit.runtime.backend_torch import TorchDenoiser
+from iedit.runtime.backend_torch import TorchBackend
 from iedit.runtime.cli import main
 from iedit.runtime.profile import Profile
 
@@ -381,16 +381,16 @@ def test_nan_is_exit_code_1_and_names_the_stage(
 
 
 def _limited_to(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = TorchDenoiser.predict
+    whole = TorchBackend.predict
 
-    def predict(self: TorchDenoiser, x: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
+    def predict(self: TorchBackend, x: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
         if len(x) > samples:
             raise RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
             )
         return whole(self, x, t, condition)
 
-    monkeypatch.setattr(TorchDenoiser, "predict", predict)
+    monkeypatch.setattr(TorchBackend, "predict", predict)
 
 
 def test_out_of_memory_goes_on_with_smaller_batches_and_says_so(

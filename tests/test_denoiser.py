@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iedit.runtime.backend_torch import TorchDenoiser
+from iedit.runtime.backend_torch import TorchBackend
 from iedit.runtime.denoiser import Condition, Network, invert
 from iedit.runtime.errors import Cancelled, RunError
 from iedit.runtime.ito import masked_sampling
@@ -86,7 +86,7 @@ def test_splitting_changes_nothing_but_the_calls(tiny: Any, max_batch: int) -> N
         tiny.encode_text(["a red car", "a cat", "a blue house", "", "a tree on grass"]),
         (("pose", torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(3)), 0.7),),
     )
-    whole, split = network(TorchDenoiser(tiny)), network(TorchDenoiser(tiny), max_batch)
+    whole, split = network(TorchBackend(tiny)), network(TorchBackend(tiny), max_batch)
     with whole.profile.stage("s"), split.profile.stage("s"):
         want, got = whole.predict(x, t, told), split.predict(x, t, told)
     # the network's own rounding between batch sizes; outputs are of order 1 through some 30 layers
@@ -237,7 +237,7 @@ def test_conditions_of_different_layouts_share_no_batch() -> None:
 
 
 def test_controlnet_residuals_are_summed_with_their_scales(tiny: Any) -> None:
-    denoiser, x, t = TorchDenoiser(tiny), noise(1), torch.tensor([500])
+    denoiser, x, t = TorchBackend(tiny), noise(1), torch.tensor([500])
     text = tiny.encode_text(["a red car"])
     maps = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from iedit.runtime.backend_torch import TorchDenoiser
+from iedit.runtime.backend_torch import TorchBackend
 from iedit.runtime.denoiser import Condition
 from iedit.runtime.editor import METHODS, EditRequest, EditResult, MaskOptions, Options
 from iedit.runtime.editor import Editor as RealEditor
@@ -34,7 +34,7 @@ Picture = Callable[..., Image.Image]
 @pytest.fixture
 def editor(tiny: Any) -> RealEditor:
     """With an empty cache."""
-    return RealEditor(tiny, TorchDenoiser(tiny))
+    return RealEditor(tiny, TorchBackend(tiny))
 
 
 def layout(size: tuple[int, int] = (64, 64), seed: int = 0) -> Image.Image:
@@ -331,7 +331,7 @@ class Broken:
     ("after", "where"), [(0, "stage mask, step 1"), (2, "stage invert, step 2"), (15, "stage final, step 3")]
 )
 def test_nan_from_the_network_names_the_place(tiny: Any, picture: Picture, after: int, where: str) -> None:
-    editor = RealEditor(tiny, Broken(TorchDenoiser(tiny), after))
+    editor = RealEditor(tiny, Broken(TorchBackend(tiny), after))
     with pytest.raises(RunError, match=f"NaN or infinity in {where}"):
         editor.edit(ask(picture(0)))
 
@@ -353,7 +353,7 @@ def test_nan_from_the_vae_in_half_precision_is_repeated_in_float32(
         return out
 
     monkeypatch.setattr(type(model.vae), part, overflowing)
-    result = RealEditor(model, TorchDenoiser(model)).edit(ask(picture(0), "sdedit", steps=2))
+    result = RealEditor(model, TorchBackend(model)).edit(ask(picture(0), "sdedit", steps=2))
     assert any("VAE gave NaN" in note for note in result.profile.notes)
     assert any("VAE gave NaN" in note for note in result.receipt["notes"])
     assert next(model.vae.parameters()).dtype == torch.bfloat16
@@ -366,24 +366,24 @@ def test_nan_from_the_vae_in_float32_is_an_error(
     with torch.no_grad():
         model.vae.decoder.conv_out.bias += float("nan")
     with pytest.raises(RunError, match="stage decode: the VAE returned NaN"):
-        RealEditor(model, TorchDenoiser(model)).edit(ask(picture(0), "sdedit", steps=2))
+        RealEditor(model, TorchBackend(model)).edit(ask(picture(0), "sdedit", steps=2))
 
 
 def test_a_vae_that_runs_out_of_memory_goes_on_one_by_one(
     tiny: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = dataclasses.replace(tiny)
-    encode = model.encode
+    backend = TorchBackend(tiny)
+    encode = backend.encode_image
 
-    def small(images: Tensor, note: Any = None) -> Tensor:
+    def small(images: Tensor) -> Tensor:
         if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return encode(images)
 
-    monkeypatch.setattr(model, "encode", small)
+    monkeypatch.setattr(backend, "encode_image", small)
     requests = [ask(picture(i), "sdedit", steps=1) for i in range(3)]
-    results = RealEditor(model, TorchDenoiser(model)).edit_many(requests)
-    assert torch.equal(results[2].source_latent, RealEditor(tiny, TorchDenoiser(tiny)).edit(requests[2]).source_latent)
+    results = RealEditor(tiny, backend).edit_many(requests)
+    assert torch.equal(results[2].source_latent, RealEditor(tiny, TorchBackend(tiny)).edit(requests[2]).source_latent)
 
 
 @pytest.mark.parametrize(("fill", "said"), [(0, "0.0% of the picture: almost nothing can change"), (255, "100.0%")])
@@ -660,8 +660,8 @@ def test_the_digest_changes_with_a_weight_and_the_cache_with_it(
     other = load_model(str(build_checkpoint(tmp_path, seed=1)), device="cpu")
     assert other.digest != tiny.digest
     cache = StageCache()
-    RealEditor(tiny, TorchDenoiser(tiny), cache=cache).edit(ask(picture(0)))
-    assert RealEditor(other, TorchDenoiser(other), cache=cache).edit(ask(picture(0))).profile.cached == []
+    RealEditor(tiny, TorchBackend(tiny), cache=cache).edit(ask(picture(0)))
+    assert RealEditor(other, TorchBackend(other), cache=cache).edit(ask(picture(0))).profile.cached == []
 
 
 # --- the stage cache ----------------------------------------------------------------------------------------------
@@ -708,16 +708,16 @@ def test_the_disk_is_bounded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"not safetensors", b"\xff" * 64])
 def test_a_damaged_file_counts_as_absent(tiny: Any, picture: Picture, tmp_path: Path, damage: bytes) -> None:
-    first = RealEditor(tiny, TorchDenoiser(tiny), cache=StageCache(folder=tmp_path)).edit(ask(picture(0)))
+    first = RealEditor(tiny, TorchBackend(tiny), cache=StageCache(folder=tmp_path)).edit(ask(picture(0)))
     files = sorted(tmp_path.iterdir())
     assert len(files) == 5
     for path in files:
         path.write_bytes(damage)
-    again = RealEditor(tiny, TorchDenoiser(tiny), cache=StageCache(folder=tmp_path)).edit(ask(picture(0)))
+    again = RealEditor(tiny, TorchBackend(tiny), cache=StageCache(folder=tmp_path)).edit(ask(picture(0)))
     assert again.profile.cached == []
     assert torch.equal(again.latent, first.latent)
     assert sorted(tmp_path.iterdir()) == files
-    third = RealEditor(tiny, TorchDenoiser(tiny), cache=StageCache(folder=tmp_path)).edit(ask(picture(0)))
+    third = RealEditor(tiny, TorchBackend(tiny), cache=StageCache(folder=tmp_path)).edit(ask(picture(0)))
     assert third.profile.evaluations["invert"] == 0
 
 

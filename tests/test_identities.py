@@ -20,7 +20,7 @@ from torch import Tensor
 
 from iedit.kernels.guided_step import PREDICTIONS
 from iedit.kernels.mask_map import difference, mask_map, normalise
-from iedit.runtime.backend_torch import TorchDenoiser
+from iedit.runtime.backend_torch import TorchBackend
 from iedit.runtime.denoiser import Condition, Network, NoisedReference, TrajectoryReference, invert
 from iedit.runtime.editor import Editor as RealEditor
 from iedit.runtime.editor import EditRequest, EditResult, MaskOptions, Options
@@ -39,7 +39,7 @@ class OneByOne:
     """The network, a sample at a time: it rounds the same in every batch, so all the rest must be equal bit for bit."""
 
     def __init__(self, model: Any):
-        self.inner = TorchDenoiser(model)
+        self.inner = TorchBackend(model)
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         pieces = [slice(i, i + 1) for i in range(len(x))]
@@ -51,11 +51,11 @@ def editor_of(
 ) -> RealEditor:
     if prediction is not None:
         model = dataclasses.replace(model, schedule=dataclasses.replace(model.schedule, prediction=prediction))
-    return RealEditor(model, denoiser or TorchDenoiser(model), cache=cache)
+    return RealEditor(model, denoiser or TorchBackend(model), cache=cache)
 
 
 def network_of(model: Any, denoiser: Any = None) -> Network:
-    return Network(denoiser or TorchDenoiser(model), model.schedule.prediction, 64, Profile())
+    return Network(denoiser or TorchBackend(model), model.schedule.prediction, 64, Profile())
 
 
 def square(size: tuple[int, int] = (64, 64), box: tuple[int, int, int, int] = (16, 16, 39, 47)) -> Image.Image:

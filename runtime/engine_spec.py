@@ -1,0 +1,219 @@
+"""What an engine was built for, in a JSON beside it; every field is checked before the engine is used.
+
+An engine is a folder with `engine.json`, which is written last and names every other file with its digest: a folder
+without it (a build that was stopped) is no engine, and a folder whose files differ from it is refused. Nothing is read out
+of folder names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError, UsageError
+from .images import write_whole
+
+SPEC_FILE = "engine.json"
+FORMATS = ("onnx", "tensorrt")
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A range of inputs: `(min, opt, max)` of batch, height and width; pixels. A maximum of 0 is "any".
+
+    TensorRT calls this an optimisation profile. An ONNX graph with dynamic dimensions has one, without limits.
+    """
+
+    batch: tuple[int, int, int] = (1, 1, 0)
+    height: tuple[int, int, int] = (8, 512, 0)
+    width: tuple[int, int, int] = (8, 512, 0)
+
+    def too_small(self, batch: int, height: int, width: int) -> list[str]:
+        """The fields that do not take this call, with their range."""
+        asked = {"batch": batch, "height": height, "width": width}
+        found = []
+        for name, value in asked.items():
+            low, _, high = getattr(self, name)
+            if value < low or (high and value > high):
+                found.append(f"{name} {low}-{high or 'any'}, asked for {value}")
+        return found
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """The identity of one engine.
+
+    Attributes:
+        format: "onnx" or "tensorrt".
+        module: unet, unet+NAMES (fused with those ControlNets, names sorted and joined by "+"), controlnet-NAME,
+            vae_encoder, vae_decoder or text_encoder.
+        model: name of the checkpoint, for people.
+        weights: digest of the module's weights and configs (`Model.module_digest`).
+        graph: digest of the ONNX graph without its metadata, weights apart.
+        precision: fp32; fp16 or bf16 with float32 islands (norms, softmax, time embedding).
+        shapes: what it was built for; TensorRT may have several.
+        opset: of the ONNX graph.
+        versions: of what made it: torch, diffusers, onnx, tensorrt ...
+        gpu: "sm_90" and so on; "" runs anywhere.
+        refit: its weights can be exchanged (TensorRT).
+        files: name -> sha256 of every other file of the folder that belongs to it.
+        checked: the parity report's figures, once `iedit export verify` has passed.
+    """
+
+    format: str
+    module: str
+    model: str
+    weights: str
+    graph: str
+    precision: str
+    shapes: tuple[Shapes, ...]
+    opset: int
+    versions: Mapping[str, str]
+    gpu: str = ""
+    refit: bool = False
+    files: Mapping[str, str] = field(default_factory=dict)
+    checked: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        ranges = "; ".join(f"batch {_range(s.batch)} at {_range(s.width)}x{_range(s.height)}" for s in self.shapes)
+        return f"{self.format} {self.module} {self.precision}, {ranges}{f' on {self.gpu}' if self.gpu else ''}"
+
+    def differs(self, **wanted: Any) -> list[str]:
+        """One reason for each field that is not as wanted: `weights: the engine has 12ab, wanted 34cd`."""
+        found = []
+        for name, value in wanted.items():
+            have = getattr(self, name)
+            if have != value:
+                found.append(f"{name}: the engine has {have or 'none'}, wanted {value or 'none'}")
+        return found
+
+    def too_small(self, batch: int, height: int, width: int) -> list[str]:
+        """Why no range of the engine takes this call; empty if one does."""
+        if any(not s.too_small(batch, height, width) for s in self.shapes):
+            return []
+        misses = [", ".join(s.too_small(batch, height, width)) for s in self.shapes]
+        return [f"{self.format} {self.module} engine was built for {' or '.join(misses)}"]
+
+
+def _range(limits: tuple[int, int, int]) -> str:
+    low, _, high = limits
+    return str(low) if low == high else f"{low}-{high or 'any'}"
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, 64 hex digits."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_spec(folder: Path, spec: EngineSpec, files: Sequence[str]) -> EngineSpec:
+    """Make `folder` an engine: digest `files` (names in it) and write `engine.json`, the very last thing of a build.
+
+    Returns:
+        the spec with its files.
+    """
+    whole = dataclasses.replace(spec, files={name: file_digest(folder / name) for name in sorted(files)})
+    write_whole(folder / SPEC_FILE, (json.dumps(dataclasses.asdict(whole), indent=1) + "\n").encode())
+    return whole
+
+
+def read_spec(folder: Path) -> EngineSpec:
+    """The spec of an engine's folder. Files are not looked at; see `damaged`.
+
+    Raises:
+        UsageError: there is no `engine.json`, or it is not one of ours; the field is named.
+    """
+    path = folder / SPEC_FILE
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(
+            f"{folder}: no {SPEC_FILE}: not an engine, or a build that was stopped; export it again"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); export the engine again") from error
+    names = {f.name for f in dataclasses.fields(EngineSpec)}
+    if not isinstance(found, dict) or set(found) != names:
+        odd = sorted(names ^ set(found)) if isinstance(found, dict) else ["everything"]
+        raise UsageError(
+            f"{path}: field {odd[0]} is missing or unknown; the engine is of another version of iedit, export it again"
+        )
+    try:
+        shapes = tuple(Shapes(**{k: _three(v) for k, v in s.items()}) for s in found["shapes"])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path}: shapes: {error}; export the engine again") from error
+    return EngineSpec(**{**found, "shapes": shapes})
+
+
+def _three(value: Any) -> tuple[int, int, int]:
+    low, opt, high = (int(v) for v in value)
+    return low, opt, high
+
+
+def damaged(folder: Path, spec: EngineSpec) -> list[str]:
+    """Reasons why the files are not those that were built: missing or changed, each named."""
+    found = []
+    for name, digest in spec.files.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"files: {name} is missing")
+        elif file_digest(path) != digest:
+            found.append(f"files: {name} is not what was built (its digest differs)")
+    return found
+
+
+def engines_folder(model_digest: str) -> Path:
+    """Where engines of a model are kept unless told otherwise: the user's cache, by the digest of the weights."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "iedit" / "engines" / model_digest
+
+
+def find_engines(folder: Path) -> Iterator[tuple[Path, EngineSpec | UsageError]]:
+    """Every engine in a folder, however deep, with its spec or what is wrong with it; sorted by path."""
+    for path in sorted(folder.rglob(SPEC_FILE)) if folder.is_dir() else []:
+        try:
+            yield path.parent, read_spec(path.parent)
+        except UsageError as error:
+            yield path.parent, error
+
+
+@contextlib.contextmanager
+def build_lock(
+    folder: Path, tell: Callable[[str], None] = lambda text: None, timeout: float = 3600.0
+) -> Iterator[None]:
+    """One process builds into `folder` at a time; the others wait and then find it done.
+
+    The lock is the operating system's: it is gone with the process that held it, however that ended.
+
+    Raises:
+        RunError: another process held it for longer than `timeout` seconds.
+    """
+    import fcntl
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f".{folder.name}.lock"
+    with path.open("a+") as handle:
+        began, told = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    tell(f"another process is building {folder.name}; waiting for it")
+                    told = True
+                if time.monotonic() - began > timeout:
+                    raise RunError(
+                        f"{path}: another process has been building for {timeout:.0f} s; stop it or wait"
+                    ) from None
+                time.sleep(0.2)
+        yield
