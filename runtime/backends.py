@@ -131,6 +131,7 @@ def load_backend(name: str, model: Model, engines: Path | None = None, **options
     if name == "auto":
         steps: list[Backend] = []
         above: dict[str, list[str]] = {}
+        step: str
         for step in BACKENDS[:-1]:
             if step == "compile":
                 above[step] = ["it compiles for minutes in every process; ask for it by name"]

@@ -164,8 +164,8 @@ class Model:
             for ids in parts:
                 row = [begin, *ids, end]
                 rows.append(row + [pad] * (length - len(row)))
-        ids = torch.tensor(rows, device=self.device)
-        states = self.text_encoder(ids)[0].float() if self.modules is None else self.modules.encode_tokens(ids)
+        tokens = torch.tensor(rows, device=self.device)
+        states = self.text_encoder(tokens)[0].float() if self.modules is None else self.modules.encode_tokens(tokens)
         return states.reshape(len(texts), -1, states.shape[-1])
 
 
