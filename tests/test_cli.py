@@ -414,7 +414,7 @@ def test_an_interrupt_in_the_last_stage_leaves_nothing(edit: list[str], monkeypa
     tell = Profile._tell
 
     def interrupt(self: Profile, step: int, steps: int) -> None:
-        if self._stage == "final" and step == 2:
+        if self.stage_name == "final" and step == 2:
             raise KeyboardInterrupt
         tell(self, step, steps)
 
