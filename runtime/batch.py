@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.guided_step import blend
 from ..kernels.mask_map import mask_map
-from .denoiser import Condition, Denoiser, Network, NoisedReference, Reference, TrajectoryReference, invert
+from .denoiser import Condition, Denoiser, Loop, Network, NoisedReference, Reference, TrajectoryReference, invert
 from .errors import RunError
 from .ito import ito_pass, masked_sampling
 from .mask import estimate
@@ -26,6 +27,25 @@ from .schedule import add_noise, seeded_noise
 from .stages import Result, StageCache, key_of, tensor_digest
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A stage that loops over levels and whose results are kept.
+
+    Attributes:
+        name: of the stage.
+        parts: what a job's result depends on, beside the model and the backend: JSON-ready parts of its key.
+        loop: makes the loop for some jobs.
+        members: the jobs that need it.
+        batch_dim: which dimension of the loop's result counts the jobs.
+    """
+
+    name: str
+    parts: Callable[[Job], list[Any]]
+    loop: Callable[[list[Job]], Loop[Tensor]]
+    members: list[Job]
+    batch_dim: int = 0
+
+
 class Batch:
     """Jobs of one group (see `requests.group_key`), at one model and backend.
 
@@ -33,6 +53,7 @@ class Batch:
         jobs: at least one; their results end up in `job.found`, stage by stage, and their masks in `job.mask`.
         backend: name of the backend, part of every key: backends round differently.
         max_batch: samples per network call.
+        share: let stages that do not depend on each other share calls.
     """
 
     def __init__(
@@ -44,8 +65,9 @@ class Batch:
         cache: StageCache,
         profile: Profile,
         max_batch: int,
+        share: bool = True,
     ):
-        self.model, self.jobs, self.cache, self.profile = model, jobs, cache, profile
+        self.model, self.jobs, self.cache, self.profile, self.share = model, jobs, cache, profile, share
         self.request = jobs[0].request
         self.options = o = self.request.options
         self.network = Network(denoiser, model.schedule.prediction, max_batch, profile)
@@ -72,17 +94,23 @@ class Batch:
         # 3. Every method but ITO: masked sampling from the noised or inverted input.
         if self.request.method != "ito":
             if self.inverts:
-                self.invert_input()
+                self.run_stages(self.inversion_of_input())
             return self.sample()
-        # 4. ITO: the input at every level.
-        self.invert_input()
-        # 5. What the edit should look like, at every level; not for lambda = 1.
+        # 4. ITO: the input at every level; and what the edit should look like, not for lambda = 1. They share calls.
+        if not self.guided:
+            self.run_stages(self.inversion_of_input())
+        elif self.share:
+            self.run_stages(self.inversion_of_input(), self.guidance_image())
+        else:
+            self.run_stages(self.inversion_of_input())
+            self.run_stages(self.guidance_image())
+        # 5. The guidance at every level.
         if self.guided:
-            self.make_guidance()
-            self.invert_guidance()
+            self.round_trip()
+            self.run_stages(self.inversion_of_guidance())
             if self.options.refine:
                 self.refine_guidance()
-                self.invert_guidance()
+                self.run_stages(self.inversion_of_guidance())
         # 6. The edit: every lambda of a sweep in one batch.
         return self.final_pass()
 
@@ -108,10 +136,10 @@ class Batch:
             def compare(members: list[Job]) -> Tensor:
                 noise = torch.stack([self._noise(members, f"mask-{i}") for i in range(o.seeds)], dim=1)
                 uncond = self.states[self.options.negative_prompt] if o.guided else None
-                return estimate(
+                return self.network.drive(estimate(
                     self.network, self._found(members, "encode"), noise, self.levels, self._told(members),
                     self._told(members, source=True), uncond=uncond, scale=self.scale, strength=o.strength, mode=o.mode,
-                )  # fmt: skip
+                ))  # fmt: skip
 
             how = [self.levels.steps, self.scale, o.mode, o.seeds, o.strength, o.guided]
             self._stage(
@@ -125,12 +153,12 @@ class Batch:
                 j.mask = j.given_mask
             self._note_mask(j)
 
-    def invert_input(self) -> None:
+    def inversion_of_input(self) -> Stage:
         """DDIM inversion under the source prompt; never with a ControlNet (METHOD section 2, row 9)."""
-        self._invert("invert", "encode", self.jobs, lambda j: j.digest, source=True)
+        return self._inversion("invert", "encode", self.jobs, lambda j: j.digest, source=True)
 
     def sample(self) -> str:
-        def go(members: list[Job]) -> Tensor:
+        def go(members: list[Job]) -> Loop[Tensor]:
             source: Reference
             if self.inverts:
                 trajectory = self._trajectory(members, "invert")
@@ -146,11 +174,11 @@ class Batch:
 
         return self._always("sample", go)
 
-    def make_guidance(self) -> None:
+    def guidance_image(self) -> Stage:
         """ITO with lambda 1 from random noise: more freedom than an inversion gives (METHOD section 2, row 10)."""
         o = self.options
 
-        def go(members: list[Job]) -> Tensor:
+        def go(members: list[Job]) -> Loop[Tensor]:
             x0, noise = self._found(members, "encode"), self._noise(members, "guidance")
             y = add_noise(x0, noise, self.levels.abar[self.start])
             told, uncond = self._both(members)
@@ -166,15 +194,17 @@ class Batch:
             mask = "none" if j.mask is None else tensor_digest(j.mask)
             return [j.digest, self._told_key(j), mask, j.request.seed, how]
 
-        self._stage("guidance", key, go, self.guided)
-        if o.round_trip:
-            for j in self.guided:
-                image = self.vae(self.model.decode, j.found["guidance"]["value"].unsqueeze(0)).clamp(-1, 1)
-                j.found["guidance"] = {"value": self.vae(self.model.encode, image)[0]}
+        return Stage("guidance", key, go, self.guided)
 
-    def invert_guidance(self) -> None:
+    def round_trip(self) -> None:
+        """The guidance latent through the VAE and back, where that was asked for."""
+        for j in self.guided if self.options.round_trip else ():
+            image = self.vae(self.model.decode, j.found["guidance"]["value"].unsqueeze(0)).clamp(-1, 1)
+            j.found["guidance"] = {"value": self.vae(self.model.encode, image)[0]}
+
+    def inversion_of_guidance(self) -> Stage:
         """DDIM inversion of the guidance latent under the edit prompt (METHOD section 2, row 10)."""
-        self._invert(
+        return self._inversion(
             "invert-guidance",
             "guidance",
             self.guided,
@@ -185,7 +215,7 @@ class Batch:
     def refine_guidance(self) -> None:
         """ITO A.5: the input is the guidance image, the guidance is the input's inversion, lambda 0."""
 
-        def go(members: list[Job]) -> Tensor:
+        def go(members: list[Job]) -> Loop[Tensor]:
             g, x = self._trajectory(members, "invert-guidance"), self._trajectory(members, "invert")
             told, uncond = self._both(members)
             return ito_pass(
@@ -195,14 +225,19 @@ class Batch:
             )  # fmt: skip
 
         how = [self.options.round_trip, dataclasses.asdict(self.options.refinement)]
-        self._stage(
-            "refine", lambda j: [j.keys["guidance"], j.keys["invert-guidance"], j.keys["invert"], how], go, self.guided
+        self.run_stages(
+            Stage(
+                "refine",
+                lambda j: [j.keys["guidance"], j.keys["invert-guidance"], j.keys["invert"], how],
+                go,
+                self.guided,
+            )
         )
         for j in self.guided:
             j.found["guidance"] = j.found["refine"]
 
     def final_pass(self) -> str:
-        def go(members: list[Job]) -> Tensor:
+        def go(members: list[Job]) -> Loop[Tensor]:
             x, guidance = self._trajectory(members, "invert"), None
             if self.guided:  # beside others, an edit with lambda 1 has a zero guidance: no gradient, at weight 0
                 nothing = {"value": torch.zeros_like(members[0].found["invert"]["value"])}
@@ -269,20 +304,25 @@ class Batch:
         nothing = torch.zeros(1, 1, *self.shape[1:], device=self.model.device)
         return torch.cat([nothing if j.mask is None else j.mask for j in members])
 
-    def _invert(self, name: str, of: str, members: list[Job], content: Callable[[Job], str], *, source: bool) -> None:
+    def _inversion(
+        self, name: str, of: str, members: list[Job], content: Callable[[Job], str], *, source: bool
+    ) -> Stage:
         o = self.options
 
-        def go(jobs: list[Job]) -> Tensor:
+        def go(jobs: list[Job]) -> Loop[Tensor]:
             told = self._told(jobs, source=source, layouts=False)
             low = told.with_text(self.states[o.negative_prompt])
             told = low if o.inversion == "unconditional" else told
-            found = invert(self.network, self._found(jobs, of), self.levels, self.start, told, uncond=low,
-                           scale=o.inversion_scale, evaluate=o.inversion_evaluate)  # fmt: skip
-            return found.transpose(0, 1)
+            return invert(self.network, self._found(jobs, of), self.levels, self.start, told, uncond=low,
+                          scale=o.inversion_scale, evaluate=o.inversion_evaluate)  # fmt: skip
 
         how = [self.levels.steps, self.start, o.inversion, o.inversion_scale, o.inversion_evaluate, o.negative_prompt]
-        self._stage(
-            name, lambda j: [content(j), j.source_prompt if source else j.request.prompt, j.chunks, how], go, members
+        return Stage(
+            name,
+            lambda j: [content(j), j.source_prompt if source else j.request.prompt, j.chunks, how],
+            go,
+            members,
+            batch_dim=1,
         )
 
     def _note_mask(self, job: Job) -> None:
@@ -295,40 +335,56 @@ class Batch:
                 f"the mask covers {area:.1%} of the picture: {what}; change the mask threshold, or give a mask"
             )
 
-    def _stage(
-        self,
-        name: str,
-        parts: Callable[[Job], list[Any]],
-        compute: Callable[[list[Job]], Tensor],
-        members: list[Job] | None = None,
-    ) -> None:
-        """`job.found[name]["value"]` for every member: from the cache, and the missing ones as one batch; equal keys are
-        computed once."""
-        members = self.jobs if members is None else members
+    def _stage(self, name: str, parts: Callable[[Job], list[Any]], compute: Callable[[list[Job]], Tensor]) -> None:
+        """A stage of one call in place of a loop."""
         with self.profile.stage(name):
-            missing: dict[str, Job] = {}
-            answers: dict[str, Result] = {}
-            for j in members:
-                j.keys[name] = key_of(name, self.base, *parts(j))
-                held = self.cache.get(j.keys[name])
-                if held is None:
-                    missing.setdefault(j.keys[name], j)
-                else:
-                    answers[j.keys[name]] = held
-            if missing:
-                for key, value in zip(missing, compute(list(missing.values())), strict=True):
-                    answers[key] = {"value": value.contiguous().clone()}
-                    self.cache.put(key, answers[key])
-            else:
-                self.profile.cached.append(name)
-            self.profile.expected -= self.costs().get(name, 0) * (len(members) - len(missing))
-            for j in members:
-                j.found[name] = {"value": answers[j.keys[name]]["value"].to(self.model.device)}
+            missing, answers = self._look_up(name, parts, self.jobs)
+            self._keep(name, self.jobs, missing, answers, compute(missing) if missing else None)
 
-    def _always(self, name: str, compute: Callable[[list[Job]], Tensor]) -> str:
+    def run_stages(self, *stages: Stage) -> None:
+        """`job.found[stage.name]["value"]` for every member: from the cache, and the missing ones as one batch; equal keys
+        are computed once. Several stages, which must not depend on each other, go in lock-step and share calls."""
+        with self.profile.stage(*(s.name for s in stages)):
+            looked = [self._look_up(s.name, s.parts, s.members) for s in stages]
+            loops = {s.name: s.loop(missing) for s, (missing, _) in zip(stages, looked) if missing}
+            outputs = self.network.drive_together(loops)
+            for stage, (missing, answers) in zip(stages, looked):
+                values = outputs.get(stage.name)
+                if values is not None and stage.batch_dim:
+                    values = values.transpose(0, stage.batch_dim)
+                self._keep(stage.name, stage.members, missing, answers, values)
+
+    def _look_up(
+        self, name: str, parts: Callable[[Job], list[Any]], members: list[Job]
+    ) -> tuple[list[Job], dict[str, Result]]:
+        """Members whose results must be computed, one for each key, and the cache's answers."""
+        missing: dict[str, Job] = {}
+        answers: dict[str, Result] = {}
+        for j in members:
+            key = j.keys[name] = key_of(name, self.base, *parts(j))
+            held = self.cache.get(key)
+            if held is None:
+                missing.setdefault(key, j)
+            else:
+                answers[key] = held
+        if not missing:
+            self.profile.cached.append(name)
+        self.profile.expected -= self.costs().get(name, 0) * (len(members) - len(missing))
+        return list(missing.values()), answers
+
+    def _keep(
+        self, name: str, members: list[Job], missing: list[Job], answers: dict[str, Result], values: Tensor | None
+    ) -> None:
+        for j, value in zip(missing, values if values is not None else (), strict=True):
+            answers[j.keys[name]] = {"value": value.contiguous().clone()}
+            self.cache.put(j.keys[name], answers[j.keys[name]])
+        for j in members:
+            j.found[name] = {"value": answers[j.keys[name]]["value"].to(self.model.device)}
+
+    def _always(self, name: str, loop: Callable[[list[Job]], Loop[Tensor]]) -> str:
         """A stage that is not kept: what it depends on changes with every edit."""
         with self.profile.stage(name):
-            for j, value in zip(self.jobs, compute(self.jobs), strict=True):
+            for j, value in zip(self.jobs, self.network.drive(loop(self.jobs)), strict=True):
                 j.found[name] = {"value": value}
         return name
 

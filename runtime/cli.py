@@ -207,6 +207,7 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
         device=values["device"],
         dtype=values["dtype"],
         cache=StageCache(folder=Path(cache)) if cache else None,
+        share=not cache,  # what a cache holds must not depend on what it was computed beside: replay is bit for bit
     )
 
 
@@ -509,7 +510,8 @@ def replay(output: str, image: str | None, model: str | None, write: str | None)
 
     with _live() as tell:
         editor = Editor.load(model or found(run["model"]), layouts={n: found(f) for n, f in run["controlnet"].items()} or None,
-                             backend=run["backend"], device=run["device"], dtype=run["dtype"])  # fmt: skip
+                             backend=run["backend"], device=run["device"], dtype=run["dtype"],
+                             share=receipt["backend"].get("share", False))  # fmt: skip
         if editor.model.digest != receipt["model"]["digest"]:
             raise UsageError(f"model: {editor.model.name} has digest {editor.model.digest}, the picture was made with "
                              f"{receipt['model']['digest']}; these are other weights")  # fmt: skip

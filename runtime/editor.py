@@ -45,6 +45,9 @@ class Editor:
         backend: its name, for the receipt and the cache; its own by default.
         cache: stage results; None makes one of 512 MiB in memory.
         memory: bound in bytes for one network call's activations; decides how many samples share a call.
+        share: the inversion of the input shares network calls with the guidance image, 75 sequential steps in place of 100.
+            A network rounds differently in another batch; so an edit whose inversion the cache held differs from a fresh
+            one by that rounding. Without sharing it does not, bit for bit.
     """
 
     def __init__(
@@ -55,12 +58,13 @@ class Editor:
         backend: str | None = None,
         cache: StageCache | None = None,
         memory: int = 1 << 30,
+        share: bool = True,
     ):
         # A bare denoiser (a test's, a user's own network) leaves the other modules to the model.
         self.model = dataclasses.replace(model, modules=denoiser) if isinstance(denoiser, Backend) else model
         self.denoiser, self.backend = denoiser, backend or str(getattr(denoiser, "name", "torch"))
         self.cache = StageCache() if cache is None else cache
-        self.memory = memory
+        self.memory, self.share = memory, share
 
     @classmethod
     def load(
@@ -72,6 +76,7 @@ class Editor:
         dtype: str | torch.dtype | None = None,
         cache: StageCache | None = None,
         memory: int = 1 << 30,
+        share: bool = True,
         engines: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Editor:
@@ -88,7 +93,7 @@ class Editor:
         check_backend(backend)
         loaded = load_model(model, layouts, device=device, dtype=dtype)
         runs = load_backend(backend, loaded, None if engines is None else Path(engines), **options)
-        return cls(loaded, runs, cache=cache, memory=memory)
+        return cls(loaded, runs, cache=cache, memory=memory, share=share)
 
     # --- public calls -------------------------------------------------------------------------------------------
 
@@ -148,7 +153,9 @@ class Editor:
         scale = model.guidance_scale if guidance_scale is None else guidance_scale
         network = Network(self.denoiser, model.schedule.prediction, self.max_batch(shape), profile)
         with profile.stage("sample"):
-            latents = masked_sampling(network, noise, levels, 0, condition, uncond, scale, source=None, mask=None)
+            latents = network.drive(
+                masked_sampling(network, noise, levels, 0, condition, uncond, scale, source=None, mask=None)
+            )
         return [pictures.to_image(i) for i in vae_batches(self.model.decode, latents)]
 
     def reconstruct(self, images: Sequence[Image.Image]) -> list[Image.Image]:
@@ -185,6 +192,7 @@ class Editor:
                     self.cache,
                     Profile(callback=callback),
                     self.max_batch(shape),
+                    self.share,
                 )
             )
         ahead, behind, results = sum(b.expected() for b in batches), 0, {}
@@ -241,7 +249,7 @@ class Editor:
             "inputs": {"image": picture_digest(r.image), "mask": None if r.mask is None else picture_digest(r.mask),
                        "layouts": {n: picture_digest(p) for n, p in r.layouts.items()},
                        "source_layouts": {n: picture_digest(p) for n, p in r.source_layouts.items()}},
-            "backend": {"name": self.backend, "device": str(self.model.device), "threads": torch.get_num_threads()},
+            "backend": {"name": self.backend, "device": str(self.model.device), "threads": torch.get_num_threads(), "share": self.share},
             "versions": versions(),
             "mask": None,
             "notes": profile.notes,

@@ -1,4 +1,5 @@
-"""The denoising loops of an edit: the ITO pass and masked sampling. Stateless: tensors and a Network in, a latent out."""
+"""The denoising loops of an edit: the ITO pass and masked sampling. Stateless loops: tensors in, a latent out;
+`Network.drive` runs them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.ito_step import AdamState, ito_step
-from .denoiser import Condition, Network, Reference
+from .denoiser import Condition, Loop, Network, Reference
 from .schedule import Levels
 
 
@@ -48,7 +49,7 @@ def ito_pass(
     lam: Tensor,
     phase: Phase,
     kept_area: bool = False,
-) -> Tensor:
+) -> Loop[Tensor]:
     """Denoise `y` from level `start`, moving it toward source and guidance after each of the first t_u steps.
 
     The update comes after the DDIM step, at the level that the latent is then at (METHOD section 2, row 7; ITO Eq. 6).
@@ -66,7 +67,7 @@ def ito_pass(
     state = AdamState(torch.zeros_like(y), torch.zeros_like(y)) if phase.carry else None
     for i in range(start, levels.steps):
         network.profile.step(i - start + 1, levels.steps - start)
-        y = network.guided_move(y, levels, i, i + 1, condition, uncond, scale)
+        y = yield from network.guided_move(y, levels, i, i + 1, condition, uncond, scale)
         if i - start < updates:
             g = guidance(i + 1) if guidance else None
             y = ito_step(
@@ -86,7 +87,7 @@ def masked_sampling(
     *,
     source: Reference | None,
     mask: Tensor | None,
-) -> Tensor:
+) -> Loop[Tensor]:
     """DDIM sampling from level `start`; with a mask, everything outside is put back after each step.
 
     The blend is at the level that the latent is then at, the clean source after the last step (iEdit Eq. 13; METHOD
@@ -94,5 +95,5 @@ def masked_sampling(
     """
     for i in range(start, levels.steps):
         network.profile.step(i - start + 1, levels.steps - start)
-        y = network.guided_move(y, levels, i, i + 1, condition, uncond, scale, mask=mask, source=source)
+        y = yield from network.guided_move(y, levels, i, i + 1, condition, uncond, scale, mask=mask, source=source)
     return y

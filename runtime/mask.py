@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.mask_map import difference
-from .denoiser import Condition, Network
+from .denoiser import Condition, Loop, Network
 from .schedule import Levels, add_noise
 
 
@@ -28,7 +28,7 @@ def estimate(
     scale: float,
     strength: float,
     mode: str,
-) -> Tensor:
+) -> Loop[Tensor]:
     """Difference map of two conditions, before blur and threshold.
 
     Args:
@@ -60,12 +60,12 @@ def estimate(
         network.profile.step(1, 1)
         if _same_layouts(edit, source):
             low = None
-        output = network.guided(torch.cat([x, x]), levels.timesteps[start], both, low, scale)
+        output = yield from network.guided(torch.cat([x, x]), levels.timesteps[start], both, low, scale)
     elif mode == "trajectory":
         x = torch.cat([x, x])
         for i in range(start, levels.steps):
             network.profile.step(i - start + 1, levels.steps - start)
-            output = network.guided(x, levels.timesteps[i], both, low, scale)
+            output = yield from network.guided(x, levels.timesteps[i], both, low, scale)
             if i + 1 < levels.steps:
                 x = network.step(x, output, levels.abar[i], levels.abar[i + 1])
     else:

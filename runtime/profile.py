@@ -7,7 +7,7 @@ handed anything: `profile.current()` and `profile.module_call(...)`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -120,7 +120,7 @@ class Profile:
 
     Attributes:
         evaluations: stage -> network evaluations, in samples (guidance counts twice).
-        calls: stage -> network calls.
+        calls: stage -> network calls; one that stages share counts for the last of them.
         seconds: stage -> wall-clock seconds; a stage answered from the cache is there with what the look-up took.
         cached: stages answered from the cache for every request of the batch.
         notes: what a user should know: smaller batches, steps down, unusual masks.
@@ -148,19 +148,27 @@ class Profile:
         return f"stage {self.stage_name}, step {self.step_number}" if self.step_number else f"stage {self.stage_name}"
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times a stage. Stages do not nest."""
-        self.stage_name, self.step_number = name, 0
-        self.evaluations.setdefault(name, 0)
-        self.calls.setdefault(name, 0)
-        began = time.perf_counter()
-        self._tell(0, 0)
-        before = _CURRENT.set(self)
+    def stage(self, *names: str) -> Iterator[None]:
+        """Times a stage, or several that run together: their seconds are split by the samples that each evaluated.
+
+        Stages do not nest. The last name is what progress and messages say.
+        """
+        for name in names:
+            self.stage_name, self.step_number = name, 0
+            self.evaluations.setdefault(name, 0)
+            self.calls.setdefault(name, 0)
+            self._tell(0, 0)
+        counted = dict(self.evaluations)
+        before, began = _CURRENT.set(self), time.perf_counter()
         try:
             yield
         finally:
             _CURRENT.reset(before)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            spent = time.perf_counter() - began
+            samples = [self.evaluations[n] - counted[n] for n in names]
+            for name, own in zip(names, samples):
+                share = own / sum(samples) if sum(samples) else 1 / len(names)
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent * share
 
     def step(self, step: int, steps: int) -> None:
         """A step of the running stage begins.
@@ -180,10 +188,11 @@ class Profile:
         if self.callback(Progress(self.stage_name, step, steps, done, left)) is False:
             raise Cancelled(f"cancelled in {self.where}; nothing was written")
 
-    def count(self, samples: int) -> None:
-        """One network call of `samples` samples in the running stage."""
-        self.evaluations[self.stage_name] = self.evaluations.get(self.stage_name, 0) + samples
-        self.calls[self.stage_name] = self.calls.get(self.stage_name, 0) + 1
+    def count(self, samples: Mapping[str, int]) -> None:
+        """One network call with so many samples of each stage."""
+        for stage, number in samples.items():
+            self.evaluations[stage] = self.evaluations.get(stage, 0) + number
+        self.calls[stage] = self.calls.get(stage, 0) + 1
 
     def note(self, text: str) -> None:
         if text not in self.notes:

@@ -55,7 +55,7 @@ def test_guidance_is_one_call_of_both_halves() -> None:
     fake = Fake(lambda x, t, c: x + c.text.mean((1, 2)).view(-1, 1, 1, 1))
     net, x, told, low = network(fake), noise(3), texts(3, seed=1), texts(3, seed=2)
     with net.profile.stage("final"):
-        got = net.guided(x, 7, told, low, 5.0)
+        got = net.drive(net.guided(x, 7, told, low, 5.0))
     assert fake.calls == [6] and fake.times == [[7] * 6]
     a, b = fake.answer(x, torch.tensor(0), low), fake.answer(x, torch.tensor(0), told)
     assert torch.equal(got, a + 5.0 * (b - a))
@@ -65,8 +65,8 @@ def test_guidance_is_one_call_of_both_halves() -> None:
 def test_guidance_of_one_or_none_evaluates_no_unconditional_half() -> None:
     fake = Fake(lambda x, t, c: x * 2)
     net, x = network(fake), noise(3)
-    assert torch.equal(net.guided(x, 7, texts(3), texts(3), 1.0), x * 2)
-    assert torch.equal(net.guided(x, 7, texts(3), None, 7.5), x * 2)
+    assert torch.equal(net.drive(net.guided(x, 7, texts(3), texts(3), 1.0)), x * 2)
+    assert torch.equal(net.drive(net.guided(x, 7, texts(3), None, 7.5)), x * 2)
     assert fake.calls == [3, 3]
 
 
@@ -75,7 +75,7 @@ def test_each_sample_has_its_own_timestep() -> None:
     net, x, t = network(fake, max_batch=2), noise(3), torch.tensor([1, 20, 300])
     assert torch.equal(net.predict(x, t, texts(3)), x * t.view(-1, 1, 1, 1))
     assert fake.times == [[1, 20], [300]]
-    net.guided(x, t, texts(3), texts(3), 2.0)
+    net.drive(net.guided(x, t, texts(3), texts(3), 2.0))
     assert fake.times[2:] == [[1, 20], [300, 1], [20, 300]]
 
 
@@ -155,7 +155,7 @@ def test_nan_names_stage_and_step(tiny: Any, bad: float) -> None:
         net.profile.stage("final"),
         pytest.raises(RunError, match=r"NaN or infinity in stage final, step 4: .*float32"),
     ):
-        masked_sampling(net, noise(2), levels, 0, texts(2), None, 1, source=None, mask=None)
+        net.drive(masked_sampling(net, noise(2), levels, 0, texts(2), None, 1, source=None, mask=None))
 
 
 def test_a_callback_cancels_at_its_step(tiny: Any) -> None:
@@ -168,7 +168,7 @@ def test_a_callback_cancels_at_its_step(tiny: Any) -> None:
     fake = Fake(lambda x, t, c: x * 0)
     net = network(fake, callback=callback)
     with net.profile.stage("invert"), pytest.raises(Cancelled, match="cancelled in stage invert, step 4"):
-        invert(net, noise(1), schedule(tiny).levels(10), 0, texts(1))
+        net.drive(invert(net, noise(1), schedule(tiny).levels(10), 0, texts(1)))
     assert len(fake.calls) == 3
     assert [(p.stage, p.step, p.steps) for p in seen] == [("invert", i, 10 if i else 0) for i in range(5)]
 
@@ -179,7 +179,7 @@ def test_inversion_tells_the_timestep_that_was_asked_for(tiny: Any, evaluate: st
     fake = Fake(lambda x, t, c: x * 0)
     net = network(fake)
     x0 = noise(2)
-    trajectory = invert(net, x0, levels, 1, texts(2), evaluate=evaluate)
+    trajectory = net.drive(invert(net, x0, levels, 1, texts(2), evaluate=evaluate))
     told = {"target": [601, 401, 201, 1][::-1], "source": [0, 1, 201, 401]}[evaluate]
     assert [t[0] for t in fake.times] == told
     assert trajectory.shape == (5, 2, 4, 8, 8)
@@ -194,13 +194,13 @@ def test_inversion_then_sampling_of_a_constant_network_is_exact(tiny: Any, start
     constant = noise(1, seed=8).double()
     net = network(Fake(lambda x, t, c: constant.expand_as(x)))
     x0 = noise(2).double()
-    trajectory = invert(net, x0, levels, start, texts(2), evaluate=evaluate)
+    trajectory = net.drive(invert(net, x0, levels, start, texts(2), evaluate=evaluate))
     y = trajectory[0]
     for i in range(start, 25):
         torch.testing.assert_close(y, trajectory[i - start], rtol=0, atol=1e-12)
         y = net.step(y, constant.expand_as(y), levels.abar[i], levels.abar[i + 1])
     assert (y - x0).abs().max() < 1e-12 * x0.abs().max()
-    sampled = masked_sampling(net, trajectory[0], levels, start, texts(2), None, 1, source=None, mask=None)
+    sampled = net.drive(masked_sampling(net, trajectory[0], levels, start, texts(2), None, 1, source=None, mask=None))
     assert torch.equal(sampled, y)
 
 
@@ -218,10 +218,10 @@ def test_a_network_that_knows_the_clean_latent_inverts_and_samples_back(tiny: An
 
     net = network(Fake(answer), prediction=prediction)
     start = levels.abar[-1] ** 0.5 * x0 + (1 - levels.abar[-1]) ** 0.5 * eps  # the clean level has a little noise in it
-    trajectory = invert(net, start, levels, 0, texts(1), evaluate="source")
+    trajectory = net.drive(invert(net, start, levels, 0, texts(1), evaluate="source"))
     noisy = levels.abar[0] ** 0.5 * x0 + (1 - levels.abar[0]) ** 0.5 * eps
     assert (trajectory[0] - noisy).abs().max() < 1e-12 * noisy.abs().max()
-    back = masked_sampling(net, trajectory[0], levels, 0, texts(1), None, 1, source=None, mask=None)
+    back = net.drive(masked_sampling(net, trajectory[0], levels, 0, texts(1), None, 1, source=None, mask=None))
     assert (back - start).abs().max() < 1e-12 * start.abs().max()
 
 

@@ -47,11 +47,11 @@ class OneByOne:
 
 
 def editor_of(
-    model: Any, prediction: str | None = None, denoiser: Any = None, cache: StageCache | None = None
+    model: Any, prediction: str | None = None, denoiser: Any = None, cache: StageCache | None = None, share: bool = True
 ) -> RealEditor:
     if prediction is not None:
         model = dataclasses.replace(model, schedule=dataclasses.replace(model.schedule, prediction=prediction))
-    return RealEditor(model, denoiser or TorchBackend(model), cache=cache)
+    return RealEditor(model, denoiser or TorchBackend(model), cache=cache, share=share)
 
 
 def network_of(model: Any, denoiser: Any = None) -> Network:
@@ -138,9 +138,9 @@ def test_3_lambda_one_is_the_guided_path_with_guidance_of_weight_zero(model: Any
     y, x, g = torch.randn(3, 7, 2, *SHAPE, generator=torch.Generator().manual_seed(0))
     told = Condition(model.encode_text([PROMPT, SOURCE]))
     results = [
-        ito_pass(network_of(model), y[0], levels, 0, told, told.with_text(model.encode_text([""])), 5.0,
+        network_of(model).drive(ito_pass(network_of(model), y[0], levels, 0, told, told.with_text(model.encode_text([""])), 5.0,
                  source=TrajectoryReference(x, levels), guidance=guidance, mask=(x[0, :, :1] > 0).float(),
-                 lam=torch.ones(2), phase=phase)
+                 lam=torch.ones(2), phase=phase))
         for guidance in (None, TrajectoryReference(g, levels))
     ]  # fmt: skip
     assert torch.equal(*results)
@@ -158,13 +158,18 @@ def test_3_lambda_one_never_runs_the_guidance_stage(model: Any, picture: Picture
 
 
 def test_4_no_updates_is_plain_ddim_from_the_inverted_latent(model: Any, picture: Picture) -> None:
-    result = editor_of(model).edit(request(picture, options=Options(guidance_scale=7.5, final=Phase(t_u=0))))
+    asked = request(picture, options=Options(guidance_scale=7.5, final=Phase(t_u=0)))
+    result = editor_of(model, share=False).edit(asked)
     network, levels = network_of(model), model.schedule.levels(10)
     states = {t: model.encode_text([t]) for t in (SOURCE, PROMPT, "")}
-    trajectory = invert(network, result.source_latent[None], levels, 0, Condition(states[SOURCE]))
-    want = masked_sampling(network, trajectory[0], levels, 0, Condition(states[PROMPT]), Condition(states[""]), 7.5,
-                           source=None, mask=None)  # fmt: skip
+    trajectory = network.drive(invert(network, result.source_latent[None], levels, 0, Condition(states[SOURCE])))
+    want = network.drive(masked_sampling(network, trajectory[0], levels, 0, Condition(states[PROMPT]), Condition(states[""]), 7.5,
+                           source=None, mask=None))  # fmt: skip
     assert torch.equal(result.latent, want[0])
+    # The network rounds differently beside the samples of the guidance image; nothing else may.
+    assert gap(editor_of(model).edit(asked).latent, want[0]) < 1e-4
+    one_by_one = [editor_of(model, denoiser=OneByOne(model), share=s).edit(asked).latent for s in (False, True)]
+    assert torch.equal(*one_by_one)
 
 
 def test_4_the_same_prompt_without_guidance_reconstructs(model: Any, picture: Picture, record_property: Any) -> None:
@@ -404,8 +409,8 @@ def test_9_inversion_is_diffedits_invert(model: Any, picture: Picture, monkeypat
             other = editor_of(model, prediction).model
             levels = other.schedule.levels(20)
             told = Condition(model.encode_text([SOURCE, PROMPT]))
-            got = invert(network_of(other), x0, levels, levels.start(ratio), told,
-                         uncond=told.with_text(model.encode_text([""])), scale=scale)  # fmt: skip
+            got = network_of(other).drive(invert(network_of(other), x0, levels, levels.start(ratio), told,
+                         uncond=told.with_text(model.encode_text([""])), scale=scale))  # fmt: skip
             assert torch.equal(got[-1], x0)
             gaps = [gap(a, b) for a, b in zip(got[:-1], want, strict=True)]
             assert max(gaps) < 1e-5
@@ -502,11 +507,15 @@ def test_unconditional_halves_that_cancel_need_not_be_evaluated(model: Any) -> N
     low = model.encode_text([""])
     network = network_of(model)
     with network.profile.stage("mask"):
-        heat = estimate(network, x0, noise, levels, edit, source, uncond=low, scale=7.5, strength=0.5, mode="single")
+        heat = network.drive(
+            estimate(network, x0, noise, levels, edit, source, uncond=low, scale=7.5, strength=0.5, mode="single")
+        )
     assert network.profile.evaluations["mask"] == 2 * 2 * 3 and network.profile.calls["mask"] == 1
     x = add_noise(x0[:, None], noise, levels.abar[5]).flatten(0, 1)
     full = [
-        network.guided(x, levels.timesteps[5], c.repeat(3), c.repeat(3).with_text(low), 7.5).unflatten(0, (2, 3))
+        network.drive(network.guided(x, levels.timesteps[5], c.repeat(3), c.repeat(3).with_text(low), 7.5)).unflatten(
+            0, (2, 3)
+        )
         for c in (edit, source)
     ]
     want = difference(*full)
@@ -521,8 +530,10 @@ def test_the_trajectory_mask_compares_the_last_sampling_step(model: Any) -> None
     edit, source, low = (Condition(model.encode_text([t])) for t in (PROMPT, SOURCE, ""))
     network = network_of(model)
     with network.profile.stage("mask"):
-        heat = estimate(
-            network, x0, noise, levels, edit, source, uncond=low.text, scale=7.5, strength=1.0, mode="trajectory"
+        heat = network.drive(
+            estimate(
+                network, x0, noise, levels, edit, source, uncond=low.text, scale=7.5, strength=1.0, mode="trajectory"
+            )
         )
     assert network.profile.evaluations["mask"] == 10 * 2 * 2 * 2 and network.profile.calls["mask"] == 10
     total = torch.zeros(1, 1, 8, 8)
@@ -532,9 +543,12 @@ def test_the_trajectory_mask_compares_the_last_sampling_step(model: Any) -> None
             y = add_noise(x0, noise[:, seed], levels.abar[0])
             for i in range(9):
                 y = network.step(
-                    y, network.guided(y, levels.timesteps[i], told, low, 7.5), levels.abar[i], levels.abar[i + 1]
+                    y,
+                    network.drive(network.guided(y, levels.timesteps[i], told, low, 7.5)),
+                    levels.abar[i],
+                    levels.abar[i + 1],
                 )
-            last.append(network.guided(y, levels.timesteps[9], told, low, 7.5))
+            last.append(network.drive(network.guided(y, levels.timesteps[9], told, low, 7.5)))
         total += (last[0] - last[1]).abs().mean(1, keepdim=True) / 2
     assert gap(heat, total) < 1e-4
 
