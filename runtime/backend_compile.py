@@ -112,4 +112,4 @@ def compiled(of: Callable[..., Tensor], device: torch.device) -> Callable[..., T
     options: dict[str, Any] = {"freezing": True}  # weights are constants: repacked for the kernels that read them
     if device.type == "cuda":
         options |= {"triton.cudagraphs": True, "max_autotune_gemm": False}
-    return torch.compile(of, fullgraph=True, dynamic=None, options=options)
+    return torch.compile(of, fullgraph=True, dynamic=True, options=options)

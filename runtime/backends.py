@@ -15,12 +15,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from . import profile
+from . import BACKENDS, profile
 from .denoiser import Condition
 from .errors import UsageError
 from .models import Model, Modules
-
-BACKENDS = ("torch",)  # the ladder, from the top
 
 
 @runtime_checkable
@@ -93,6 +91,10 @@ def why_unavailable(name: str) -> list[str]:
     """Reasons why backend `name` cannot run on this machine at all; empty if it can (given engines, where it needs them)."""
     if name == "torch":
         return []
+    if name == "compile":
+        from .backend_compile import why_unavailable as why
+
+        return why()
     return [f"there is no such backend; known are auto, {', '.join(BACKENDS)}"]
 
 
@@ -145,6 +147,10 @@ def load_backend(name: str, model: Model, engines: Path | None = None, **options
             except UsageError as error:
                 above[step] = [str(error)]
         return Ladder([*steps, TorchBackend(model, **options)], model.factor, above)
+    if name == "compile":
+        from .backend_compile import CompileBackend
+
+        return CompileBackend(model, **options)
     return TorchBackend(model, **options)
 
 

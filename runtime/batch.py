@@ -119,7 +119,8 @@ class Batch:
     def encode_texts(self) -> None:
         chunks, negative = self.jobs[0].chunks, self.options.negative_prompt
         texts = {t for j in self.jobs for t in (j.request.prompt, j.source_prompt, negative)}
-        self.states = {t: self.model.encode_text([t], chunks) for t in sorted(texts)}
+        with self.profile.stage("encode"):
+            self.states = {t: self.model.encode_text([t], chunks) for t in sorted(texts)}
 
     def encode(self) -> None:
         self._stage(

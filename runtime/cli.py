@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import METHODS, VERSION
+from . import BACKENDS, METHODS, VERSION
 from .errors import IeditError, UsageError
 
 if TYPE_CHECKING:
@@ -109,8 +109,13 @@ _model_options = _apply([
                  help="The embedded model, a diffusers folder, or a hub id (owner/name)."),
     click.option("--controlnet", multiple=True, callback=_pairs, metavar="NAME=FOLDER",
                  help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
-    click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "torch"]),
-                 help="What runs the networks; auto takes the fastest that can."),
+    click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", *BACKENDS]),
+                 help="What runs the networks; auto takes the first that can, per module and size, and says why not the others."),
+    click.option("--engines", type=click.Path(file_okay=False), default=None,
+                 help="Folder of exported engines. Default: the user's cache, by the digest of the model's weights."),
+    click.option("--attention", type=click.Choice(["sdpa", "xformers"]), default="sdpa", show_default=True,
+                 help="Of the networks that torch runs."),
+    click.option("--channels-last", is_flag=True, help="Memory format that convolutions on a GPU prefer; torch only."),
     click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one."),
     click.option("--dtype", default=None, type=click.Choice(["float32", "float16", "bfloat16"]),
                  help="Default: float16 on a GPU, float32 on a CPU."),
@@ -207,6 +212,9 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
         device=values["device"],
         dtype=values["dtype"],
         cache=StageCache(folder=Path(cache)) if cache else None,
+        engines=values["engines"],
+        attention=values["attention"],
+        channels_last=values["channels_last"],
         share=not cache,  # what a cache holds must not depend on what it was computed beside: replay is bit for bit
     )
 
@@ -338,6 +346,68 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     click.echo(f"{spent:.1f} s, {sum(results[0].profile.evaluations.values())} network evaluations", err=True)
 
 
+@main.command("profile")
+@click.argument("image", type=click.Path())
+@_request_options
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True,
+              help="Edits; the first is cold, the last is shown. Nothing is kept between them.")  # fmt: skip
+@click.option("--output", type=click.Path(), default=None, help="Write all figures of the last run as JSON.")
+@click.option("--trace", type=click.Path(), default=None, help="Write a trace for chrome://tracing or ui.perfetto.dev.")
+@click.option("--plot", type=click.Path(), default=None, help="Write the timeline of the last run as a PNG.")
+@click.option(
+    "--launches", is_flag=True, help="One more run under torch's profiler: kernel launches, or operators on a CPU."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@_model_options
+def profile_command(image: str, runs: int, output: str | None, trace: str | None, plot: str | None, launches: bool,
+                    as_json: bool, **values: Any) -> None:  # fmt: skip
+    """Where the time of an edit goes: by stage, step and module, cold and warm, and why nothing faster ran.
+
+    \b
+    iedit profile in.png --source-prompt "a red car ..." --prompt "a blue car ..." --plot time.png
+    iedit profile in.png --prompt "..." --backend onnx --trace time.json     open it in ui.perfetto.dev
+    """
+    from .images import write_png, write_whole
+
+    _check_targets([Path(plot)] if plot else [], [image], [Path(p) for p in (output, trace) if p])
+    request = _request(_inputs(image, values), values, values["seed"], _options(values))
+    with _live() as tell:
+        editor = _editor(values)
+        from .stages import StageCache
+
+        def run() -> Any:
+            editor.cache = StageCache(memory=0)
+            return editor.edit(request, tell).profile
+
+        profiles = [run() for _ in range(runs)]
+        from . import report
+
+        counted = report.count_launches(run) if launches else None
+    last = profiles[-1]
+    totals = [round(sum(p.seconds.values()), 6) for p in profiles]
+    found = last.as_dict() | {"runs": totals, "launches": counted, "backend": editor.backend,
+                              "first_is_cold": True}  # fmt: skip
+    if output:
+        write_whole(output, (json.dumps(found, indent=1) + "\n").encode())
+    if trace:
+        write_whole(trace, json.dumps(report.trace(last)).encode())
+    if plot:
+        write_png(plot, report.plot(last), None)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for table in report.tables(last, counted):
+        console.print(table)
+    cold, warm = totals[0], totals[1:]
+    shown = f", then {', '.join(f'{t:.3f}' for t in warm)}" if warm else ""
+    click.echo(f"backend {editor.backend}; first run {cold:.3f} s (cold){shown}")
+    for note in last.notes:
+        click.echo(f"note: {note}", err=True)
+
+
 def _check_targets(pictures: list[Path], inputs: Sequence[str], others: Sequence[Path] = ()) -> None:
     """Bad output names are refused before minutes of work, not after: `pictures` are PNGs, `others` any files."""
     taken = {Path(i).resolve(): i for i in inputs}
@@ -379,7 +449,7 @@ def _cli_receipt(
             return name
         return os.path.join(".", str(beside(str(Path(name).expanduser()))))
 
-    run = {k: values[k] for k in ("backend", "device", "dtype")}
+    run = {k: values[k] for k in ("backend", "device", "dtype", "engines", "attention", "channels_last")}
     run |= {"model": model(values["model"]), "controlnet": {n: model(f) for n, f in values["controlnet"].items()}}
     return result.receipt | {"files": found, "run": run, "batch": {"members": batch, "index": index}}
 
@@ -511,7 +581,8 @@ def replay(output: str, image: str | None, model: str | None, write: str | None)
     with _live() as tell:
         editor = Editor.load(model or found(run["model"]), layouts={n: found(f) for n, f in run["controlnet"].items()} or None,
                              backend=run["backend"], device=run["device"], dtype=run["dtype"],
-                             share=receipt["backend"].get("share", False))  # fmt: skip
+                             share=receipt["backend"].get("share", False),
+                             **{k: run[k] for k in ("engines", "attention", "channels_last") if k in run})  # fmt: skip
         if editor.model.digest != receipt["model"]["digest"]:
             raise UsageError(f"model: {editor.model.name} has digest {editor.model.digest}, the picture was made with "
                              f"{receipt['model']['digest']}; these are other weights")  # fmt: skip

@@ -48,7 +48,7 @@ def module_call(module: str, backend: str, batch: int, *, cold: bool = False, de
         events[1].record()
     running.modules.append(
         ModuleCall(
-            running.stage_name,
+            running.label,
             running.step_number,
             module,
             backend,
@@ -115,6 +115,16 @@ class ModuleCall:
 
 
 @dataclass
+class Step:
+    """One step of a stage on the host's clock, seconds from the beginning of the profile; step 0 is before the first."""
+
+    stage: str
+    step: int
+    start: float
+    seconds: float
+
+
+@dataclass
 class Profile:
     """Figures of one run (of one batch of requests, which share it).
 
@@ -125,6 +135,8 @@ class Profile:
         cached: stages answered from the cache for every request of the batch.
         notes: what a user should know: smaller batches, steps down, unusual masks.
         modules: every call of a module, in order.
+        steps: every step of every stage, in order; what a step spends outside its modules is the loop's own.
+        peak_bytes: most memory held: by this process on a CPU, by torch on a GPU.
         steps_down: (module, backend) -> reasons why that backend did not run it.
     """
 
@@ -134,11 +146,14 @@ class Profile:
     cached: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     modules: list[ModuleCall] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    peak_bytes: int = 0
     steps_down: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     expected: int = 0  # evaluations of the whole run, for the progress: all batches, less what the cache answered
     before: int = 0  # evaluations of the batches before this one
     callback: Callback | None = field(default=None, repr=False)
     stage_name: str = field(default="", repr=False)
+    label: str = field(default="", repr=False)  # the stages that run together
     step_number: int = field(default=0, repr=False)
     began: float = field(default_factory=time.perf_counter, repr=False)
 
@@ -153,8 +168,9 @@ class Profile:
 
         Stages do not nest. The last name is what progress and messages say.
         """
+        self.label = " + ".join(names)
         for name in names:
-            self.stage_name, self.step_number = name, 0
+            self._mark(name, 0)
             self.evaluations.setdefault(name, 0)
             self.calls.setdefault(name, 0)
             self._tell(0, 0)
@@ -164,6 +180,8 @@ class Profile:
             yield
         finally:
             _CURRENT.reset(before)
+            self._close()
+            self.peak_bytes = max(self.peak_bytes, peak_memory())
             spent = time.perf_counter() - began
             samples = [self.evaluations[n] - counted[n] for n in names]
             for name, own in zip(names, samples):
@@ -176,8 +194,20 @@ class Profile:
         Raises:
             Cancelled: the callback returned False.
         """
-        self.step_number = step
+        if step == self.step_number:  # stages that run together take their steps together
+            return
+        self._mark(self.stage_name, step)
         self._tell(step, steps)
+
+    def _mark(self, stage: str, step: int) -> None:
+        self._close()
+        self.stage_name, self.step_number = stage, step
+        self.steps.append(Step(self.label, step, time.perf_counter() - self.began, -1.0))
+
+    def _close(self) -> None:
+        """The step that is running ends now."""
+        if self.steps and self.steps[-1].seconds < 0:
+            self.steps[-1].seconds = time.perf_counter() - self.began - self.steps[-1].start
 
     def _tell(self, step: int, steps: int) -> None:
         if self.callback is None:
@@ -218,6 +248,10 @@ class Profile:
             row["cold_seconds"] += call.seconds if call.cold else 0.0
         return [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows.values()]
 
+    def outside_modules(self) -> float:
+        """Seconds of the run in no module: the loops, the kernels beside the networks, pictures in and out."""
+        return max(0.0, sum(self.seconds.values()) - sum(c.seconds for c in self.modules))
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -227,10 +261,51 @@ class Profile:
             "cached": list(self.cached),
             "notes": list(self.notes),
             "modules": self.by_module(),
+            "steps": [
+                {"stage": x.stage, "step": x.step, "start": round(x.start, 6), "seconds": round(x.seconds, 6)}
+                for x in self.steps
+            ],
+            "module_calls": [
+                {
+                    "stage": c.stage,
+                    "step": c.step,
+                    "module": c.module,
+                    "backend": c.backend,
+                    "batch": c.batch,
+                    "start": round(c.start, 6),
+                    "seconds": round(c.seconds, 6),
+                    "cold": c.cold,
+                }
+                for c in self.modules
+            ],
+            "outside_modules": round(self.outside_modules(), 6),
+            "peak_mib": round(self.peak_bytes / 2**20),
             "steps_down": self.why_down(),
             "total_seconds": round(sum(self.seconds.values()), 6),
         }
 
+    def ran(self) -> dict[str, list[str]]:
+        """Module -> the backends that ran it, sorted."""
+        found: dict[str, set[str]] = {}
+        for call in self.modules:
+            found.setdefault(call.module, set()).add(call.backend)
+        return {module: sorted(names) for module, names in found.items()}
+
     def why_down(self) -> list[dict[str, Any]]:
         """JSON-ready: what did not run which module, and why."""
         return [{"module": m, "backend": b, "reasons": why} for (m, b), why in self.steps_down.items()]
+
+
+def peak_memory() -> int:
+    """Bytes: torch's peak on the GPU where one is in use, else the process's peak."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -115,7 +115,7 @@ def test_every_method_of_the_library_can_be_asked_for(edit: list[str], method: s
 
 
 def test_the_methods_and_backends_on_offer_are_the_library_s() -> None:
-    from iedit.runtime.backends import BACKENDS
+    from iedit.runtime import BACKENDS
 
     for name in ("edit", "mask"):
         options = {p.name: p for p in main.commands[name].params}
