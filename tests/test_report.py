@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -35,7 +36,7 @@ def profile() -> Profile:
 def test_steps_cover_the_run_without_gaps_or_overlaps(profile: Profile) -> None:
     steps = profile.steps
     assert [(s.stage, s.step) for s in steps if s.step] == [("invert + guidance", 1), ("invert + guidance", 2)]
-    for a, b in zip(steps, steps[1:]):
+    for a, b in itertools.pairwise(steps):
         assert a.seconds >= 0 and a.start + a.seconds <= b.start + 1e-9
     for call in profile.modules:
         holder = [s for s in steps if s.start <= call.start and call.start + call.host <= s.start + s.seconds]
