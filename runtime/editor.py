@@ -210,25 +210,19 @@ class Editor:
         jobs, options, profile = batch.jobs, batch.options, batch.profile
         batch.composite(stage)
         with profile.stage("decode"):
-            finals = self._pictures(batch, jobs, stage)
-            guides = self._pictures(batch, [j for j in jobs if "guidance" in j.found], "guidance")
+            shown = [(j, s) for s in (stage, "guidance") for j in jobs if s in j.found]
+            decoded = batch.vae(self.model.decode, torch.stack([j.found[s]["value"] for j, s in shown]))
+            drawn = {(id(j), s): pictures.crop_back(pictures.to_image(d), j.size) for (j, s), d in zip(shown, decoded)}
             results = []
             for j in jobs:
-                image, mask = finals[id(j)], self._mask_picture(j)
+                image, mask = drawn[id(j), stage], self._mask_picture(j)
                 if options.composite == "pixel" and mask is not None:
                     image = paste(pictures.as_rgb(j.request.image), image, mask, options.feather)
                 # Copies: what the caller does with them must not reach the cache.
                 latent, source = (j.found[s]["value"].cpu().clone() for s in (stage, "encode"))
-                guidance = guides.get(id(j))
+                guidance = drawn.get((id(j), "guidance"))
                 results.append(EditResult(image, mask, guidance, latent, source, profile, self._receipt(j, profile)))
         return results
-
-    def _pictures(self, batch: Batch, jobs: list[Job], stage: str) -> dict[int, Image.Image]:
-        """The decoded latents of a stage by the job's id, cropped to the input's size."""
-        if not jobs:
-            return {}
-        decoded = batch.vae(self.model.decode, torch.stack([j.found[stage]["value"] for j in jobs]))
-        return {id(j): pictures.crop_back(pictures.to_image(d), j.size) for j, d in zip(jobs, decoded, strict=True)}
 
     def _mask_picture(self, job: Job) -> Image.Image | None:
         if job.mask is None:

@@ -20,12 +20,15 @@ from torch import Tensor
 
 from iedit.kernels.guided_step import PREDICTIONS
 from iedit.kernels.mask_map import difference, mask_map, normalise
+from iedit.runtime.backend_compile import CompileBackend
 from iedit.runtime.backend_torch import TorchBackend
+from iedit.runtime.backends import Backend, why_unavailable
 from iedit.runtime.denoiser import Condition, Network, NoisedReference, TrajectoryReference, invert
 from iedit.runtime.editor import Editor as RealEditor
 from iedit.runtime.editor import EditRequest, EditResult, MaskOptions, Options
 from iedit.runtime.ito import Phase, ito_pass, masked_sampling
 from iedit.runtime.mask import estimate
+from iedit.runtime.models import load_model
 from iedit.runtime.profile import Profile
 from iedit.runtime.schedule import add_noise, seeded_noise
 from iedit.runtime.stages import StageCache
@@ -35,11 +38,37 @@ SHAPE = (4, 8, 8)
 Picture = Callable[..., Image.Image]
 
 
+# Models that are run by something else than eager torch, by name.
+RUNS: dict[str, Backend] = {}
+
+
+@pytest.fixture(scope="session", params=["tiny", "picturebook", "tiny-compile"])
+def model(request: pytest.FixtureRequest) -> Any:
+    """Every model and backend that the identities must hold on."""
+    name = request.param
+    if name == "picturebook":
+        return load_model(name, device="cpu")
+    if name == "tiny":
+        return request.getfixturevalue("tiny")
+    # Another object under another name, for the same weights.
+    made = dataclasses.replace(request.getfixturevalue("tiny"), name=name)
+    if name == "tiny-compile":
+        why = why_unavailable("compile")
+        assert not why, why  # a compiler is part of what the tests need
+        RUNS[name] = CompileBackend(made)
+    return made
+
+
+def backend_of(model: Any) -> Backend:
+    """By name: a test may have replaced the model's schedule, which no backend looks at."""
+    return RUNS.get(model.name) or TorchBackend(model)
+
+
 class OneByOne:
     """The network, a sample at a time: it rounds the same in every batch, so all the rest must be equal bit for bit."""
 
     def __init__(self, model: Any):
-        self.inner = TorchBackend(model)
+        self.inner = backend_of(model)
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         pieces = [slice(i, i + 1) for i in range(len(x))]
@@ -51,11 +80,11 @@ def editor_of(
 ) -> RealEditor:
     if prediction is not None:
         model = dataclasses.replace(model, schedule=dataclasses.replace(model.schedule, prediction=prediction))
-    return RealEditor(model, denoiser or TorchBackend(model), cache=cache, share=share)
+    return RealEditor(model, denoiser or backend_of(model), cache=cache, share=share)
 
 
 def network_of(model: Any, denoiser: Any = None) -> Network:
-    return Network(denoiser or TorchBackend(model), model.schedule.prediction, 64, Profile())
+    return Network(denoiser or backend_of(model), model.schedule.prediction, 64, Profile())
 
 
 def square(size: tuple[int, int] = (64, 64), box: tuple[int, int, int, int] = (16, 16, 39, 47)) -> Image.Image:

@@ -1,0 +1,82 @@
+"""The README's tables of measurements, generated from `bench/results.csv`: `python bench/tables.py` rewrites them.
+
+Of rows that measure the same thing the last one counts. A test compares the README with what this makes of the CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+Row = dict[str, str]
+
+
+def latest(rows: list[Row]) -> list[Row]:
+    """The last row of each measurement, in the order in which they first came."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        found[tuple(row[k] for k in ("name", "variant", "shape", "dtype", "device"))] = row
+    return list(found.values())
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def seconds(text: str) -> str:
+    value = float(text)
+    return f"{value:.2f} s" if value >= 0.1 else f"{1e3 * value:.2f} ms" if value >= 1e-4 else f"{1e6 * value:.1f} us"
+
+
+def spread(row: Row) -> str:
+    return f"{seconds(row['p50'])} ({seconds(row['p20'])}-{seconds(row['p80'])})" if row["p20"] else seconds(row["p50"])
+
+
+def render(rows: list[Row]) -> str:
+    """All tables, markdown; a heading for each group that has rows."""
+    rows = latest(rows)
+    parts = []
+    for prefix, title in (("edit/", "ITO text edits, warm, A B A B in one process"), ("kernel/", "Kernels"),
+                          ("full-size/", "Stable Diffusion 1.5's shapes, random weights, without a GPU")):  # fmt: skip
+        group = [r for r in rows if r["name"].startswith(prefix)]
+        if group:
+            lines = [
+                [
+                    r["name"].removeprefix(prefix),
+                    r["variant"],
+                    r["shape"],
+                    r["dtype"],
+                    r["device"],
+                    spread(r),
+                    r["quality"],
+                ]
+                for r in group
+            ]
+            parts.append(
+                f"**{title}**\n\n"
+                + table(["what", "how", "shape", "dtype", "device", "median (20-80 %)", "beside it"], lines)
+            )
+    return "\n\n".join(parts)
+
+
+def rewrite(text: str, rows: list[Row]) -> str:
+    """`text` with what lies between the two marks replaced."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{render(rows)}\n{END}{after}"
+
+
+def read(path: Path = ROOT / "bench" / "results.csv") -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    made = rewrite(readme.read_text(), read())
+    changed = made != readme.read_text()
+    readme.write_text(made)
+    sys.exit("README.md was not up to date; it is now" if changed and "--check" in sys.argv else 0)
