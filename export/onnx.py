@@ -252,7 +252,7 @@ class _LayerNorm32(nn.LayerNorm):
 
 def with_islands(part: Any, dtype: torch.dtype) -> Any:
     """`part`, which is changed, in `dtype` with norms and time embedding in float32 (softmax is done in the graph)."""
-    part.to(dtype)
+    nn.Module.to(part, dtype)  # diffusers' own warns of parts it would keep in float32, and names none
     if dtype == torch.float32:
         return part
     for module in part.modules():
@@ -460,7 +460,9 @@ def export_onnx(
     known = {*module_names(model, None), *(CONTROLNET_PREFIX + n for n in model.controlnets)}
     for name in names:
         fused = name.split("+")
-        if name not in known and not (fused[0] == "unet" and fused[1:] == sorted(set(fused[1:]) & set(model.controlnets))):
+        if name not in known and not (
+            fused[0] == "unet" and fused[1:] == sorted(set(fused[1:]) & set(model.controlnets))
+        ):
             raise UsageError(f"module {name!r} is not one of {', '.join(sorted(known))}")
     ranges = tuple(shapes or (default_shapes(model),))
     return [_export(model, out, name, precision, opset, ranges, force, tell) for name in names]

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from .profile import Progress
 
 # Groups of the packages above this one, by name so that imports keep pointing one way.
-_GROUPS = {"train": ("iedit.training.cli", "train", "Train the embedded model and measure it.")}
+_GROUPS = {
+    "export": ("iedit.export.cli", "export", "Write a model's networks as engines, and check them."),
+    "engines": ("iedit.export.cli", "engines", "List, check and clean up engines."),
+    "train": ("iedit.training.cli", "train", "Train the embedded model and measure it."),
+}
 
 
 class _Failure(click.ClickException):
