@@ -56,7 +56,7 @@ TENSORRT_OPERATORS = frozenset(
     Reshape Resize ReverseSequence RMSNormalization RoiAlign Round ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin
     Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh ThresholdedRelu Tile TopK
     Transpose Trilu Unsqueeze Upsample Where Xor
-    """.split()
+    """.split()  # noqa: SIM905  a list of 130 strings would fill a page
 )
 
 
@@ -276,10 +276,10 @@ def _float32_time(part: Any, dtype: torch.dtype) -> None:
 
     def keep(timesteps: Tensor) -> Tensor:
         kept.sines = project(timesteps)
-        return kept.sines  # type: ignore[no-any-return]
+        return kept.sines
 
     def use(sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        return embed(kept.sines, condition).to(dtype)  # type: ignore[no-any-return]
+        return embed(kept.sines, condition).to(dtype)
 
     part.time_proj.forward, part.time_embedding.forward = keep, use
 
@@ -335,9 +335,11 @@ def write_graph(made: Function, folder: Path, opset: int) -> Any:
     dynamic = tuple({i: d for i, d in enumerate(made.dims[name]) if isinstance(d, str)} for name in made.inputs)
     spread = isinstance(made.module, _UNet)  # *layouts: one entry for all of them
     shapes: tuple[Any, ...] = (*dynamic[:3], dynamic[3:]) if spread and len(dynamic) > 3 else dynamic
+    # Copies: the tracer takes one tensor that is given twice for one input, and the second layout would read the first's.
+    examples = tuple(value.clone() for value in made.inputs.values())
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            made.module.eval(), tuple(made.inputs.values()), dynamo=True, opset_version=opset, dynamic_shapes=shapes,
+            made.module.eval(), examples, dynamo=True, opset_version=opset, dynamic_shapes=shapes,
             input_names=list(made.inputs), output_names=list(made.outputs), verbose=False, optimize=True,
         )  # fmt: skip
         assert program is not None
@@ -371,11 +373,16 @@ def strip(proto: Any) -> None:
 
 def graph_digest(proto: Any) -> str:
     """sha256 of the graph, 64 hex digits; weights count by name, shape and type only."""
+    from onnx import TensorProto
+
     bare = type(proto)()
     bare.CopyFrom(proto)
     for tensor in bare.graph.initializer:
-        if tensor.external_data:
-            del tensor.external_data[:]
+        # Small weights lie in the graph itself; integers and scalars (shapes, scales) are the graph's own.
+        weight = tensor.dims and tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+        if weight or tensor.external_data:
+            for field in ("external_data", "raw_data", "float_data", "int32_data", "data_location"):
+                tensor.ClearField(field)
     return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
 
 
@@ -485,7 +492,7 @@ def _export(
     def say(text: str, done: bool = False) -> None:
         tell(Told(module, time.perf_counter() - began, text, done))
 
-    wanted = {"format": "onnx", "module": module, "weights": model.module_digest(module), "precision": precision, "opset": opset}  # fmt: skip
+    wanted: dict[str, Any] = {"format": "onnx", "module": module, "weights": model.module_digest(module), "precision": precision, "opset": opset}  # fmt: skip
     with build_lock(target, say):
         # Nobody else builds this module now, so what looks like a build is one that was killed.
         for stale in target.parent.glob(f".{module}.*.building"):
@@ -511,7 +518,7 @@ def _export(
                 say(f"warning: TensorRT's parser does not know {', '.join(unknown)}")
             spec = EngineSpec(
                 model=model.name, graph=graph_digest(proto), shapes=shapes, versions=tool_versions(), **wanted
-            )  # type: ignore[arg-type]
+            )
             del proto
             files = [p.name for p in building.iterdir()]
             for name in files:

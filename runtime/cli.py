@@ -113,8 +113,10 @@ _model_options = _apply([
                  help="The embedded model, a diffusers folder, or a hub id (owner/name)."),
     click.option("--controlnet", multiple=True, callback=_pairs, metavar="NAME=FOLDER",
                  help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
-    click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "torch"]),
+    click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "onnx", "torch"]),
                  help="What runs the networks; auto takes the fastest that can."),
+    click.option("--engines", default=None, type=click.Path(file_okay=False), metavar="FOLDER",
+                 help="Where `iedit export` wrote the model's engines. Default: the user's cache."),
     click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one."),
     click.option("--dtype", default=None, type=click.Choice(["float32", "float16", "bfloat16"]),
                  help="Default: float16 on a GPU, float32 on a CPU."),
@@ -211,6 +213,7 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
         device=values["device"],
         dtype=values["dtype"],
         cache=StageCache(folder=Path(cache)) if cache else None,
+        engines=values["engines"],
     )
 
 
