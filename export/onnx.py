@@ -222,7 +222,7 @@ def function(model: Model, module: str, precision: str = "fp32") -> Function:
     if module.startswith(CONTROLNET_PREFIX):
         net = own(model.controlnets[module.removeprefix(CONTROLNET_PREFIX)])
         outputs = (*(f"down_{i}" for i in range(len(net.controlnet_down_blocks))), "mid")
-        dims = noisy_dims | {"image": images, "scale": ("batch",)} | {o: ("batch", "", "", "") for o in outputs}
+        dims = noisy_dims | {"image": images, "scale": ("batch",)} | {o: ("batch", 0, "h", "w") for o in outputs}
         return Function(_ControlNet(net, dtype), noisy | {"image": picture, "scale": scale}, outputs, dims)
     if module == "vae_encoder":
         return Function(_Encoder(own(model.vae), dtype), {"images": picture}, ("latents",),
@@ -393,7 +393,7 @@ def check_dynamic(proto: Any, dims: Mapping[str, Sequence[str | int]]) -> None:
         for i, (have, wanted) in enumerate(zip(shape, dims[value.name], strict=True)):
             if isinstance(wanted, str) and not have.dim_param:
                 raise RunError(
-                    f"export: dimension {i} ({wanted or 'size'}) of {value.name} was fixed at {have.dim_value}; it must be "
+                    f"export: dimension {i} ({wanted}) of {value.name} was fixed at {have.dim_value}; it must be "
                     "free: this torch or diffusers exports the model differently, use the versions of constraints.txt"
                 )
 
