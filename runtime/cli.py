@@ -387,6 +387,7 @@ def _cli_receipt(
 
     run = {k: values[k] for k in ("backend", "device", "dtype")}
     run |= {"model": model(values["model"]), "controlnet": {n: model(f) for n, f in values["controlnet"].items()}}
+    run["engines"] = beside(values["engines"])
     return result.receipt | {"files": found, "run": run, "batch": {"members": batch, "index": index}}
 
 
@@ -514,9 +515,11 @@ def replay(output: str, image: str | None, model: str | None, write: str | None)
     def found(name: str) -> str:
         return str(folder / name) if name.startswith(".") else name
 
+    engines = None if run.get("engines") is None else folder / run["engines"]
+
     with _live() as tell:
         editor = Editor.load(model or found(run["model"]), layouts={n: found(f) for n, f in run["controlnet"].items()} or None,
-                             backend=run["backend"], device=run["device"], dtype=run["dtype"])  # fmt: skip
+                             backend=run["backend"], device=run["device"], dtype=run["dtype"], engines=engines)  # fmt: skip
         if editor.model.digest != receipt["model"]["digest"]:
             raise UsageError(f"model: {editor.model.name} has digest {editor.model.digest}, the picture was made with "
                              f"{receipt['model']['digest']}; these are other weights")  # fmt: skip

@@ -146,6 +146,7 @@ def test_an_edit_uses_the_engines_that_it_is_pointed_at(
     assert done.exit_code == 0, done.output
     profile = json.loads((tmp_path / "p.json").read_text())
     assert {row["backend"] for row in profile["modules"]} == {"onnx"}
+    assert "identical" in call("replay", tmp_path / "out.png").output
     refused = call(*words, "--engines", tmp_path / "none")
     assert refused.exit_code == 2
     assert "run `iedit export onnx" in refused.output
