@@ -92,9 +92,13 @@ def why_unavailable(name: str) -> list[str]:
     if name == "torch":
         return []
     if name == "compile":
-        from .backend_compile import why_unavailable as why
+        from . import backend_compile
 
-        return why()
+        return backend_compile.why_unavailable()
+    if name == "onnx":
+        from . import backend_onnx
+
+        return backend_onnx.why_unavailable()
     return [f"there is no such backend; known are auto, {', '.join(BACKENDS)}"]
 
 
@@ -151,6 +155,10 @@ def load_backend(name: str, model: Model, engines: Path | None = None, **options
         from .backend_compile import CompileBackend
 
         return CompileBackend(model, **options)
+    if name == "onnx":
+        from .backend_onnx import OnnxBackend
+
+        return OnnxBackend(model, engines)
     return TorchBackend(model, **options)
 
 

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from .profile import Progress
 
 # Groups of the packages above this one, by name so that imports keep pointing one way.
-_GROUPS = {"train": ("iedit.training.cli", "train", "Train the embedded model and measure it.")}
+_GROUPS = {
+    "export": ("iedit.export.cli", "export", "Write a model's networks as engines, and check them."),
+    "engines": ("iedit.export.cli", "engines", "List, check and clean up engines."),
+    "train": ("iedit.training.cli", "train", "Train the embedded model and measure it."),
+}
 
 
 class _Failure(click.ClickException):
@@ -449,8 +453,9 @@ def _cli_receipt(
             return name
         return os.path.join(".", str(beside(str(Path(name).expanduser()))))
 
-    run = {k: values[k] for k in ("backend", "device", "dtype", "engines", "attention", "channels_last")}
+    run = {k: values[k] for k in ("backend", "device", "dtype", "attention", "channels_last")}
     run |= {"model": model(values["model"]), "controlnet": {n: model(f) for n, f in values["controlnet"].items()}}
+    run["engines"] = beside(values["engines"])
     return result.receipt | {"files": found, "run": run, "batch": {"members": batch, "index": index}}
 
 
@@ -578,11 +583,14 @@ def replay(output: str, image: str | None, model: str | None, write: str | None)
     def found(name: str) -> str:
         return str(folder / name) if name.startswith(".") else name
 
+    engines = None if run.get("engines") is None else folder / run["engines"]
+
     with _live() as tell:
         editor = Editor.load(model or found(run["model"]), layouts={n: found(f) for n, f in run["controlnet"].items()} or None,
                              backend=run["backend"], device=run["device"], dtype=run["dtype"],
                              share=receipt["backend"].get("share", False),
-                             **{k: run[k] for k in ("engines", "attention", "channels_last") if k in run})  # fmt: skip
+                             engines=engines,
+                             **{k: run[k] for k in ("attention", "channels_last") if k in run})  # fmt: skip
         if editor.model.digest != receipt["model"]["digest"]:
             raise UsageError(f"model: {editor.model.name} has digest {editor.model.digest}, the picture was made with "
                              f"{receipt['model']['digest']}; these are other weights")  # fmt: skip

@@ -178,8 +178,13 @@ def engines_folder(model_digest: str) -> Path:
 
 
 def find_engines(folder: Path) -> Iterator[tuple[Path, EngineSpec | UsageError]]:
-    """Every engine in a folder, however deep, with its spec or what is wrong with it; sorted by path."""
+    """Every engine in a folder, however deep, with its spec or what is wrong with it; sorted by path.
+
+    Folders whose names begin with a dot are builds that are not in their place yet, or never will be.
+    """
     for path in sorted(folder.rglob(SPEC_FILE)) if folder.is_dir() else []:
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
         try:
             yield path.parent, read_spec(path.parent)
         except UsageError as error:

@@ -81,11 +81,7 @@ class Model:
 
     def module_digest(self, module: str) -> str:
         """Of the parts that an engine for `module` is made of (see `engine_spec.EngineSpec`), 16 hex digits."""
-        if module.startswith("unet"):
-            parts = ["unet", *(CONTROLNET_PREFIX + name for name in module.split("+")[1:])]
-        else:
-            parts = ["vae" if module.startswith("vae_") else module]
-        return hashlib.sha256("".join(self.part_digests[p] for p in parts).encode()).hexdigest()[:16]
+        return module_digest(self.part_digests, module)
 
     @property
     def channels(self) -> int:
@@ -167,6 +163,28 @@ class Model:
         tokens = torch.tensor(rows, device=self.device)
         states = self.text_encoder(tokens)[0].float() if self.modules is None else self.modules.encode_tokens(tokens)
         return states.reshape(len(texts), -1, states.shape[-1])
+
+
+def module_digest(part_digests: Mapping[str, str], module: str) -> str:
+    """See `Model.module_digest`.
+
+    Raises:
+        KeyError: the model has no such part.
+    """
+    if module.startswith("unet"):
+        parts = ["unet", *(CONTROLNET_PREFIX + name for name in module.split("+")[1:])]
+    else:
+        parts = ["vae" if module.startswith("vae_") else module]
+    return hashlib.sha256("".join(part_digests[p] for p in parts).encode()).hexdigest()[:16]
+
+
+def read_digests(model: str) -> tuple[str, dict[str, str]]:
+    """`Model.digest` and `Model.part_digests` of a checkpoint with the ControlNets inside it; its weights are not loaded."""
+    folder = find_folder(model)
+    for part in PARTS:
+        _check_files(folder, part)
+    controls = [p.name for p in sorted(folder.glob(CONTROLNET_PREFIX + "*")) if p.is_dir()]
+    return _digests({part: folder / part for part in ("unet", "vae", "text_encoder", *controls)})
 
 
 def picturebook_folder() -> Path:

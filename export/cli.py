@@ -1,0 +1,328 @@
+"""Commands `iedit export` and `iedit engines`. Heavy packages are imported inside the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..runtime.errors import RunError, UsageError
+
+_out = click.option("--out", "--engines", "out", type=click.Path(path_type=Path, file_okay=False), default=None,
+                    help="Folder of the engines. Default: the user's cache, where `iedit edit` looks.")  # fmt: skip
+_device = click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one.")
+
+
+def _sizes(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int]]:
+    found = []
+    for value in values:
+        width, sign, height = value.lower().partition("x")
+        if not (sign and width.isdigit() and height.isdigit()):
+            raise click.BadParameter(f"{value!r}: expected WIDTHxHEIGHT in pixels, for example 512x512")
+        found.append((int(width), int(height)))
+    return found
+
+
+def _names(given: str | None) -> list[str] | None:
+    """pose,scribble; "none" is no layouts, None is not given."""
+    if given is None:
+        return None
+    return [] if given == "none" else [n.strip() for n in given.split(",") if n.strip()]
+
+
+@contextlib.contextmanager
+def _line(what: str) -> Iterator[Callable[[str], None]]:
+    """One live line on stderr; plain lines where stderr is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: click.echo(text, err=True)
+        return
+    with console.status(what) as status:
+        yield lambda text: status.update(text)
+
+
+def _quiet_libraries() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@click.group()
+def export() -> None:
+    """Write a model's networks as engines that run faster than eager torch, and check that they say the same.
+
+    \b
+    iedit export onnx picturebook       graphs for ONNX Runtime, 1-2 minutes for the embedded model
+    iedit export verify picturebook     the parity gate
+    iedit edit photo.png ...            --backend auto finds them; `iedit engines list` shows them
+    """
+
+
+@export.command()
+@click.argument("model", default="picturebook")
+@click.option("--layouts", default=None, metavar="NAMES",
+              help="ControlNets to fuse with the UNet, by comma: pose,scribble makes an engine of each and one of both. "
+                   "Default: one of each that the model has; none for the plain UNet only.")  # fmt: skip
+@click.option("--module", "modules", multiple=True, metavar="NAME",
+              help="Only this module, in place of all that an edit needs: unet, unet+pose, vae_encoder, vae_decoder, "
+                   "text_encoder or controlnet-NAME. Repeat for more.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True,
+              help="fp16 and bf16 keep norms, softmax and time embedding in float32; for GPUs.")  # fmt: skip
+@click.option("--opset", type=click.Choice(["22", "23"]), default="23", show_default=True,
+              help="23 has an Attention operator; 22 is for TensorRT before 10.14.")  # fmt: skip
+@click.option("--sizes", multiple=True, callback=_sizes, metavar="WxH",
+              help="Best size, recorded for building TensorRT engines; an ONNX graph takes any. Repeat for more.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Best batch, recorded likewise.")
+@click.option("--force", is_flag=True, help="Export anew even what is there and valid.")
+@_out
+@_device
+def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: str, opset: str,
+         sizes: list[tuple[int, int]], batch: int, force: bool, out: Path | None, device: str | None) -> None:  # fmt: skip
+    """Export MODEL's networks to ONNX: the embedded model, a diffusers folder or a hub id.
+
+    \b
+    Text edits only        iedit export onnx picturebook --layouts none
+    Pose and scribble,
+    alone and together     iedit export onnx picturebook --layouts pose,scribble
+    For another machine    iedit export onnx MODEL --out FOLDER, copy it, then name it there with --engines
+
+    One graph takes every batch, size and text length. What was exported before and is whole is kept. A build that is
+    stopped leaves nothing that counts as an engine.
+    """
+    from .onnx import Told, check_export, default_shapes, export_onnx
+
+    check_export(precision, int(opset))
+    _quiet_libraries()
+    from ..runtime.engine_spec import engines_folder
+    from ..runtime.models import load_model
+
+    with _line(f"loading {model}") as tell:
+        loaded = load_model(model, device=device, dtype="float32")
+        target = engines_folder(loaded.digest) if out is None else out
+
+        def told(step: Told) -> None:
+            if step.done or step.text.startswith("warning"):
+                click.echo(f"{step.module}: {step.text}, {step.seconds:.1f} s", err=True)
+            else:
+                tell(f"{step.module}: {step.text}")
+
+        shapes = [default_shapes(loaded, size, batch) for size in sizes] or [default_shapes(loaded, None, batch)]
+        specs = export_onnx(loaded, target, _names(layouts), precision, int(opset), told,
+                            modules=modules or None, shapes=shapes, force=force)  # fmt: skip
+    click.echo(f"{target}: {len(specs)} engines; check them with `iedit export verify {model}`")
+
+
+@export.command()
+@click.argument("model", default="picturebook")
+@click.option("--edits", type=click.IntRange(0), default=4, show_default=True, help="Sample edits to run in full.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@_out
+@_device
+def verify(model: str, edits: int, as_json: bool, out: Path | None, device: str | None) -> None:
+    """Compare MODEL's engines with float32 eager torch: every module, then whole edits.
+
+    Exits with 1 if a limit is missed, and marks nothing then. Those that pass are marked as checked; report.json beside
+    each engine has the figures and the limits.
+    """
+    from ..runtime.backends import check_backend
+
+    check_backend("onnx")
+    _quiet_libraries()
+    from ..runtime.engine_spec import engines_folder
+    from ..runtime.models import load_model
+    from .verify import verify_onnx
+
+    with _line(f"loading {model}") as tell:
+        loaded = load_model(model, device=device, dtype="float32")
+        reports = verify_onnx(loaded, engines_folder(loaded.digest) if out is None else out, edits, tell)
+    if as_json:
+        click.echo(json.dumps(reports, indent=1))
+    else:
+        _show(reports)
+    failures = [f"{precision} {f}" for precision, report in reports.items() for f in report["failures"]]
+    if failures:
+        raise RunError(f"verify: {'; '.join(failures)}")
+
+
+def _show(reports: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for precision, report in reports.items():
+        table = Table(
+            "module", "batch", "size", "largest error", "mean error", title=f"{precision} against float32 eager"
+        )
+        for r in report["modules"]:
+            figures = (r["skipped"], "") if "skipped" in r else (f"{r['largest']:.1e}", f"{r['mean']:.1e}")
+            table.add_row(r["module"], str(r["batch"]), r["size"], *figures)
+        Console().print(table)
+        if report["edits"]:
+            table = Table("edit", "mask IoU", "latent error", "L1 inside", "L1 outside", "seconds (torch)")
+            for r in report["edits"]:
+                table.add_row(r["edit"], f"{r['iou']:.3f}", f"{r['latent']:.1e}", f"{r['l1_inside']:.5f}",
+                              f"{r['l1_outside']:.5f}", f"{r['seconds']:.1f} ({r['seconds_torch']:.1f})")  # fmt: skip
+            Console().print(table)
+
+
+# --- engines ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A folder that is, or was to be, an engine.
+
+    Attributes:
+        problems: why it cannot be used; empty if nothing is known against it.
+    """
+
+    folder: Path
+    spec: Any
+    problems: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
+
+
+def find_all(folder: Path, model: str | None = None, digests: bool = True) -> list[Found]:
+    """Every engine under a folder, and what builds that were stopped left there.
+
+    Args:
+        model: engines of other weights are problems too.
+        digests: compare files with their digests, which reads all of them.
+    """
+    from ..runtime.engine_spec import SPEC_FILE, damaged, find_engines
+    from ..runtime.models import module_digest, read_digests
+
+    parts = read_digests(model)[1] if model else {}
+    found = []
+    for where, spec in find_engines(folder):
+        if isinstance(spec, UsageError):
+            found.append(Found(where, None, (str(spec),)))
+            continue
+        why = damaged(where, spec) if digests else []
+        if model:
+            try:
+                why += spec.differs(weights=module_digest(parts, spec.module))
+            except KeyError as error:
+                why.append(f"module: {spec.module} needs {error.args[0]}, which {model} does not have")
+        found.append(Found(where, spec, tuple(why)))
+    for where in sorted(folder.rglob(".*.building")) if folder.is_dir() else []:
+        if where.is_dir():
+            found.append(Found(where, None, ("a build that was stopped",)))
+    inside = {f.folder for f in found}
+    for graph in sorted(folder.rglob("model.*")) if folder.is_dir() else []:
+        where = graph.parent
+        if where not in inside and not (where / SPEC_FILE).exists():
+            inside.add(where)
+            found.append(Found(where, None, (f"no {SPEC_FILE}: a build that was stopped",)))
+    return found
+
+
+def _cache() -> Path:
+    from ..runtime.engine_spec import engines_folder
+
+    return engines_folder("any").parent
+
+
+@click.group()
+def engines() -> None:
+    """List, check and clean up engines. They lie in the user's cache unless --engines names another folder."""
+
+
+_folder = click.option("--engines", "folder", type=click.Path(path_type=Path, file_okay=False), default=None,
+                       help="Folder to look in. Default: the cache with the engines of every model.")  # fmt: skip
+
+
+@engines.command("list")
+@_folder
+@click.option("--json", "as_json", is_flag=True, help="Print the specs as JSON.")
+def list_command(folder: Path | None, as_json: bool) -> None:
+    """What engines there are, what they were built for, and whether they were checked. Files are not read."""
+    where = folder or _cache()
+    found = find_all(where, digests=False)
+    if as_json:
+        rows = [{"folder": str(f.folder), "bytes": f.size, "problems": f.problems,
+                 "spec": None if f.spec is None else dataclasses.asdict(f.spec)} for f in found]  # fmt: skip
+        click.echo(json.dumps(rows, indent=1))
+        return
+    if not found:
+        click.echo(f"{where}: no engines; make some with `iedit export onnx MODEL`")
+        return
+    _table(found, "checked")
+
+
+def _table(found: list[Found], last: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "engine", "opset", "MB", last)
+    for f in found:
+        if f.spec is None:
+            table.add_row("", str(f.folder), "", f"{f.size / 1e6:.1f}", "; ".join(f.problems))
+            continue
+        checked = f"error {f.spec.checked['largest']:.0e}" if "largest" in f.spec.checked else "no"
+        state = "; ".join(f.problems) or (checked if last == "checked" else "whole")
+        table.add_row(Path(f.spec.model).name, str(f.spec), str(f.spec.opset), f"{f.size / 1e6:.1f}", state)
+    Console().print(table)
+
+
+@engines.command("verify")
+@click.option("--model", default=None, help="Also check that they are of this model's weights.")
+@_folder
+def verify_command(model: str | None, folder: Path | None) -> None:
+    """Compare every file with the digest in its spec. Exits with 1 if one is damaged. (Parity: `iedit export verify`.)"""
+    where = folder or _cache()
+    found = find_all(where, model)
+    if not found:
+        click.echo(f"{where}: no engines")
+        return
+    _table(found, "state")
+    bad = [f for f in found if f.problems]
+    if bad:
+        click.echo(f"{len(bad)} of {len(found)} cannot be used; `iedit engines prune` removes them", err=True)
+        sys.exit(1)
+
+
+@engines.command()
+@click.option(
+    "--model", default=None, help="Keep only engines of this model's weights; those of others are removed too."
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_folder
+def prune(model: str | None, dry_run: bool, yes: bool, folder: Path | None) -> None:
+    """Remove engines that are damaged, of another version, or of builds that were stopped."""
+    from ..runtime.engine_spec import build_lock
+
+    where = folder or _cache()
+    bad = [f for f in find_all(where, model) if f.problems]
+    if not bad:
+        click.echo(f"{where}: nothing to remove")
+        return
+    for f in bad:
+        click.echo(f"{f.folder}: {f.size / 1e6:.1f} MB, {'; '.join(f.problems)}")
+    if dry_run:
+        return
+    if not yes:
+        click.confirm(f"remove {len(bad)} folders?", abort=True)
+    removed = 0
+    for f in bad:
+        # `.MODULE.xxxx.building` is locked as MODULE, as the build itself would be.
+        name = f.folder.name[1:].rsplit(".", 2)[0] if f.folder.name.startswith(".") else f.folder.name
+        try:
+            with build_lock(f.folder.with_name(name), timeout=0.0):
+                shutil.rmtree(f.folder, ignore_errors=True)
+                removed += 1
+        except RunError:
+            click.echo(f"{f.folder}: is being built now, left alone", err=True)
+    click.echo(f"removed {removed} of {len(bad)}")

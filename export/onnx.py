@@ -1,0 +1,560 @@
+"""Model -> ONNX graphs, one engine folder for each module: `OUT/onnx-PRECISION/MODULE/{model.onnx, model.onnx.data, engine.json}`.
+
+A graph takes and returns float32 whatever its precision, and batch, height, width and text length are free in it. The
+weights lie beside it in `model.onnx.data` (a protobuf ends at 2 GB). A half-precision graph has explicit float32 islands:
+norms, softmax and the time embedding, so the file means the same wherever it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import os
+import secrets
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime import backends
+from ..runtime.engine_spec import (
+    PRECISIONS,
+    SPEC_FILE,
+    EngineSpec,
+    Shapes,
+    build_lock,
+    damaged,
+    read_spec,
+    write_spec,
+)
+from ..runtime.errors import RunError, UsageError
+from ..runtime.models import CONTROLNET_PREFIX, Model
+
+GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
+OPSETS = (22, 23)  # 23 has the Attention operator, 22 spells it as MatMul and Softmax
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# What TensorRT's ONNX parser takes (onnx-tensorrt, docs/operators.md, 10.x), as far as image networks use it.
+TENSORRT_OPERATORS = frozenset(
+    """
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization Cast Ceil Celu Clip
+    Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout Einsum Elu
+    Equal Erf Exp Expand EyeLike Flatten Floor GRU Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool
+    GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization HardSigmoid HardSwish Hardmax Identity If
+    InstanceNormalization IsInf IsNaN LRN LSTM LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop LpNormalization
+    LpPool MatMul Max MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or PRelu
+    Pad ParametricSoftplus Pow QuantizeLinear RNN RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range Reciprocal
+    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu
+    Reshape Resize ReverseSequence RMSNormalization RoiAlign Round ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin
+    Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh ThresholdedRelu Tile TopK
+    Transpose Trilu Unsqueeze Upsample Where Xor
+    """.split()  # noqa: SIM905  a list of 130 strings would fill a page
+)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What `export_onnx` tells while it works.
+
+    Attributes:
+        module: what it is about.
+        seconds: since the module was begun.
+        text: waiting, exporting, kept (there was a valid engine), done, or a warning.
+        done: the module is finished.
+    """
+
+    module: str
+    seconds: float
+    text: str
+    done: bool = False
+
+
+Tell = Callable[[Told], None]
+
+
+def module_names(model: Model, layouts: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The modules an edit needs: the UNet alone, with each layout, with all of `layouts` together, the VAE's halves, the text.
+
+    Args:
+        layouts: names of ControlNets; None is each that the model has, alone. Several that are named are also fused
+            together, in the engine that an edit with all of them asks for.
+
+    Raises:
+        UsageError: the model has no such ControlNet.
+    """
+    names = sorted(set(model.controlnets if layouts is None else layouts))
+    for name in names:
+        if name not in model.controlnets:
+            have = ", ".join(model.controlnets) or "none"
+            raise UsageError(f"layouts: {model.name} has no ControlNet for {name}; it has {have}")
+    together = ["+".join(["unet", *names])] if layouts is not None and len(names) > 1 else []
+    return ("unet", *(f"unet+{name}" for name in names), *together, "vae_encoder", "vae_decoder", "text_encoder")
+
+
+# --- modules as functions of tensors ----------------------------------------------------------------------------
+
+
+class _UNet(nn.Module):
+    """UNet and ControlNets as one function; residuals summed with their scales as `TorchBackend.predict` does.
+
+    `layouts` is name -> (image, scale), so that the inputs are named.
+    """
+
+    def __init__(self, unet: nn.Module, controlnets: Mapping[str, nn.Module], dtype: torch.dtype):
+        super().__init__()
+        self.unet, self.controlnets, self.dtype = unet, nn.ModuleDict(controlnets), dtype
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *layouts: Tensor) -> Tensor:
+        x, text = sample.to(self.dtype), encoder_hidden_states.to(self.dtype)
+        extra: dict[str, Any] = {}
+        for i, net in enumerate(self.controlnets.values()):
+            maps, scale = layouts[2 * i].to(self.dtype), layouts[2 * i + 1].to(self.dtype)[:, None, None, None]
+            down, mid = net(x, timestep, text, controlnet_cond=maps, return_dict=False)
+            down, mid = [d * scale for d in down], mid * scale
+            if extra:
+                down = [a + b for a, b in zip(extra["down_block_additional_residuals"], down, strict=True)]
+                mid = extra["mid_block_additional_residual"] + mid
+            extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        output: Tensor = self.unet(x, timestep, text, return_dict=False, **extra)[0]
+        return output.float()
+
+
+class _ControlNet(nn.Module):
+    """One ControlNet: its residuals, from the top down, and the middle's, scaled."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.net, self.dtype = net, dtype
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, image: Tensor, scale: Tensor
+    ) -> tuple[Tensor, ...]:
+        x, text, maps = (i.to(self.dtype) for i in (sample, encoder_hidden_states, image))
+        down, mid = self.net(x, timestep, text, controlnet_cond=maps, return_dict=False)
+        return tuple((r * scale.to(self.dtype)[:, None, None, None]).float() for r in (*down, mid))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, vae: Any, dtype: torch.dtype):
+        super().__init__()
+        self.vae, self.dtype = vae, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        mode: Tensor = self.vae.encode(images.to(self.dtype)).latent_dist.mode()  # a sample would bake its noise in
+        return mode.float()
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: Any, dtype: torch.dtype):
+        super().__init__()
+        self.vae, self.dtype = vae, dtype
+
+    def forward(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.vae.decode(latents.to(self.dtype)).sample
+        return images.float()
+
+
+class _Text(nn.Module):
+    def __init__(self, text_encoder: Any):
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states: Tensor = self.text_encoder(ids)[0]
+        return states.float()
+
+
+@dataclass(frozen=True)
+class Function:
+    """A module ready for export: what to trace, with what, and which dimensions must stay free.
+
+    Attributes:
+        module: takes `inputs` by position.
+        inputs: name -> example.
+        dims: name of input or output -> for each dimension its name if it is free, or its size.
+    """
+
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    outputs: tuple[str, ...]
+    dims: Mapping[str, tuple[str | int, ...]]
+
+
+def function(model: Model, module: str, precision: str = "fp32") -> Function:
+    """The `Function` of one module at a precision. The model is left as it was: what is changed is a copy."""
+    dtype = DTYPES[precision]
+
+    def own(part: Any) -> Any:
+        return part if dtype == model.dtype == torch.float32 else with_islands(copy.deepcopy(part), dtype)
+
+    # Sizes of the examples: all different, and none 0 or 1, which the tracer takes for constants.
+    cells = model.multiple // model.factor
+    batch, h, w, length = 2, 2 * cells, 3 * cells, 11
+    channels, size = model.channels, model.factor
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=model.device)
+
+    times = torch.tensor([1, 500], device=model.device)
+    width = int(model.unet.config.cross_attention_dim)
+    images: tuple[str | int, ...] = ("batch", 3, "image_height", "image_width")
+    latents: tuple[str | int, ...] = ("batch", channels, "height", "width")
+    noisy = {"sample": zeros(batch, channels, h, w), "timestep": times, "encoder_hidden_states": zeros(batch, length, width)}  # fmt: skip
+    noisy_dims: dict[str, tuple[str | int, ...]] = {"sample": latents, "timestep": ("batch",),
+                                                    "encoder_hidden_states": ("batch", "length", width)}  # fmt: skip
+    picture, scale = zeros(batch, 3, h * size, w * size), zeros(batch) + 0.5
+    if module.startswith("unet"):
+        names = module.split("+")[1:]
+        inputs, dims = dict(noisy), noisy_dims | {"output": latents}
+        for name in names:
+            inputs |= {f"{name}_image": picture, f"{name}_scale": scale}
+            dims |= {f"{name}_image": images, f"{name}_scale": ("batch",)}
+        nets = {name: own(model.controlnets[name]) for name in names}
+        return Function(_UNet(own(model.unet), nets, dtype), inputs, ("output",), dims)
+    if module.startswith(CONTROLNET_PREFIX):
+        net = own(model.controlnets[module.removeprefix(CONTROLNET_PREFIX)])
+        outputs = (*(f"down_{i}" for i in range(len(net.controlnet_down_blocks))), "mid")
+        dims = noisy_dims | {"image": images, "scale": ("batch",)} | {o: ("batch", 0, "h", "w") for o in outputs}
+        return Function(_ControlNet(net, dtype), noisy | {"image": picture, "scale": scale}, outputs, dims)
+    if module == "vae_encoder":
+        return Function(_Encoder(own(model.vae), dtype), {"images": picture}, ("latents",),
+                        {"images": images, "latents": latents})  # fmt: skip
+    if module == "vae_decoder":
+        return Function(_Decoder(own(model.vae), dtype), {"latents": zeros(batch, channels, h, w)}, ("images",),
+                        {"images": images, "latents": latents})  # fmt: skip
+    if module == "text_encoder":
+        ids = torch.ones((batch, length), dtype=torch.int64, device=model.device)
+        return Function(_Text(own(model.text_encoder)), {"ids": ids}, ("states",),
+                        {"ids": ("batch", "length"), "states": ("batch", "length", width)})  # fmt: skip
+    raise UsageError(f"module {module!r} is not one of {', '.join(module_names(model))} or controlnet-NAME")
+
+
+# --- float32 islands --------------------------------------------------------------------------------------------
+
+
+class _GroupNorm32(nn.GroupNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float()).to(input.dtype)
+
+
+class _LayerNorm32(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float()).to(input.dtype)
+
+
+def with_islands(part: Any, dtype: torch.dtype) -> Any:
+    """`part`, which is changed, in `dtype` with norms and time embedding in float32 (softmax is done in the graph)."""
+    nn.Module.to(part, dtype)  # diffusers' own warns of parts it would keep in float32, and names none
+    if dtype == torch.float32:
+        return part
+    for module in part.modules():
+        # The class is exchanged rather than the module wrapped: names of weights and isinstance checks stay.
+        if type(module) is nn.GroupNorm:
+            module.__class__ = _GroupNorm32
+            module.float()
+        elif type(module) is nn.LayerNorm:
+            module.__class__ = _LayerNorm32
+            module.float()
+    if hasattr(part, "time_proj") and hasattr(part, "time_embedding"):
+        _float32_time(part, dtype)
+    return part
+
+
+def _float32_time(part: Any, dtype: torch.dtype) -> None:
+    """diffusers rounds the sines and cosines to the network's dtype before the embedding; here they go past that."""
+    part.time_embedding.float()
+    kept = SimpleNamespace()
+    project, embed = part.time_proj.forward, part.time_embedding.forward
+
+    def keep(timesteps: Tensor) -> Tensor:
+        kept.sines = project(timesteps)
+        return kept.sines
+
+    def use(sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        return embed(kept.sines, condition).to(dtype)
+
+    part.time_proj.forward, part.time_embedding.forward = keep, use
+
+
+def _float32_softmax(graph: Any) -> None:
+    """Softmax in float32: casts around the operator, and the attribute of Attention that says the same."""
+    from onnx import TensorProto, helper
+
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Attention":
+            node.attribute.append(helper.make_attribute("softmax_precision", TensorProto.FLOAT))
+        if node.op_type != "Softmax":
+            nodes.append(node)
+            continue
+        kind = next((v.type.tensor_type.elem_type for v in graph.value_info if v.name == node.output[0]), None)
+        if kind not in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
+            nodes.append(node)
+            continue
+        wide_in, wide_out = node.output[0] + "_wide_in", node.output[0] + "_wide_out"
+        nodes.append(helper.make_node("Cast", [node.input[0]], [wide_in], to=TensorProto.FLOAT))
+        nodes.append(
+            helper.make_node("Softmax", [wide_in], [wide_out], **{a.name: helper.get_attribute_value(a) for a in node.attribute})
+        )  # fmt: skip
+        nodes.append(helper.make_node("Cast", [wide_out], [node.output[0]], to=kind))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of packages that are not needed (torchvision) and of its own deprecations."""
+    import logging
+
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def write_graph(made: Function, folder: Path, opset: int) -> Any:
+    """Trace, save `model.onnx` and its weights into `folder`, check; returns the graph, a ModelProto without weights."""
+    import onnx
+
+    dynamic = tuple({i: d for i, d in enumerate(made.dims[name]) if isinstance(d, str)} for name in made.inputs)
+    spread = isinstance(made.module, _UNet)  # *layouts: one entry for all of them
+    shapes: tuple[Any, ...] = (*dynamic[:3], dynamic[3:]) if spread and len(dynamic) > 3 else dynamic
+    # Copies: the tracer takes one tensor that is given twice for one input, and the second layout would read the first's.
+    examples = tuple(value.clone() for value in made.inputs.values())
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            made.module.eval(), examples, dynamo=True, opset_version=opset, dynamic_shapes=shapes,
+            input_names=list(made.inputs), output_names=list(made.outputs), verbose=False, optimize=True,
+        )  # fmt: skip
+        assert program is not None
+        program.save(str(folder / GRAPH), external_data=True)
+    del program
+    proto = onnx.load(str(folder / GRAPH), load_external_data=False)
+    strip(proto)
+    _float32_softmax(proto.graph)
+    check_dynamic(proto, made.dims)
+    onnx.save(proto, str(folder / GRAPH))
+    onnx.checker.check_model(str(folder / GRAPH))  # by path: it looks at the weights' file too
+    return proto
+
+
+def strip(proto: Any) -> None:
+    """Remove what the exporter tells of itself, tracebacks and paths: three quarters of the file, and no two the same."""
+    proto.doc_string = ""
+    del proto.metadata_props[:]
+    for graph in (proto.graph, *proto.functions):
+        graph.doc_string = ""
+        del graph.metadata_props[:]
+        for node in graph.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+        for value in graph.value_info:
+            del value.metadata_props[:]
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        value.doc_string = ""
+        del value.metadata_props[:]
+
+
+def graph_digest(proto: Any) -> str:
+    """sha256 of the graph, 64 hex digits; weights count by name, shape and type only."""
+    from onnx import TensorProto
+
+    bare = type(proto)()
+    bare.CopyFrom(proto)
+    for tensor in bare.graph.initializer:
+        # Small weights lie in the graph itself; integers and scalars (shapes, scales) are the graph's own.
+        weight = tensor.dims and tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+        if weight or tensor.external_data:
+            for field in ("external_data", "raw_data", "float_data", "int32_data", "data_location"):
+                tensor.ClearField(field)
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+
+
+def check_dynamic(proto: Any, dims: Mapping[str, Sequence[str | int]]) -> None:
+    """Raises RunError where a dimension that must be free was fixed by the exporter, which it does without a word."""
+    for value in (*proto.graph.input, *proto.graph.output):
+        shape = value.type.tensor_type.shape.dim
+        for i, (have, wanted) in enumerate(zip(shape, dims[value.name], strict=True)):
+            if isinstance(wanted, str) and not have.dim_param:
+                raise RunError(
+                    f"export: dimension {i} ({wanted}) of {value.name} was fixed at {have.dim_value}; it must be "
+                    "free: this torch or diffusers exports the model differently, use the versions of constraints.txt"
+                )
+
+
+def unsupported_operators(proto: Any) -> list[str]:
+    """Operators of a graph that TensorRT's parser does not know, sorted; ONNX Runtime takes them all the same."""
+    found = {f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in proto.graph.node}
+    return sorted(found - TENSORRT_OPERATORS)
+
+
+# --- engines ----------------------------------------------------------------------------------------------------
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what makes a graph."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def check_export(precision: str, opset: int) -> None:
+    """Raises UsageError where nothing can be exported as asked; before a model is loaded for it."""
+    why = backends.missing("onnx", "onnxscript", extra="onnx")
+    if why:
+        raise UsageError(f"export: {'; '.join(why)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if opset not in OPSETS:
+        raise UsageError(f"opset is {opset}, expected one of {', '.join(map(str, OPSETS))}")
+
+
+def engine_folder(out: Path, module: str, precision: str) -> Path:
+    """Where an engine is written; it is found by its `engine.json`, not by this name."""
+    return out / f"onnx-{precision}" / module
+
+
+def export_onnx(
+    model: Model,
+    out: Path,
+    layouts: Sequence[str] | None = None,
+    precision: str = "fp32",
+    opset: int = 23,
+    tell: Tell = lambda told: None,
+    *,
+    modules: Sequence[str] | None = None,
+    shapes: Sequence[Shapes] | None = None,
+    force: bool = False,
+) -> list[EngineSpec]:
+    """Export the modules of a model. What is there already and valid is kept.
+
+    Args:
+        out: folder; the default of the command is `engine_spec.engines_folder(model.digest)`.
+        layouts: see `module_names`.
+        modules: these only, in place of `module_names(model, layouts)`; "controlnet-NAME" is one too.
+        shapes: recorded for whoever builds an engine of fixed ranges from the graph; the graph itself takes any.
+        force: export anew even what is there.
+
+    Returns:
+        A spec for each module, in the order of the modules.
+
+    Raises:
+        UsageError: a name, the precision or the opset is not known, or a package is not installed; nothing was written.
+        RunError: the exporter failed, or fixed a dimension; modules that were finished before stay.
+    """
+    check_export(precision, opset)
+    names = module_names(model, layouts) if modules is None else tuple(modules)
+    known = {*module_names(model, None), *(CONTROLNET_PREFIX + n for n in model.controlnets)}
+    for name in names:
+        fused = name.split("+")
+        if name not in known and not (
+            fused[0] == "unet" and fused[1:] == sorted(set(fused[1:]) & set(model.controlnets))
+        ):
+            raise UsageError(f"module {name!r} is not one of {', '.join(sorted(known))}")
+    ranges = tuple(shapes or (default_shapes(model),))
+    return [_export(model, out, name, precision, opset, ranges, force, tell) for name in names]
+
+
+def default_shapes(model: Model, size: tuple[int, int] | None = None, batch: int = 2) -> Shapes:
+    """Any batch and size; the best at the UNet's training size, or at `size` (width, height), and `batch`."""
+    side = int(model.unet.config.sample_size) * model.factor
+    width, height = size or (side, side)
+    low = model.multiple
+    return Shapes(batch=(1, batch, 0), height=(low, height, 0), width=(low, width, 0))
+
+
+def _export(
+    model: Model, out: Path, module: str, precision: str, opset: int, shapes: tuple[Shapes, ...], force: bool, tell: Tell
+) -> EngineSpec:  # fmt: skip
+    target = engine_folder(out, module, precision)
+    began = time.perf_counter()
+
+    def say(text: str, done: bool = False) -> None:
+        tell(Told(module, time.perf_counter() - began, text, done))
+
+    wanted: dict[str, Any] = {"format": "onnx", "module": module, "weights": model.module_digest(module), "precision": precision, "opset": opset}  # fmt: skip
+    with build_lock(target, say):
+        # Nobody else builds this module now, so what looks like a build is one that was killed.
+        for stale in target.parent.glob(f".{module}.*.building"):
+            shutil.rmtree(stale, ignore_errors=True)
+        kept = None if force else _valid(target, wanted)
+        if kept is not None:
+            say("kept", done=True)
+            return kept
+        building = target.parent / f".{module}.{secrets.token_hex(4)}.building"
+        building.mkdir()
+        try:
+            say("exporting")
+            try:
+                proto = write_graph(function(model, module, precision), building, opset)
+            except (RunError, UsageError, OSError, MemoryError):
+                raise
+            except Exception as error:
+                told = error.__cause__ or error  # the exporter's own text is advice to its developers
+                first = (str(told).strip().splitlines() or [type(told).__name__])[0]
+                raise RunError(f"export of {module}: {first[:200]}; use the versions of constraints.txt") from error
+            unknown = unsupported_operators(proto)
+            if unknown:
+                say(f"warning: TensorRT's parser does not know {', '.join(unknown)}")
+            spec = EngineSpec(
+                model=model.name, graph=graph_digest(proto), shapes=shapes, versions=tool_versions(), **wanted
+            )
+            del proto
+            files = [p.name for p in building.iterdir()]
+            for name in files:
+                _sync(building / name)
+            spec = write_spec(building, spec, files)
+            replace_folder(building, target)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        say("done", done=True)
+    return spec
+
+
+def _valid(folder: Path, wanted: Mapping[str, Any]) -> EngineSpec | None:
+    """The engine that is there, if it is what is wanted and whole."""
+    if not (folder / SPEC_FILE).is_file():
+        return None
+    try:
+        spec = read_spec(folder)
+    except UsageError:
+        return None
+    return None if spec.differs(**wanted) or damaged(folder, spec) else spec
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put a finished folder in its place. Whatever stops it, `target` holds a whole engine or is not there."""
+    old = target.parent / f".{target.name}.{secrets.token_hex(4)}.building"
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

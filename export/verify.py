@@ -1,0 +1,229 @@
+"""Do engines say what the model says? Every module against float32 eager, then whole edits; with limits, and a report.
+
+An error is relative to the deviation of the exact output: 0.001 is a thousandth of what the network says. Edits are judged
+by the mask (intersection over union) and by the picture (mean absolute difference of channels in [0, 1], L1, inside and
+outside the mask); a flip of one latent cell of the mask is allowed to show in one edit, not in their mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..runtime.backend_onnx import OnnxBackend
+from ..runtime.backend_torch import TorchBackend
+from ..runtime.backends import Backend
+from ..runtime.demo import sample_requests
+from ..runtime.denoiser import Condition
+from ..runtime.editor import Editor, EditRequest
+from ..runtime.engine_spec import SPEC_FILE, EngineSpec, find_engines
+from ..runtime.errors import UsageError
+from ..runtime.images import write_whole
+from ..runtime.models import Model
+from ..runtime.stages import StageCache
+from .onnx import DTYPES
+
+REPORT = "report.json"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a precision is allowed.
+
+    Attributes:
+        largest, mean: error of a module, relative to the deviation of the exact output.
+        iou: of masks, mean over the edits, at least.
+        l1: of pictures in [0, 1], inside and outside the mask, mean over the edits, at most.
+    """
+
+    largest: float
+    mean: float
+    iou: float
+    l1: float
+
+
+# Measured on the embedded model: fp32 1e-5 and 1e-6, fp16 5e-3 and 1e-3. A half has 11 bits, bfloat16 8: eight times the error.
+LIMITS = {
+    "fp32": Limits(1e-3, 1e-4, 0.98, 0.005),
+    "fp16": Limits(5e-2, 1e-2, 0.95, 0.02),
+    "bf16": Limits(4e-1, 8e-2, 0.85, 0.05),
+}
+
+
+def _inputs(
+    model: Model, module: str, batch: int, size: tuple[int, int], length: int
+) -> Callable[[Backend], torch.Tensor]:
+    """A call of one module with seeded inputs; size is (height, width) in pixels."""
+    draw = torch.Generator().manual_seed(batch)
+    height, width = size
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw).to(model.device)
+
+    latents = normal(batch, model.channels, height // model.factor, width // model.factor)
+    images = torch.rand((batch, 3, height, width), generator=draw).to(model.device)
+    if module == "vae_encoder":
+        return lambda b: b.encode_image(2 * images - 1)
+    if module == "vae_decoder":
+        return lambda b: b.decode_latent(latents)
+    if module == "text_encoder":
+        words = int(model.text_encoder.config.vocab_size)
+        ids = torch.randint(0, words, (batch, length), generator=draw).to(model.device)
+        return lambda b: b.encode_tokens(ids)
+    times = torch.randint(0, 1000, (batch,), generator=draw).to(model.device)  # every sample at a level of its own
+    text = normal(batch, length, int(model.unet.config.cross_attention_dim))
+    layouts = tuple((name, images.roll(i, 0), 0.5 + 0.25 * i) for i, name in enumerate(module.split("+")[1:]))
+    return lambda b: b.predict(latents, times, Condition(text, layouts))
+
+
+def check_module(model: Model, backend: Backend, module: str, limits: Limits) -> list[Row]:
+    """One row for each of two calls: batch 1, square, whole text; batch 3, wide, short text.
+
+    Args:
+        model: in float32.
+    """
+    exact = TorchBackend(model)
+    whole = min(int(model.tokenizer.model_max_length), int(model.text_encoder.config.max_position_embeddings))
+    step, rows = model.multiple, []
+    for batch, size, length in ((1, (2 * step, 2 * step), whole), (3, (2 * step, 3 * step), 5)):
+        why = backend.why_not(module, batch, *size)
+        row: Row = {"module": module, "batch": batch, "size": f"{size[1]}x{size[0]}", "length": length}
+        if why:
+            rows.append(row | {"skipped": "; ".join(why), "passed": True})
+            continue
+        call = _inputs(model, module, batch, size, length)
+        wanted, got = call(exact), call(backend)
+        scale = float(wanted.std()) or 1.0
+        error = (got - wanted).abs() / scale
+        row |= {"largest": float(error.max()), "mean": float(error.mean())}
+        rows.append(row | {"passed": bool(row["largest"] <= limits.largest and row["mean"] <= limits.mean)})
+    return rows
+
+
+def compare_edits(
+    model: Model, backend: Backend, requests: Sequence[tuple[str, EditRequest]], tell: Callable[[str], None] = lambda _: None
+) -> list[Row]:  # fmt: skip
+    """Each edit by float32 eager and by `backend`: iou, latent (relative error), l1_inside, l1_outside, seconds of both."""
+    exact, quick = (Editor(model, b, cache=StageCache(memory=0)) for b in (TorchBackend(model), backend))
+    rows = []
+    for name, request in requests:
+        tell(f"edit: {name}")
+        wanted, got = exact.edit(request), quick.edit(request)
+        a, b = (np.asarray(r.mask if r.mask is not None else request.image.convert("1").point(lambda _: 255)) > 127 for r in (wanted, got))  # fmt: skip
+        off = np.abs(np.asarray(wanted.image, np.float64) - np.asarray(got.image, np.float64)).mean(-1) / 255
+        union = float((a | b).sum())
+        rows.append(
+            {
+                "edit": name,
+                "iou": float((a & b).sum()) / union if union else 1.0,
+                "latent": float((got.latent - wanted.latent).abs().mean() / wanted.latent.std()),
+                "l1_inside": float(off[a].mean()) if a.any() else 0.0,
+                "l1_outside": float(off[~a].mean()) if (~a).any() else 0.0,
+                "seconds_torch": round(sum(wanted.profile.seconds.values()), 3),
+                "seconds": round(sum(got.profile.seconds.values()), 3),
+            }
+        )
+    return rows
+
+
+def edits_pass(rows: Sequence[Row], limits: Limits) -> list[str]:
+    """What the edits miss, with the limit; empty if they pass."""
+    if not rows:
+        return []
+    mean = {k: float(np.mean([r[k] for r in rows])) for k in ("iou", "l1_inside", "l1_outside")}
+    found = (
+        [] if mean["iou"] >= limits.iou else [f"edits: mean mask IoU {mean['iou']:.3f}, at least {limits.iou} wanted"]
+    )
+    for key in ("l1_inside", "l1_outside"):
+        if mean[key] > limits.l1:
+            found.append(f"edits: mean {key} {mean[key]:.4f}, at most {limits.l1} wanted")
+    return found
+
+
+def verify_onnx(
+    model: Model, folder: Path, edits: int = 4, tell: Callable[[str], None] = lambda _: None
+) -> dict[str, dict[str, Any]]:
+    """Check every ONNX engine of a model, write `report.json` beside each, and mark those that pass as checked.
+
+    Args:
+        model: in float32; what the engines are compared with.
+        edits: shipped sample edits to run in full, as many as the model and its engines can; 0 for none.
+
+    Returns:
+        precision -> `modules` and `edits` (rows), `failures` (texts, empty if it passed).
+
+    Raises:
+        UsageError: the model is not in float32, or no engine can be used; the reasons.
+    """
+    if model.dtype != torch.float32:
+        raise UsageError(f"verify: the model is in {model.dtype}, parity is measured against float32; load it in that")
+    there = {
+        spec.precision for _, spec in find_engines(folder) if isinstance(spec, EngineSpec) and spec.format == "onnx"
+    }
+    if not there:
+        raise UsageError(f"{folder}: there are no ONNX engines in it; run `iedit export onnx {model.name}`")
+    reports = {}
+    for precision in sorted(there):
+        limits = LIMITS[precision]
+        backend = OnnxBackend(dataclasses.replace(model, dtype=DTYPES[precision]), folder)
+        used = {m: found for m in backend.modules() if (found := backend.engine(m)) and found[1].precision == precision}
+        rows: list[Row] = []
+        # Alone controlnets are for other runtimes: no backend here calls them.
+        for module in [m for m in used if not m.startswith("controlnet-")]:
+            tell(f"{precision} {module}")
+            rows += check_module(model, backend, module, limits)
+        failures = [f"refused: {why}" for told in backend.refused.values() for why in told if "precision:" not in why]
+        failures += [
+            f"{r['module']} at batch {r['batch']}, {r['size']}: largest error {r['largest']:.1e}, at most {limits.largest:.0e} "
+            f"wanted; mean {r['mean']:.1e}, at most {limits.mean:.0e}"
+            for r in rows
+            if not r["passed"]
+        ]
+        done: list[Row] = []
+        if not failures:
+            done = compare_edits(model, backend, _samples(model, set(used), edits), tell)
+            failures += edits_pass(done, limits)
+        reports[precision] = {"modules": rows, "edits": done, "failures": failures}
+        for module, (where, spec) in used.items():
+            own = [r for r in rows if r["module"] == module]
+            told = {
+                "module": module,
+                "limits": dataclasses.asdict(limits),
+                "calls": own,
+                "edits": done,
+                "failures": failures,
+            }
+            write_whole(where / REPORT, (json.dumps(told, indent=1) + "\n").encode())
+            if not failures and own:
+                mark(where, spec, own, done)
+    return reports
+
+
+def mark(folder: Path, spec: EngineSpec, calls: Sequence[Row], edits: Sequence[Row]) -> None:
+    """Write what was measured into the spec of an engine that passed."""
+    ran = [r for r in calls if "skipped" not in r]
+    checked: dict[str, Any] = {k: max((r[k] for r in ran), default=0.0) for k in ("largest", "mean")}
+    if edits:
+        checked["iou"] = round(float(np.mean([r["iou"] for r in edits])), 6)
+        checked |= {k: round(float(np.mean([r[k] for r in edits])), 6) for k in ("l1_inside", "l1_outside")}
+    whole = dataclasses.replace(spec, checked=checked)
+    write_whole(folder / SPEC_FILE, (json.dumps(dataclasses.asdict(whole), indent=1) + "\n").encode())
+
+
+def _samples(model: Model, modules: set[str], count: int) -> list[tuple[str, EditRequest]]:
+    """The first of the shipped edits that the model and the engines can run."""
+    found = []
+    for name, request in sample_requests() if count else []:
+        unet = "+".join(["unet", *sorted(request.layouts)])
+        fits = all(side % model.multiple == 0 for side in request.image.size)
+        if fits and set(request.layouts) <= set(model.controlnets) and {"unet", unet} <= modules:
+            found.append((name, request))
+    return found[:count]

@@ -1,0 +1,211 @@
+"""`iedit export` and `iedit engines` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from iedit.export import cli as commands
+from iedit.export.onnx import export_onnx
+from iedit.runtime.cli import main
+from iedit.runtime.engine_spec import SPEC_FILE, engines_folder, read_spec
+from iedit.runtime.models import load_model, read_digests
+
+logging.getLogger("torch.__trace").setLevel(logging.WARNING)
+
+
+def call(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], prog_name="iedit")
+
+
+@pytest.fixture(scope="module")
+def built(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines of the tiny model: plain UNet, VAE and text. Not to be changed, copy it."""
+    out = tmp_path_factory.mktemp("built") / "engines"
+    result = call("export", "onnx", tiny_folder, "--layouts", "none", "--out", out, "--sizes", "96x64", "--batch", 3)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert "4 engines" in result.output
+    return out
+
+
+@pytest.fixture
+def engines(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "engines"))
+
+
+def test_help_imports_neither_torch_nor_onnx(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom iedit.runtime.cli import main\n"
+        "for words in (['--help'], ['export', '--help'], ['export', 'onnx', '--help'], ['engines', 'prune', '--help']):\n"
+        "    try:\n        main(words)\n    except SystemExit as end:\n        assert not end.code\n"
+        "assert not {'torch', 'onnx', 'onnxruntime', 'diffusers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("export", "engines", "--precision", "--dry-run"):
+        assert word in done.stdout
+
+
+def test_what_is_exported_is_recorded_and_found(built: Path, tiny_folder: Path) -> None:
+    spec = read_spec(built / "onnx-fp32" / "unet")
+    assert (spec.format, spec.module, spec.precision, spec.opset) == ("onnx", "unet", "fp32", 23)
+    (shapes,) = spec.shapes
+    assert (shapes.batch, shapes.height[1:], shapes.width[1:]) == ((1, 3, 0), (64, 0), (96, 0))
+    assert set(spec.files) == {"model.onnx", "model.onnx.data"}
+    assert {"torch", "onnx", "diffusers"} <= set(spec.versions)
+    rows = json.loads(call("engines", "list", "--engines", built, "--json").output)
+    assert sorted(r["spec"]["module"] for r in rows) == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert all(r["problems"] == [] and r["bytes"] > 1000 for r in rows)
+    again = call("export", "onnx", tiny_folder, "--layouts", "none", "--out", built)
+    assert again.output.count(": kept") == 4
+
+
+def test_verify_measures_marks_and_writes_a_report(engines: Path, tiny_folder: Path) -> None:
+    result = call("export", "verify", tiny_folder, "--engines", engines, "--edits", 0, "--json")
+    assert result.exit_code == 0, result.output
+    folder = engines / "onnx-fp32" / "unet"
+    assert 0 < read_spec(folder).checked["largest"] < 1e-4
+    report = json.loads((folder / "report.json").read_text())
+    assert [(c["batch"], c["length"] > 5) for c in report["calls"]] == [(1, True), (3, False)]
+    assert report["failures"] == []
+    assert "error" in call("engines", "list", "--engines", engines).output
+
+
+def test_verify_fails_where_an_engine_says_something_else_and_marks_nothing(engines: Path, tiny_folder: Path) -> None:
+    """The weights of another module of the same shape: files and digests are in order, the output is not."""
+    import onnx
+
+    from iedit.runtime.engine_spec import write_spec
+
+    folder = engines / "onnx-fp32" / "vae_decoder"
+    proto = onnx.load(str(folder / "model.onnx"))
+    last = max((i for i in proto.graph.initializer if "conv_out.bias" in i.name), key=lambda i: i.name)
+    changed = onnx.numpy_helper.to_array(last) + 0.05
+    last.CopyFrom(onnx.numpy_helper.from_array(changed, last.name))
+    (folder / "model.onnx.data").unlink()
+    onnx.save(proto, str(folder / "model.onnx"))
+    write_spec(folder, read_spec(folder), ["model.onnx"])
+    result = call("export", "verify", tiny_folder, "--engines", engines, "--edits", 0)
+    assert result.exit_code == 1
+    assert "fp32 vae_decoder at batch 1" in result.output
+    assert all(read_spec(p.parent).checked == {} for p in engines.rglob(SPEC_FILE))
+
+
+def test_damage_is_found_and_pruned_and_nothing_else(engines: Path, tiny_folder: Path) -> None:
+    precision = engines / "onnx-fp32"
+    assert call("engines", "verify", "--engines", engines, "--model", tiny_folder).exit_code == 0
+    with (precision / "vae_decoder" / "model.onnx.data").open("ab") as file:
+        file.write(b"!")
+    (precision / "vae_encoder" / SPEC_FILE).unlink()
+    (precision / ".unet.0123abcd.building").mkdir()
+    found = call("engines", "verify", "--engines", engines)
+    assert found.exit_code == 1
+    assert "3 of 5 cannot be used" in found.output
+    dry = call("engines", "prune", "--engines", engines, "--dry-run")
+    assert "model.onnx.data is not what was built" in dry.output
+    assert (precision / "vae_decoder").is_dir()
+    assert call("engines", "prune", "--engines", engines).exit_code == 1  # nobody to ask
+    assert "removed 3 of 3" in call("engines", "prune", "--engines", engines, "--yes").output
+    assert sorted(p.name for p in precision.iterdir() if p.is_dir()) == ["text_encoder", "unet"]
+    assert "nothing to remove" in call("engines", "prune", "--engines", engines, "--yes").output
+
+
+def test_engines_of_another_model_go_only_when_a_model_is_named(engines: Path) -> None:
+    assert "nothing to remove" in call("engines", "prune", "--engines", engines).output
+    dry = call("engines", "prune", "--engines", engines, "--model", "picturebook", "--dry-run")
+    assert dry.output.count("weights: the engine has") == 4
+
+
+def test_a_build_that_is_under_way_is_left_alone(engines: Path) -> None:
+    from iedit.runtime.engine_spec import build_lock
+
+    building = engines / "onnx-fp32" / ".unet.0123abcd.building"
+    building.mkdir()
+    with build_lock(building.with_name("unet")):
+        result = call("engines", "prune", "--engines", engines, "--yes")
+    assert "is being built now, left alone" in result.output
+    assert building.is_dir()
+
+
+def test_an_edit_uses_the_engines_that_it_is_pointed_at(
+    engines: Path, tiny_folder: Path, tmp_path: Path, picture: Any
+) -> None:
+    picture(1).save(tmp_path / "in.png")
+    words = ("edit", tmp_path / "in.png", "--prompt", "a blue car on grass at noon", "--source-prompt",
+             "a red car on grass at noon", "--steps", 3, "--mask-seeds", 1, "--model", tiny_folder, "--backend", "onnx",
+             "--output", tmp_path / "out.png", "--profile", tmp_path / "p.json")  # fmt: skip
+    done = call(*words, "--engines", engines)
+    assert done.exit_code == 0, done.output
+    profile = json.loads((tmp_path / "p.json").read_text())
+    assert {row["backend"] for row in profile["modules"]} == {"onnx"}
+    assert "identical" in call("replay", tmp_path / "out.png").output
+    refused = call(*words, "--engines", tmp_path / "none")
+    assert refused.exit_code == 2
+    assert "run `iedit export onnx" in refused.output
+
+
+def test_bad_options_are_one_line_and_write_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for words, told in (
+        (("--layouts", "depth"), "has no ControlNet for depth"),
+        (("--sizes", "512"), "expected WIDTHxHEIGHT"),
+        (("--module", "vae"), "module 'vae' is not one of"),
+    ):
+        result = call("export", "onnx", tiny_folder, "--out", out, *words)
+        assert result.exit_code == 2
+        assert told in result.output
+    result = call("export", "verify", tiny_folder, "--engines", out)
+    assert result.exit_code == 2
+    assert "there are no ONNX engines in it" in result.output
+    assert not out.exists()
+
+
+def test_digests_are_read_without_loading_the_weights(tiny_folder: Path, tiny: Any) -> None:
+    digest, parts = read_digests(str(tiny_folder))
+    assert (digest, parts) == (tiny.digest, dict(tiny.part_digests))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_embedded_model_exports_within_two_minutes_and_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    began = time.perf_counter()
+    result = call("export", "onnx", "picturebook")
+    assert result.exit_code == 0, result.output
+    assert time.perf_counter() - began < 120
+    checked = call("export", "verify", "picturebook")
+    assert checked.exit_code == 0, checked.output
+    folder = engines_folder(load_model("picturebook", device="cpu").digest)
+    assert len([f for f in commands.find_all(folder, "picturebook") if not f.problems]) == 6
+
+
+def test_a_controlnet_alone_is_exported_when_asked_for(tiny: Any, tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    from iedit.runtime.backend_onnx import new_session
+
+    (spec,) = export_onnx(tiny, tmp_path, modules=["controlnet-pose"])
+    assert spec.weights == tiny.module_digest("controlnet-pose")
+    net, x, t = tiny.controlnets["pose"], torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 900])
+    text, image = torch.randn(3, 7, 32), torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        down, mid = net(x, t, text, controlnet_cond=image, conditioning_scale=0.5, return_dict=False)
+    feed = {"sample": x, "timestep": t, "encoder_hidden_states": text, "image": image, "scale": torch.full((3,), 0.5)}
+    got = new_session(tmp_path / "onnx-fp32" / "controlnet-pose" / "model.onnx").run(
+        None, {k: v.numpy() for k, v in feed.items()}
+    )
+    for a, b in zip(got, (*down, mid), strict=True):
+        assert np.abs(a - b.numpy()).max() < 1e-4

@@ -1,0 +1,544 @@
+"""ONNX graphs and the backend that runs them say what eager torch says, at every shape, from one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from iedit.export import onnx as exporter
+from iedit.export import verify
+from iedit.runtime.backend_onnx import OnnxBackend, instance_norms, new_session
+from iedit.runtime.backend_torch import TorchBackend
+from iedit.runtime.backends import Ladder, load_backend
+from iedit.runtime.denoiser import Condition
+from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
+from iedit.runtime.engine_spec import SPEC_FILE, EngineSpec, damaged, find_engines, read_spec
+from iedit.runtime.errors import RunError, UsageError
+from iedit.runtime.profile import Profile
+
+logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # pytest would keep all that the tracer tells
+
+
+@pytest.fixture(scope="module")
+def built(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[EngineSpec]]:
+    """Every module of the tiny model, exported once. Not to be changed, copy it."""
+    folder = tmp_path_factory.mktemp("engines")
+    # Not all of them: a UNet takes ten seconds.
+    modules = ["unet", "unet+pose", "unet+pose+scribble", "vae_encoder", "vae_decoder", "text_encoder"]
+    return folder, exporter.export_onnx(tiny, folder, modules=modules)
+
+
+@pytest.fixture
+def engines(built: tuple[Path, list[EngineSpec]], tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(built[0], tmp_path / "engines"))
+
+
+@pytest.fixture(scope="module")
+def backend(tiny: Any, built: tuple[Path, list[EngineSpec]]) -> OnnxBackend:
+    return OnnxBackend(tiny, built[0])
+
+
+def _call(model: Any, batch: int, size: tuple[int, int], length: int, names: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """Latents, a timestep for each sample, and a condition whose layouts and scales all differ."""
+    draw = torch.Generator().manual_seed(batch * size[0] + size[1])
+    h, w = size[0] // model.factor, size[1] // model.factor
+    x = torch.randn((batch, model.channels, h, w), generator=draw)
+    t = torch.randint(0, 1000, (batch,), generator=draw)
+    text = torch.randn((batch, length, model.unet.config.cross_attention_dim), generator=draw)
+    maps = [torch.rand((batch, 3, *size), generator=draw) for _ in names]
+    return x, t, Condition(text, tuple((n, m, 0.5 + 0.4 * i) for i, (n, m) in enumerate(zip(names, maps))))
+
+
+def _close(got: Tensor, wanted: Tensor, limit: float = 1e-4) -> None:
+    assert got.shape == wanted.shape
+    assert got.dtype == torch.float32
+    assert float((got - wanted).abs().max()) <= limit * float(wanted.std())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+@pytest.mark.parametrize("names", [(), ("pose",), ("pose", "scribble"), ("scribble", "pose")])
+def test_one_graph_says_what_torch_says_at_every_batch_size_and_text_length(
+    tiny: Any, backend: OnnxBackend, batch: int, size: tuple[int, int], names: tuple[str, ...]
+) -> None:
+    for length in (7, 20):
+        x, t, condition = _call(tiny, batch, size, length, names)
+        _close(backend.predict(x, t, condition), TorchBackend(tiny).predict(x, t, condition))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [(64, 64), (24, 80)])
+def test_the_vae_and_the_text_encoder_say_what_torch_says(
+    tiny: Any, backend: OnnxBackend, batch: int, size: tuple[int, int]
+) -> None:
+    exact = TorchBackend(tiny)
+    images = torch.rand((batch, 3, *size)) * 2 - 1
+    latents = exact.encode_image(images)
+    _close(backend.encode_image(images), latents)
+    _close(backend.decode_latent(latents), exact.decode_latent(latents))
+    for length in (5, 16):
+        ids = torch.randint(0, tiny.text_encoder.config.vocab_size, (batch, length))
+        _close(backend.encode_tokens(ids), exact.encode_tokens(ids))
+
+
+def test_every_sample_has_a_timestep_and_a_result_of_its_own(tiny: Any, backend: OnnxBackend) -> None:
+    x, _, condition = _call(tiny, 3, (64, 64), 7)
+    x, condition = x[:1].repeat(3, 1, 1, 1), condition.with_text(condition.text[:1])
+    output = backend.predict(x, torch.tensor([10, 500, 10]), condition)
+    assert torch.allclose(output[0], output[2], atol=1e-6)
+    assert not torch.allclose(output[0], output[1], atol=1e-3)
+    kept = output.clone()
+    backend.predict(2 * x, torch.tensor([1, 2, 3]), condition)
+    assert torch.equal(output, kept)  # the next call does not write into it
+
+
+def test_inputs_of_any_dtype_and_stride_are_taken(tiny: Any, backend: OnnxBackend) -> None:
+    x, t, condition = _call(tiny, 2, (64, 64), 7, ("pose",))
+    wanted = backend.predict(x, t, condition)
+    strided = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert not strided.is_contiguous()
+    assert torch.equal(backend.predict(strided, t.int(), condition), wanted)
+    assert torch.equal(backend.predict(x.double(), t, condition), wanted)
+
+
+def test_the_rewritten_norm_is_group_norm(tmp_path: Path) -> None:
+    """At ragged sizes, with an offset that a wrong variance would show."""
+    norm = torch.nn.GroupNorm(3, 12, eps=1e-6)
+    made = exporter.Function(
+        norm, {"x": torch.zeros(2, 12, 4, 5)}, ("y",),
+        {"x": ("batch", 12, "height", "width"), "y": ("batch", 12, "height", "width")},
+    )  # fmt: skip
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    proto = exporter.write_graph(made, tmp_path, 23)
+    instance_norms(proto.graph)
+    assert "GroupNormalization" not in {n.op_type for n in proto.graph.node}
+    session = new_session(tmp_path / "model.onnx")
+    for shape in ((1, 12, 3, 7), (3, 12, 8, 1)):
+        x = torch.randn(shape) * 2 + 5
+        (y,) = session.run(None, {"x": x.numpy()})
+        _close(torch.from_numpy(y), made.module(x).detach(), 1e-5)
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_dimension_that_the_exporter_fixed_is_refused(tmp_path: Path) -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(2, -1)
+
+    made = exporter.Function(Fixed(), {"x": torch.zeros(2, 6)}, ("y",), {"x": (2, 6), "y": ("batch", 6)})
+    with pytest.raises(RunError, match=r"dimension 0 \(batch\) of y was fixed at 2"):
+        exporter.write_graph(made, tmp_path, 23)
+
+
+def test_a_graph_holds_no_tracebacks_and_two_exports_are_the_same(
+    tiny: Any, built: tuple[Path, list[EngineSpec]], tmp_path: Path
+) -> None:
+    exporter.write_graph(exporter.function(tiny, "vae_decoder"), tmp_path, 23)
+    assert b".py" not in (tmp_path / "model.onnx").read_bytes()
+    for name in ("model.onnx", "model.onnx.data"):
+        first = built[0] / "onnx-fp32" / "vae_decoder" / name
+        assert (tmp_path / name).read_bytes() == first.read_bytes()
+
+
+def test_the_graph_digest_is_of_the_graph_and_not_of_the_weights(
+    tiny: Any, built: tuple[Path, list[EngineSpec]], build_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    from iedit.runtime.models import load_model
+
+    other = load_model(str(build_checkpoint(tmp_path / "other", seed=1)), device="cpu")
+    (spec,) = exporter.export_onnx(other, tmp_path / "engines", modules=["vae_decoder"])
+    mine = next(s for s in built[1] if s.module == "vae_decoder")
+    assert spec.graph == mine.graph
+    assert spec.weights != mine.weights
+    assert spec.files["model.onnx.data"] != mine.files["model.onnx.data"]
+
+
+def test_tensorrt_knows_every_operator_and_an_unknown_one_is_named(built: tuple[Path, list[EngineSpec]]) -> None:
+    for path in built[0].rglob("model.onnx"):
+        assert exporter.unsupported_operators(onnx.load(str(path), load_external_data=False)) == []
+    odd = onnx.helper.make_node("Det", ["x"], ["y"])
+    graph = onnx.helper.make_graph([odd], "g", [], [])
+    assert exporter.unsupported_operators(onnx.helper.make_model(graph)) == ["Det"]
+
+
+@pytest.mark.parametrize("precision, opset", [("fp16", 22), pytest.param("bf16", 23, marks=pytest.mark.slow)])
+def test_half_precision_has_float32_islands_and_leaves_the_model_alone(
+    tiny: Any, tmp_path: Path, precision: str, opset: int
+) -> None:
+    before = {k: v.clone() for k, v in tiny.unet.state_dict().items()}
+    classes = [type(m) for m in tiny.unet.modules()]
+    exporter.export_onnx(tiny, tmp_path, precision=precision, opset=opset, modules=["unet"])
+    assert [type(m) for m in tiny.unet.modules()] == classes
+    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in tiny.unet.state_dict().items())
+    proto = onnx.load(str(tmp_path / f"onnx-{precision}" / "unet" / "model.onnx"), load_external_data=False)
+    half = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
+    types = {v.name: v.type.tensor_type.elem_type for v in proto.graph.value_info}
+    weights = {i.name: i.data_type for i in proto.graph.initializer}
+    assert {v.type.tensor_type.elem_type for v in proto.graph.output} == {onnx.TensorProto.FLOAT}
+    made = {o: n for n in proto.graph.node for o in n.output}
+    seen = set()
+    for node in proto.graph.node:
+        seen.add(node.op_type)
+        if node.op_type == "Conv":
+            assert weights[node.input[1]] == half
+        if node.op_type in ("GroupNormalization", "LayerNormalization"):
+            assert weights[node.input[1]] == onnx.TensorProto.FLOAT
+            assert types[node.output[0]] == onnx.TensorProto.FLOAT
+        if node.op_type == "Softmax":
+            assert made[node.input[0]].op_type == "Cast"
+        if node.op_type == "Attention":
+            assert {a.name: a.i for a in node.attribute}["softmax_precision"] == onnx.TensorProto.FLOAT
+        if node.op_type in ("Sin", "Cos"):
+            assert types[node.output[0]] == onnx.TensorProto.FLOAT
+        if node.op_type == "Gemm" and "time_embedding" in node.input[1]:
+            assert weights[node.input[1]] == onnx.TensorProto.FLOAT
+    assert {"Conv", "GroupNormalization", "Softmax" if opset == 22 else "Attention"} <= seen
+    if precision == "fp16":
+        runs = OnnxBackend(dataclasses.replace(tiny, dtype=torch.float16), tmp_path)
+        rows = verify.check_module(tiny, runs, "unet", verify.LIMITS["fp16"])
+        assert all(r["passed"] and r["largest"] > 0 for r in rows)
+    else:
+        with pytest.raises(UsageError, match="bf16"):
+            OnnxBackend(dataclasses.replace(tiny, dtype=torch.bfloat16), tmp_path)
+
+
+@pytest.mark.slow  # the quick tests have it in half precision
+def test_opset_22_says_the_same(tiny: Any, tmp_path: Path) -> None:
+    (spec,) = exporter.export_onnx(tiny, tmp_path, opset=22, modules=["unet"])
+    assert spec.opset == 22
+    x, t, condition = _call(tiny, 3, (48, 80), 7)
+    _close(OnnxBackend(tiny, tmp_path).predict(x, t, condition), TorchBackend(tiny).predict(x, t, condition))
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(tiny: Any, tmp_path: Path) -> None:
+    for options, told in (
+        ({"precision": "int8"}, "precision is 'int8', expected one of fp32, fp16, bf16"),
+        ({"opset": 17}, "opset is 17, expected one of 22, 23"),
+        ({"layouts": ["depth"]}, "no ControlNet for depth; it has pose, scribble"),
+        ({"modules": ["unet+scribble+pose"]}, "module 'unet\\+scribble\\+pose' is not one of"),
+        ({"modules": ["vae"]}, "module 'vae' is not one of"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            exporter.export_onnx(tiny, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+# --- engines ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_kept_and_force_exports_it_anew(tiny: Any, engines: Path) -> None:
+    told: list[exporter.Told] = []
+    options: dict[str, Any] = {"modules": ["vae_decoder"], "tell": told.append}
+    before = read_spec(engines / "onnx-fp32" / "vae_decoder")
+    assert exporter.export_onnx(tiny, engines, **options) == [before]
+    assert [t.text for t in told] == ["kept"]
+    exporter.export_onnx(tiny, engines, force=True, **options)
+    assert [t.text for t in told] == ["kept", "exporting", "done"]
+    _flip(engines / "onnx-fp32" / "vae_decoder" / "model.onnx.data")
+    exporter.export_onnx(tiny, engines, **options)
+    assert told[-1].text == "done"
+    assert OnnxBackend(tiny, engines).why_not("vae_decoder", 1, 64, 64) == []
+
+
+def _flip(path: Path, at: int = -9) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_a_flipped_byte_is_refused_by_name(tiny: Any, engines: Path, name: str) -> None:
+    _flip(engines / "onnx-fp32" / "unet+pose" / name)
+    backend = OnnxBackend(tiny, engines)
+    x, t, condition = _call(tiny, 1, (64, 64), 7, ("pose",))
+    with pytest.raises(UsageError, match=f"files: {name} is not what was built"):
+        backend.predict(x, t, condition)
+    assert backend.why_not("unet", 1, 64, 64) == []
+
+
+def test_engines_of_another_model_are_refused_by_the_field(
+    built: tuple[Path, list[EngineSpec]], build_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    from iedit.runtime.models import load_model
+
+    other = load_model(str(build_checkpoint(tmp_path / "other", seed=1)), device="cpu")
+    with pytest.raises(UsageError, match=r"weights: the engine has \w+, wanted \w+.*run `iedit export onnx"):
+        OnnxBackend(other, built[0])
+
+
+def _respec(folder: Path, **changes: Any) -> None:
+    found = json.loads((folder / SPEC_FILE).read_text())
+    (folder / SPEC_FILE).write_text(json.dumps(found | changes))
+
+
+def test_an_engine_that_is_too_small_is_refused_with_its_range(tiny: Any, engines: Path) -> None:
+    small = {"batch": [1, 1, 2], "height": [16, 64, 64], "width": [16, 64, 64]}
+    _respec(engines / "onnx-fp32" / "unet", shapes=[small])
+    backend = OnnxBackend(tiny, engines)
+    assert backend.why_not("unet", 2, 64, 64) == []
+    x, t, condition = _call(tiny, 3, (64, 64), 7)
+    with pytest.raises(UsageError, match=r"backend 'onnx' cannot run unet: .*built for batch 1-2, asked for 3"):
+        backend.predict(x, t, condition)
+    assert "height 16-64, asked for 80" in backend.why_not("unet", 1, 80, 64)[0]
+
+
+def test_sizes_that_the_levels_cannot_halve_are_refused(tiny: Any, backend: OnnxBackend) -> None:
+    assert backend.why_not("unet", 1, 72, 64) == [f"unet takes width and height in multiples of {tiny.multiple}, asked for 64x72"]  # fmt: skip
+    assert backend.why_not("vae_encoder", 1, 72, 64) == []  # its own factor is 8
+    assert backend.why_not("text_encoder", 1, 0, 0) == []
+
+
+def test_half_precision_engines_are_not_taken_for_a_float32_model(tiny: Any, engines: Path) -> None:
+    _respec(engines / "onnx-fp32" / "unet+pose", precision="fp16")
+    why = OnnxBackend(tiny, engines).why_not("unet+pose", 1, 64, 64)
+    assert why[0].startswith("there is no engine for unet+pose in ")
+    assert "precision: the engine has fp16, wanted fp32" in why[1]
+
+
+def test_a_folder_without_a_spec_is_no_engine(tiny: Any, engines: Path) -> None:
+    for path in engines.rglob(SPEC_FILE):
+        path.unlink()
+    with pytest.raises(UsageError, match=r"there are no ONNX engines in it; run `iedit export onnx"):
+        OnnxBackend(tiny, engines)
+    with pytest.raises(UsageError, match="no engine of"):
+        load_backend("onnx", tiny, engines)
+
+
+def test_a_build_in_its_temporary_folder_is_no_engine(engines: Path) -> None:
+    folder = engines / "onnx-fp32"
+    (folder / "unet").rename(folder / ".unet.0123abcd.building")
+    assert "unet" not in {spec.module for _, spec in find_engines(engines) if isinstance(spec, EngineSpec)}
+
+
+_EXPORT = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from iedit.export.onnx import export_onnx
+from iedit.runtime.models import load_model
+model = load_model(sys.argv[1], device="cpu")
+def tell(t):
+    print(t.module, t.text, flush=True)
+print("ready", flush=True)
+export_onnx(model, Path(sys.argv[2]), modules=sys.argv[3:], tell=tell)
+"""
+
+
+def _start(root: Path, folder: Path, out: Path, *modules: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(root / ".types"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", _EXPORT, str(folder), str(out), *modules], env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+
+
+def test_a_killed_export_leaves_whole_engines_or_none_and_the_next_clears_up(
+    root: Path, tiny: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    for delay in (0.0, 1.0):
+        out = tmp_path / f"killed-{delay}"
+        process = _start(root, tiny_folder, out, "vae_decoder")
+        assert process.stdout is not None
+        while "exporting" not in process.stdout.readline():
+            pass
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for folder, spec in find_engines(out):
+            assert isinstance(spec, EngineSpec)
+            assert damaged(folder, spec) == []
+    left = tmp_path / "killed-0.0" / "onnx-fp32"
+    assert [p.suffix for p in left.glob(".vae_decoder.*.building")] == [".building"]
+    exporter.export_onnx(tiny, left.parent, modules=["vae_decoder"])
+    assert sorted(p.name for p in left.iterdir()) == [".vae_decoder.lock", "vae_decoder"]
+
+
+def test_two_processes_build_an_engine_once(root: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    both = [_start(root, tiny_folder, tmp_path, "vae_encoder") for _ in range(2)]
+    told = sorted(process.communicate(timeout=120)[0].splitlines()[-1] for process in both)
+    assert told == ["vae_encoder done", "vae_encoder kept"]
+
+
+# --- edits ------------------------------------------------------------------------------------------------------
+
+
+def _request(picture: Any, **changes: Any) -> EditRequest:
+    options = Options(mask=MaskOptions(seeds=2, threshold=0.3))
+    return dataclasses.replace(
+        EditRequest(picture(1), "a blue car on grass at noon", "a red car on grass at noon", steps=6, options=options),
+        **changes,
+    )
+
+
+def test_an_edit_is_the_same_edit(tiny: Any, backend: OnnxBackend, picture: Any) -> None:
+    request = _request(picture, layouts={"pose": picture(2)}, source_layouts={"pose": picture(3)})
+    wanted, got = Editor(tiny, TorchBackend(tiny)).edit(request), Editor(tiny, backend).edit(request)
+    assert np.array_equal(np.asarray(wanted.mask), np.asarray(got.mask))
+    assert float((wanted.latent - got.latent).abs().max()) < 1e-3
+    calls = {row["module"]: row for row in got.profile.by_module()}
+    assert {row["backend"] for row in calls.values()} == {"onnx"}
+    assert {"unet", "unet+pose", "vae_decoder", "vae_encoder"} <= set(calls)
+    assert sum(r["samples"] for m, r in calls.items() if m.startswith("unet")) == sum(got.profile.evaluations.values())
+    assert got.profile.steps_down == {}
+
+
+def test_the_first_call_of_a_module_is_cold_and_the_second_is_not(
+    tiny: Any, built: tuple[Path, list[EngineSpec]]
+) -> None:
+    backend, profile = OnnxBackend(tiny, built[0]), Profile()
+    x, t, condition = _call(tiny, 2, (64, 64), 7)
+    with profile.stage("final"):
+        backend.predict(x, t, condition)
+        backend.predict(x, t, condition)
+    (row,) = profile.by_module()
+    assert (row["module"], row["backend"], row["calls"], row["samples"], row["cold_calls"]) == ("unet", "onnx", 2, 4, 1)
+
+
+def test_auto_steps_down_from_a_damaged_engine_and_says_why(tiny: Any, engines: Path, picture: Any) -> None:
+    _flip(engines / "onnx-fp32" / "unet" / "model.onnx")
+    ladder = load_backend("auto", tiny, engines)
+    assert isinstance(ladder, Ladder)
+    result = Editor(tiny, ladder).edit(_request(picture))
+    ran = {row["module"]: row["backend"] for row in result.profile.by_module()}
+    assert ran | {"text_encoder": "onnx"} == {
+        "text_encoder": "onnx",
+        "vae_encoder": "onnx",
+        "unet": "torch",
+        "vae_decoder": "onnx",
+    }
+    why = result.profile.steps_down[("unet", "onnx")]
+    assert any("files: model.onnx is not what was built" in w for w in why)
+
+
+def test_auto_without_engines_is_torch_and_says_why(tiny: Any, tmp_path: Path, picture: Any) -> None:
+    result = Editor(tiny, load_backend("auto", tiny, tmp_path)).edit(_request(picture))
+    assert {row["backend"] for row in result.profile.by_module()} == {"torch"}
+    assert "there are no ONNX engines in it" in result.profile.steps_down[("all", "onnx")][0]
+
+
+def test_several_threads_share_a_backend(tiny: Any, built: tuple[Path, list[EngineSpec]]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    backend = OnnxBackend(tiny, built[0])
+    calls = [_call(tiny, 1 + i % 3, (64, 64), 7) for i in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda c: backend.predict(*c), calls))
+    for call, output in zip(calls, together, strict=True):
+        assert torch.equal(output, backend.predict(*call))
+
+
+def test_out_of_memory_is_told_in_the_words_that_halve_the_batch(
+    tiny: Any, backend: OnnxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from iedit.runtime.denoiser import Network
+
+    x, t, condition = _call(tiny, 4, (64, 64), 7)
+    wanted = backend.predict(x, t, condition)
+    session = backend._session("unet")
+
+    class Small:
+        def io_binding(self) -> Any:
+            return session.io_binding()
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            if len(binding.get_outputs()[0].numpy()) > 2:
+                raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
+            session.run_with_iobinding(binding)
+
+    monkeypatch.setitem(backend._sessions, "unet", Small())
+    profile = Profile()
+    with profile.stage("final"):
+        output = Network(backend, "epsilon", 8, profile).predict(x, t, condition)
+    _close(output, wanted)
+    assert profile.calls["final"] == 2
+    assert any("going on with batches of 2" in n for n in profile.notes)
+
+
+# --- the embedded model and the real size -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_edits_of_the_world_are_the_same_edits(tmp_path: Path) -> None:
+    from iedit.runtime.models import load_model
+    from iedit.training import truth
+
+    model = load_model("picturebook", device="cpu")
+    exporter.export_onnx(model, tmp_path)
+    method = truth.METHODS["ito"]
+    cases = [c for kind in truth.KINDS for c in truth.edit_cases(kind, 20 // len(truth.KINDS) + 1)][:20]
+    requests = [(f"{c.kind} {c.number}", truth.edit_request(c, method, 0, 25)) for c in cases]
+    rows = verify.compare_edits(model, OnnxBackend(model, tmp_path), requests)
+    print({k: float(np.mean([r[k] for r in rows])) for k in rows[0] if k != "edit"})
+    assert len(rows) == 20
+    assert verify.edits_pass(rows, verify.LIMITS["fp32"]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_full_size_unet_exports_and_runs_at_every_size(root: Path, tmp_path: Path) -> None:
+    """In processes of their own: what the exporter holds must not add to what ONNX Runtime needs."""
+    if shutil.disk_usage(tmp_path).free < 12 << 30:
+        pytest.skip("needs 12 GB of disk")
+    environment = os.environ | {"PYTHONPATH": str(root / ".types"), "OMP_NUM_THREADS": "1"}
+
+    def script(*words: str) -> None:
+        subprocess.run([sys.executable, *words], env=environment, check=True)
+
+    script(str(root / "bench" / "full_size.py"), "write", str(tmp_path / "model"))
+    script("-c", _FULL_EXPORT, str(tmp_path / "model"), str(tmp_path / "engines"))
+    script("-c", _FULL_RUN, str(tmp_path / "engines"))
+
+
+_FULL_EXPORT = """
+import resource, sys, time
+from pathlib import Path
+from iedit.export.onnx import export_onnx
+from iedit.runtime.models import load_model
+began = time.time()
+model = load_model(sys.argv[1], layouts=[], device="cpu", dtype="float32")
+export_onnx(model, Path(sys.argv[2]), modules=["unet"])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(f"export {time.time() - began:.0f} s, peak {peak:.1f} GiB", flush=True)
+assert peak < 22
+"""
+
+_FULL_RUN = """
+import resource, sys, time
+from pathlib import Path
+import numpy as np
+from iedit.runtime.backend_onnx import new_session
+began = time.time()
+session = new_session(next(Path(sys.argv[1]).rglob("model.onnx")))
+print(f"load {time.time() - began:.0f} s", flush=True)
+for batch, side in ((1, 256), (2, 384), (8, 256), (1, 768)):
+    began = time.time()
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((batch, 4, side // 8, side // 8), np.float32)
+    feed = {"sample": x, "timestep": np.arange(batch), "encoder_hidden_states": draw.standard_normal((batch, 77, 768), np.float32)}
+    (y,) = session.run(None, feed)
+    assert y.shape == x.shape and np.isfinite(y).all()
+    print(f"batch {batch} at {side}: {time.time() - began:.1f} s", flush=True)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(f"peak {peak:.1f} GiB", flush=True)
+assert peak < 22
+"""
