@@ -3,11 +3,13 @@ process of its own, since `TRITON_INTERPRET` has to be set before a kernel is de
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from iedit.kernels import guided_step as guided_definition
 from iedit.kernels import ito_step as ito_definition
@@ -219,25 +221,31 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-class Eager(TorchDispatchMode):
-    """What eager torch would launch. An aten operator counts as one kernel if it makes or changes a tensor's values: everything
-    but views and metadata (a result that shares its argument's memory and no schema says it is written, or an allocation).
-    `_fused`/`_foreach` operators count once. So this is a lower bound: a reduction may take two launches on CUDA."""
+def _bench() -> Any:
+    """`bench/kernels.py`, which is not installed: what counts launches and what is counted there are counted here."""
+    path = Path(__file__).parent.parent / "bench" / "kernels.py"
+    spec = importlib.util.spec_from_file_location("bench_kernels", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    ALLOCATE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::alias")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = func._schema
-        changes = schema.is_mutable
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        returns = any("Tensor" in str(r.type) for r in schema.returns)
-        if (changes or (returns and not view)) and not schema.name.startswith(self.ALLOCATE):
-            self.names.append(schema.name)
-        return func(*args, **(kwargs or {}))
+def test_views_and_allocations_are_no_launches() -> None:
+    """The counting rule, on operators whose launches are known."""
+    x, y = torch.randn(4, 6), torch.randn(6, 4)
+    for run, count in (
+        (lambda: x.view(2, 12).transpose(0, 1)[1:].unsqueeze(0).expand(3, -1, -1), 0),
+        (lambda: torch.empty_like(x).detach(), 0),
+        (lambda: x + 1, 1),
+        (lambda: x.clone().add_(1), 2),
+        (lambda: (x @ y).sum(), 2),
+        (lambda: x.contiguous(), 0),
+        (lambda: torch.zeros_like(x), 1),
+    ):
+        with _bench().Launches() as counted:
+            run()
+        assert len(counted.names) == count, counted.names
 
 
 def test_an_update_is_one_launch_where_eager_takes_dozens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,24 +253,19 @@ def test_an_update_is_one_launch_where_eager_takes_dozens(monkeypatch: pytest.Mo
     y, x, g = (torch.randn(2, 4, 16, 16) for _ in range(3))
     mask, lam = torch.rand(2, 1, 16, 16), torch.full((2,), 0.6)
 
-    leaf = y.clone().requires_grad_()
-    optimiser = torch.optim.Adam([leaf], lr=0.1, foreach=False)
-    with Eager() as autograd:
-        square = ((1 - mask) * (leaf - x)) ** 2
-        rec = square.mean((1, 2, 3))
-        cosine = 1 - torch.nn.functional.cosine_similarity(leaf.flatten(1), g.flatten(1))
-        ((1 - lam) * cosine + lam * rec).sum().backward()
-        optimiser.step()
-    with Eager() as closed:
+    bench = _bench()
+    with bench.Launches() as autograd:
+        eager = bench.autograd_update(y, x, g, mask, lam)
+    with bench.Launches() as closed:
         monkeypatch.setenv("IEDIT_KERNELS", "reference")
         reference = ito_definition.ito_step(y[:1], x[:1], g[:1], mask[:1], lam[:1])
     monkeypatch.setenv("IEDIT_KERNELS", "auto")
     ours = ito_definition.ito_step(y, x, g, mask, lam)
     seen = launches(monkeypatch)
-    with Eager() as around:
+    with bench.Launches() as around:
         ito_definition.ito_step(y, x, g, mask, lam)
     assert (seen, around.names) == (["ito_step_once"], [])  # torch is asked for nothing around the kernel
-    torch.testing.assert_close(leaf.detach(), ours, rtol=0, atol=1e-4)
+    torch.testing.assert_close(eager, ours, rtol=0, atol=1e-4)
     torch.testing.assert_close(reference, ours[:1], rtol=0, atol=1e-4)
     print(
         f"launches of one update: eager autograd + Adam {len(autograd.names)}, closed form {len(closed.names)}, Triton 1"
@@ -270,7 +273,7 @@ def test_an_update_is_one_launch_where_eager_takes_dozens(monkeypatch: pytest.Mo
     assert len(autograd.names) >= 20
     assert len(closed.names) >= 20
     seen.clear()
-    with Eager() as around:
+    with bench.Launches() as around:
         ito_definition.ito_step(y, x, g, mask, lam, k=30)
     assert (seen, around.names) == (["ito_step_many"], [])
 
@@ -278,10 +281,10 @@ def test_an_update_is_one_launch_where_eager_takes_dozens(monkeypatch: pytest.Mo
 def test_a_guided_step_is_one_launch_and_a_mask_two(monkeypatch: pytest.MonkeyPatch) -> None:
     x, cond, uncond, reference, noise = (torch.randn(2, 4, 16, 16) for _ in range(5))
     half = torch.full((2,), 0.5)
-    seen = launches(monkeypatch)
+    bench, seen = _bench(), launches(monkeypatch)
     for prediction in guided_definition.PREDICTIONS:
         mask = torch.rand(2, 1, 16, 16)
-        with Eager() as around:
+        with bench.Launches() as around:
             guided_definition.guided_step(
                 x, cond, uncond, 7.5, half, half, abar=half, prediction=prediction, mask=mask,
                 reference=reference, noise=noise, reference_abar=half,
