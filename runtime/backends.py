@@ -20,7 +20,7 @@ from .denoiser import Condition
 from .errors import UsageError
 from .models import Model, Modules
 
-BACKENDS = ("torch",)  # the ladder, from the top
+BACKENDS = ("tensorrt", "torch")  # the ladder, from the top
 
 
 @runtime_checkable
@@ -93,6 +93,10 @@ def why_unavailable(name: str) -> list[str]:
     """Reasons why backend `name` cannot run on this machine at all; empty if it can (given engines, where it needs them)."""
     if name == "torch":
         return []
+    if name == "tensorrt":
+        from . import backend_tensorrt
+
+        return backend_tensorrt.why_unavailable()
     return [f"there is no such backend; known are auto, {', '.join(BACKENDS)}"]
 
 
@@ -145,6 +149,10 @@ def load_backend(name: str, model: Model, engines: Path | None = None, **options
             except UsageError as error:
                 above[step] = [str(error)]
         return Ladder([*steps, TorchBackend(model, **options)], model.factor, above)
+    if name == "tensorrt":
+        from .backend_tensorrt import TensorrtBackend
+
+        return TensorrtBackend(model, engines)
     return TorchBackend(model, **options)
 
 
