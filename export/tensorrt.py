@@ -8,6 +8,7 @@ Nothing of this file has run on hardware yet: it was driven by a recording fake 
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 import shutil
@@ -70,6 +71,7 @@ def build_tensorrt(
     spoilt = damaged(onnx_folder, source)
     if spoilt:
         raise UsageError(f"{onnx_folder}: {'; '.join(spoilt)}; export it again")
+    where = device or torch.device("cuda")
     ranges = module_shapes(source.module, shapes)
     spec = EngineSpec(
         format="tensorrt",
@@ -81,7 +83,7 @@ def build_tensorrt(
         shapes=ranges,
         opset=source.opset,
         versions={**source.versions, "tensorrt": str(trt.__version__)},
-        gpu=backend_tensorrt.arch(device or torch.device("cuda")),
+        gpu=backend_tensorrt.arch(where),
         refit=refit,
     )
     with build_lock(out, tell):
@@ -96,7 +98,8 @@ def build_tensorrt(
         building = out.parent / f".{out.name}.{secrets.token_hex(4)}.building"
         building.mkdir(parents=True)
         try:
-            _build(trt, onnx_folder / GRAPH, building, spec, timing_cache, tell, factor, text, workspace)
+            with backend_tensorrt.on(where):
+                _build(trt, onnx_folder / GRAPH, building, spec, timing_cache, tell, factor, text, workspace)
             spec = write_spec(building, spec, [PLAN, INSPECTOR])
             _replace(building, out)
         finally:
@@ -194,8 +197,9 @@ def _build(
     if plan is None:
         raise RunError(f"{graph}: TensorRT could not build {spec.module} for {spec}: {last_errors(log)}")
     if timing_cache is not None:
+        cache = config.get_timing_cache()
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(timing_cache, bytes(config.get_timing_cache().serialize()))
+        write_whole(timing_cache, bytes(cache.serialize()))
     write_whole(folder / PLAN, bytes(plan))
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(bytes(plan))
@@ -240,7 +244,7 @@ def input_ranges(
 def new_monitor(trt: Any, tell: Tell) -> Any:
     """Tells of the build's outer phases, with their share. Ctrl-C is Python's: it arrives when a phase's step ends."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
@@ -293,22 +297,26 @@ def build_all(
         model: a `runtime.models.Model`.
         layouts: ControlNets to fuse; None is each that the model has, alone.
     """
-    from .onnx import engine_folder, export_onnx
+    onnx = importlib.import_module(".onnx", __package__)
+    tokens = min(model.tokenizer.model_max_length, model.text_encoder.config.max_position_embeddings)
 
     def said(told: Any) -> None:
         tell(f"{told.module}: ONNX: {told.text}")
 
     made = []
-    for source in export_onnx(model, out, layouts, precision, tell=said):
+    for source in onnx.export_onnx(model, out, layouts, precision, tell=said):
+        # The encoder reads one chunk at a time; the UNet reads the states of up to four.
+        longest = tokens if source.module == "text_encoder" else 4 * tokens
         made.append(
             build_tensorrt(
-                engine_folder(out, source.module, precision),
+                onnx.engine_folder(out, source.module, precision),
                 out / f"tensorrt-{precision}" / source.module,
                 shapes,
                 timing_cache=timing_cache,
                 refit=refit,
                 tell=tell,
                 factor=model.factor,
+                text=(tokens, tokens, longest),
                 device=model.device,
                 force=force,
             )

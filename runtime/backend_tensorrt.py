@@ -9,6 +9,7 @@ Nothing of this file has run on hardware yet: it was driven by a recording fake 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import deque
@@ -50,6 +51,11 @@ def not_cuda(device: torch.device) -> list[str]:
     return [] if device.type == "cuda" else [f"the model is on {device}, engines need it on a CUDA device"]
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """TensorRT builds and loads on the CUDA device that is current."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def current_stream(device: torch.device) -> int:
     """The handle of torch's current stream."""
     return int(torch.cuda.current_stream(device).cuda_stream)
@@ -69,7 +75,7 @@ def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]
 def new_logger(trt: Any) -> Any:
     """A TensorRT logger that prints nothing and keeps the last errors, `errors`, for a message."""
 
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: deque[str] = deque(maxlen=5)
@@ -183,8 +189,8 @@ class TensorrtBackend:
         """Every field that is not this model's, this GPU's or this TensorRT's."""
         try:
             digest = self.model.module_digest(spec.module)
-        except KeyError as error:
-            return [f"module: {spec.module} needs {error.args[0]}, which the model does not have"]
+        except KeyError as absent:
+            return [f"module: {spec.module} needs {absent.args[0]}, which the model does not have"]
         why = spec.differs(weights=digest, gpu=arch(self.device))
         built, here = spec.versions.get("tensorrt", "none"), str(self._trt.__version__)
         if built != here:
@@ -245,7 +251,7 @@ class TensorrtBackend:
         key = tuple(tuple(v.shape) for v in inputs.values())
         known = self._loaded.get(folder)
         cold = known is None or key not in known.seen or (self.graphs and key not in known.graphs)
-        with module_call(module, self.name, batch, cold=cold, device=first.device):
+        with on(self.device), module_call(module, self.name, batch, cold=cold, device=first.device):
             loaded = self._load(module, folder)
             if set(inputs) != set(loaded.inputs):
                 raise RunError(
@@ -283,7 +289,8 @@ class TensorrtBackend:
                 engine = self._runtime.deserialize_cuda_engine((folder / PLAN).read_bytes())
                 if engine is None:
                     raise RunError(f"{folder / PLAN}: TensorRT cannot load it: {last_errors(self._log)}; {self._fix()}")
-                inputs, outputs = {}, {}
+                inputs: dict[str, torch.dtype] = {}
+                outputs: dict[str, torch.dtype] = {}
                 for i in range(engine.num_io_tensors):
                     name = engine.get_tensor_name(i)
                     side = inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else outputs

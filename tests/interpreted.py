@@ -169,7 +169,10 @@ def test_guided_step_matches_float64(prediction: str, blend: str, shape: tuple[i
     more |= {name: value for name, value in (("reference", reference), ("noise", noise)) if name in more}
     exact = run(torch.float64)
     more |= {name: value for name, value in (("reference", halves[3]), ("noise", halves[4])) if name in more}
-    got = guided_definition.guided_step(*halves[:3], 7.5, c_x, c_eps, abar=abar, prediction=prediction, **more)
+    got = guided_definition.guided_step(
+        halves[0], halves[1], halves[2], 7.5, c_x, c_eps, abar=abar, prediction=prediction,
+        **more,
+    )  # fmt: skip
     assert got.dtype == torch.float16
     assert_rounded_once(got, exact)
 
