@@ -109,7 +109,7 @@ _model_options = _apply([
                  help="The embedded model, a diffusers folder, or a hub id (owner/name)."),
     click.option("--controlnet", multiple=True, callback=_pairs, metavar="NAME=FOLDER",
                  help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
-    click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "torch"]),
+    click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "tensorrt", "torch"]),
                  help="What runs the networks; auto takes the fastest that can."),
     click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one."),
     click.option("--dtype", default=None, type=click.Choice(["float32", "float16", "bfloat16"]),
