@@ -11,7 +11,6 @@ the same edit by other means; with `--reader` (weights of `iedit train classifie
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 import time
@@ -172,14 +171,6 @@ def event_cost(calls: int = 20000) -> float:
         return (time.perf_counter() - began) / calls
 
 
-def commit() -> str:
-    """Short hash of the tree that was measured; "" outside of a repository."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return found.stdout.strip()
-
-
 @click.command()
 @click.option("--model", default="picturebook", show_default=True, help=f"As of `iedit edit`, or {RANDOM}.")
 @click.option(
@@ -256,7 +247,7 @@ def main(model: str, backends: str, engines: Path | None, pipelines: bool, devic
     )
     if output is not None:
         editor = next(iter(editors.values()))
-        append_csv(output, [r | {"commit": commit()} for r in rows], editor)
+        append_csv(output, rows, editor)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ..runtime.errors import RunError, UsageError
+from .tensorrt_cli import tensorrt
 
 _out = click.option("--out", "--engines", "out", type=click.Path(path_type=Path, file_okay=False), default=None,
                     help="Folder of the engines. Default: the user's cache, where `iedit edit` looks.")  # fmt: skip
@@ -119,6 +120,9 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
         specs = export_onnx(loaded, target, _names(layouts), precision, int(opset), told,
                             modules=modules or None, shapes=shapes, force=force)  # fmt: skip
     click.echo(f"{target}: {len(specs)} engines; check them with `iedit export verify {model}`")
+
+
+export.add_command(tensorrt)
 
 
 @export.command()

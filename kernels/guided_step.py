@@ -53,7 +53,7 @@ def guided_step(
         reference: (B, C, h, w) what is kept; with `noise` the clean latent, noised to `reference_abar` (B,).
 
     Returns:
-        (B, C, h, w), dtype of x; computed in float32 (float64 if x is).
+        (B, C, h, w), dtype of x; computed in float32 (float64 if x is, and in the Triton kernel).
 
     Raises:
         ValueError: a shape or the prediction is not as above.

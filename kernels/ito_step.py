@@ -5,7 +5,7 @@ Per sample, over n = C*h*w values of the latent y, with x the source latent and 
     L_rec = mean(((1 - m) (y - x))^2)          dL_rec/dy = (2/n) (1 - m)^2 (y - x)
     L_G   = 1 - y.g / (|y| |g|)                dL_G/dy   = -(g / (|y||g|) - (y.g) y / (|y|^3 |g|))
 
-Both gradients are zero where |y| or |g| is zero. Everything is float32 whatever the inputs are: in float16 g^2 and Adam's
+Both gradients are zero where |y| or |g| is zero. Everything is at least float32 whatever the inputs are: in float16 g^2 and Adam's
 eps underflow. With k=1 and a fresh state Adam is exactly `lr * grad / (|grad| + eps)`.
 """
 
@@ -92,7 +92,7 @@ def ito_step(
         state: None starts fresh (METHOD section 2, row 6); otherwise it is used and updated in place (`carry`).
 
     Returns:
-        (B, C, h, w), dtype of y; computed in float32.
+        (B, C, h, w), dtype of y; computed in float32 (the Triton kernels: in float64 and rounded once).
     """
     for name, value in (("x", x), ("g", g)):
         if value is not None and value.shape != y.shape:

@@ -91,6 +91,10 @@ def why_unavailable(name: str) -> list[str]:
     """Reasons why backend `name` cannot run on this machine at all; empty if it can (given engines, where it needs them)."""
     if name == "torch":
         return []
+    if name == "tensorrt":
+        from . import backend_tensorrt
+
+        return backend_tensorrt.why_unavailable()
     if name == "compile":
         from . import backend_compile
 
@@ -151,6 +155,10 @@ def load_backend(name: str, model: Model, engines: Path | None = None, **options
             except UsageError as error:
                 above[step] = [str(error)]
         return Ladder([*steps, TorchBackend(model, **options)], model.factor, above)
+    if name == "tensorrt":
+        from .backend_tensorrt import TensorrtBackend
+
+        return TensorrtBackend(model, engines)
     if name == "compile":
         from .backend_compile import CompileBackend
 

@@ -6,6 +6,7 @@ import csv
 import datetime
 import io
 import json
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def run_demo(output: Path, callback: Callback | None = None, bench: Path | None 
 
 
 COLUMNS = ("name", "variant", "shape", "dtype", "p20", "p50", "p80", "unit", "peak_mib", "evaluations", "quality", "device",
-           "versions", "date")  # fmt: skip
+           "versions", "commit", "date")  # fmt: skip
 
 
 def append_rows(path: Path, figures: list[dict[str, Any]], editor: Editor) -> None:
@@ -132,17 +133,7 @@ def append_rows(path: Path, figures: list[dict[str, Any]], editor: Editor) -> No
 
 
 def append_csv(path: Path, rows: list[dict[str, Any]], editor: Editor) -> None:
-    """Add rows of `COLUMNS` to a results CSV, keeping what is there; written whole.
-
-    What describes the editor, the versions and the day is filled in where a row does not say it.
-    """
-    old = path.read_text() if path.exists() else ""
-    if old and old.splitlines()[0].split(",") != list(COLUMNS):
-        raise UsageError(f"{path}: its columns are not those of this version; give another file")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if not old:
-        writer.writeheader()
+    """`write_rows`, with what describes the editor filled in where a row does not say it."""
     v = versions()
     shared = {
         "variant": f"{editor.backend}, {editor.model.name}",
@@ -150,9 +141,50 @@ def append_csv(path: Path, rows: list[dict[str, Any]], editor: Editor) -> None:
         "unit": "s",
         "device": editor.model.device.type,
         "versions": f"torch {v['torch']} diffusers {v['diffusers']}",
-        "date": datetime.date.today().isoformat(),
     }
-    for row in rows:
-        writer.writerow(shared | row)
+    write_rows(path, [shared | row for row in rows])
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows of `COLUMNS` to a results CSV, keeping what is there; written whole.
+
+    The commit and the day are filled in where a row does not say them. A table from before there was a commit column gets
+    an empty one.
+
+    Raises:
+        UsageError: the file has other columns.
+    """
+    old = path.read_text() if path.exists() else ""
+    head = old.splitlines()[0].split(",") if old else []
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if head == [c for c in COLUMNS if c != "commit"]:
+        writer.writeheader()
+        writer.writerows({"commit": ""} | row for row in csv.DictReader(io.StringIO(old)))
+        old = ""
+    elif not old:
+        writer.writeheader()
+    elif head != list(COLUMNS):
+        raise UsageError(f"{path}: its columns are not those of this version; give another file")
+    shared = {"commit": commit(), "date": datetime.date.today().isoformat()}
+    writer.writerows(shared | row for row in rows)
     separator = "" if not old or old.endswith("\n") else "\n"
     write_whole(path, (old + separator + text.getvalue()).encode())
+
+
+def commit() -> str:
+    """The short hash of the checkout that this code runs from, with a + where files were changed; "" for an installed copy."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # not the checkout that an environment happens to lie in
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results.csv")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""

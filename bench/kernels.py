@@ -1,0 +1,250 @@
+"""Roofline of the kernels: seconds, bytes a second against a copy measured on the same device, launches saved.
+
+    python bench/kernels.py [--device cuda|cpu] [--quick] [--table bench/results.csv | --no-table]
+
+On a GPU each operation runs as Triton kernel and in eager torch; on a CPU (to try the script out) only in eager torch. A row
+is written only where the result was compared with float64 just before: within twice the error of one rounding for a kernel.
+Bytes moved are those of the module docstrings: every input and output once, nothing for what a cache answers.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iedit.kernels.dispatch import VARIABLE, why_not_triton
+from iedit.kernels.guided_step import guided_step
+from iedit.kernels.ito_step import ito_step
+from iedit.kernels.mask_map import difference
+
+
+class Launches(TorchDispatchMode):
+    """Counts what eager torch would launch on a GPU, wherever it runs.
+
+    An aten operator is one launch if it makes or changes a tensor's values: everything but views and metadata (its result
+    shares an argument's memory and the schema says nothing is written) and allocations. A lower bound: a reduction may
+    take two.
+    """
+
+    NOTHING = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::alias")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = func._schema
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        returns = any("Tensor" in str(r.type) for r in schema.returns)
+        if (schema.is_mutable or (returns and not view)) and not schema.name.startswith(self.NOTHING):
+            self.names.append(schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def autograd_update(y: Tensor, x: Tensor, g: Tensor, mask: Tensor, lam: Tensor, k: int = 1) -> Tensor:
+    """k steps of the ITO update as one would write it first: autograd and torch.optim.Adam. Shapes as in `ito_step`."""
+    leaf = y.detach().clone().requires_grad_()
+    optimiser = torch.optim.Adam([leaf], lr=0.1, foreach=False)
+    for _ in range(k):
+        optimiser.zero_grad()
+        rec = (((1 - mask) * (leaf - x)) ** 2).mean((1, 2, 3))
+        cosine = 1 - F.cosine_similarity(leaf.flatten(1), g.flatten(1), eps=0)
+        ((1 - lam) * cosine + lam * rec).sum().backward()
+        optimiser.step()
+    return leaf.detach()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one set of inputs.
+
+    Attributes:
+        run: what is measured.
+        exact: the same in float64.
+        moved: bytes.
+        eager: what it replaces, where that is more than `run` without Triton.
+    """
+
+    name: str
+    shape: str
+    run: Callable[[], Tensor]
+    exact: Callable[[], Tensor]
+    moved: int
+    eager: Callable[[], Tensor] | None = None
+
+
+def cases(device: torch.device, kind: torch.dtype, batch: int, side: int) -> list[Case]:
+    """The operations of an edit at latents (batch, 4, side, side)."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, 4, side, side)
+    y, x, g, u, r = (torch.randn(shape, generator=generator).to(device, kind) for _ in range(5))
+    mask = torch.rand(batch, 1, side, side, generator=generator).to(device)
+    lam, half = torch.full((batch,), 0.6, device=device), torch.full((batch,), 0.5, device=device)
+    label, latent, masks = "x".join(map(str, shape)), y.numel() * y.element_size(), mask.numel() * 4
+    wide = [t.double() for t in (y, x, g, u, r, mask, lam, half)]
+    found = []
+    for k in (1, 30):
+        # k=1: y and g twice, x, mask, result. More: the float64 value and moments, read and written every step (the first
+        # step reads no moments), value and g again for the sums, x and the mask.
+        scratch = 8 * y.numel()
+        many = latent * 3 + scratch + k * (scratch * 7 + latent * 3 + masks) - 2 * scratch
+        found.append(
+            Case(
+                f"ito_step k={k}",
+                label,
+                lambda k=k: ito_step(y, x, g, mask, lam, k=k),  # type: ignore[misc]
+                lambda k=k: ito_step(*wide[:3], *wide[5:7], k=k),  # type: ignore[misc]
+                6 * latent + masks if k == 1 else many,
+                lambda k=k: autograd_update(y.float(), x.float(), g.float(), mask, lam, k),  # type: ignore[misc]
+            )
+        )
+    found.append(
+        Case(
+            "guided_step",
+            label,
+            lambda: guided_step(y, x, g, 7.5, half, half, abar=half, mask=mask, reference=r),
+            lambda: guided_step(*wide[:3], 7.5, wide[7], wide[7], abar=wide[7], mask=wide[5], reference=wide[4]),
+            5 * latent + masks,
+        )
+    )
+    a, b = (torch.randn(batch, 10, *shape[1:], generator=generator).to(device, kind) for _ in range(2))
+    found.append(
+        Case(
+            "difference of 10 seeds",
+            label,
+            lambda: difference(a, b),
+            lambda: (a.double() - b.double()).abs().mean((1, 2))[:, None],
+            2 * a.numel() * a.element_size() + masks,
+        )
+    )
+    return found
+
+
+def timings(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of `repeats` runs after two that warm up, sorted; on CUDA by events, each run with a cold L2 cache."""
+    cold = torch.empty(256 << 20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    found = []
+    for i in range(repeats + 2):
+        if cold is not None:
+            cold.zero_()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            run()
+            events[1].record()
+            events[1].synchronize()
+            seconds = events[0].elapsed_time(events[1]) / 1e3
+        else:
+            began = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - began
+        if i >= 2:
+            found.append(seconds)
+    return sorted(found)
+
+
+def copy_bandwidth(device: torch.device, repeats: int, size: int) -> float:
+    """Bytes a second, read and written, of torch's copy of `size` bytes: the ceiling that the fractions are of."""
+    a = torch.ones(size, dtype=torch.int8, device=device)
+    b = torch.empty_like(a)
+    return 2 * size / timings(lambda: b.copy_(a), device, repeats)[repeats // 2]
+
+
+def measure(
+    case: Case, variant: str, kind: torch.dtype, device: torch.device, repeats: int, ceiling: float
+) -> dict[str, Any]:
+    """One row of the table.
+
+    Raises:
+        SystemExit: a kernel's result is not within twice the error of rounding the exact one once.
+    """
+    run = case.eager if variant == "autograd + Adam" and case.eager is not None else case.run
+    exact, got = case.exact(), run()
+    error = float((got.double() - exact).abs().max())
+    bound = 2 * float((exact.to(got.dtype).double() - exact).abs().max())
+    if variant == "Triton" and not error <= bound:
+        sys.exit(f"{case.name} {case.shape} {kind}: error {error:.3g}, allowed {bound:.3g}; no row was written")
+    if variant == "Triton":
+        launches = 1
+    else:
+        with Launches() as counted:
+            run()
+        launches = len(counted.names)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = timings(run, device, repeats)
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0
+    p20, p50, p80 = (seconds[int(q * (len(seconds) - 1))] for q in (0.2, 0.5, 0.8))
+    speed = case.moved / p50
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "name": f"kernels/{case.name}",
+        "variant": variant,
+        "shape": case.shape,
+        "dtype": str(kind).removeprefix("torch."),
+        "p20": f"{p20 * 1e6:.1f}",
+        "p50": f"{p50 * 1e6:.1f}",
+        "p80": f"{p80 * 1e6:.1f}",
+        "unit": "us",
+        "peak_mib": round(peak),
+        "evaluations": 0,
+        "quality": f"{speed / 1e9:.1f} GB/s needed bytes, {speed / ceiling:.3f} of copy; {launches} launches; "
+        f"max error {error:.2g}, one rounding {bound / 2:.2g}",
+        "device": where,
+        "versions": f"torch {torch.__version__}",
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="one small shape, float32, few repeats: does it run?")
+    parser.add_argument("--table", type=Path, default=Path(__file__).parent / "results.csv")
+    parser.add_argument("--no-table", action="store_true", help="print only")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    on_gpu = not why_not_triton(torch.empty(1, device=device))
+    repeats = 3 if options.quick else 100 if device.type == "cuda" else 10
+    ceiling = copy_bandwidth(device, repeats, (1 << 30) if device.type == "cuda" else (16 << 20))
+    print(f"{device}: copy {ceiling / 1e9:.1f} GB/s")
+    if options.quick:
+        kinds, sizes = [torch.float32], [(1, 16)]
+    else:
+        kinds, sizes = [torch.float32, torch.float16, torch.bfloat16], [(1, 64), (8, 64), (1, 128), (8, 128)]
+    rows = []
+    for kind in kinds:
+        for batch, side in sizes:
+            for case in cases(device, kind, batch, side):
+                for variant in (*(("Triton",) if on_gpu else ()), "eager closed form", "autograd + Adam"):
+                    if variant == "autograd + Adam" and case.eager is None:
+                        continue
+                    os.environ[VARIABLE] = "triton" if variant == "Triton" else "reference"
+                    row = measure(case, variant, kind, device, repeats, ceiling)
+                    print(
+                        *(f"{row[c]}" for c in ("name", "variant", "shape", "dtype", "p50", "unit", "quality")),
+                        sep="  ",
+                    )
+                    rows.append(row)
+    os.environ.pop(VARIABLE, None)
+    if not options.no_table:
+        from iedit.runtime.demo import write_rows
+
+        write_rows(options.table, rows)
+        print(f"{options.table}: {len(rows)} rows added")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""ONNX engine folders -> TensorRT engine folders, for the GPU of this machine; one code path for TensorRT 10.12+ and 11.
+
+The network is strongly typed: precision is what the ONNX graph says, so there is no flag for it here. Each `Shapes` becomes
+one optimisation profile. A build is seen whole or not at all: it is written beside its place, `engine.json` last, and renamed.
+
+Nothing of this file has run on hardware yet: it was driven by a recording fake (see docs/tensorrt.md).
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..runtime import backend_tensorrt, module_io
+from ..runtime.backend_tensorrt import PLAN, last_errors, new_logger
+from ..runtime.engine_spec import SPEC_FILE, EngineSpec, Shapes, build_lock, damaged, read_spec, write_spec
+from ..runtime.errors import RunError, UsageError
+from ..runtime.images import write_whole
+from . import onnx
+from .onnx import replace_folder
+
+GRAPH = "model.onnx"
+INSPECTOR = "inspector.json"
+TEXT = (1, 77, 308)  # tokens: CLIP's length is the optimum, prompts of up to four chunks fit
+Tell = Callable[[str], None]
+
+
+def build_tensorrt(
+    onnx_folder: Path,
+    out: Path,
+    shapes: Sequence[Shapes],
+    *,
+    timing_cache: Path | None = None,
+    refit: bool = False,
+    tell: Tell = lambda text: None,
+    factor: int = 8,
+    text: tuple[int, int, int] = TEXT,
+    workspace: int | None = None,
+    device: torch.device | None = None,
+    force: bool = False,
+) -> EngineSpec:
+    """Build the engine of one module in folder `out`. What is there already and valid is kept.
+
+    Args:
+        onnx_folder: an engine of format onnx: `engine.json` and `model.onnx`.
+        shapes: ranges without "any", pixels; one optimisation profile each.
+        timing_cache: file of tactic timings, read and written: a second build takes a fraction of the first.
+        refit: the weights can be exchanged later; costs some speed.
+        tell: is given a line for every phase of the build.
+        factor: pixels per latent cell (`Model.factor`).
+        text: (min, opt, max) of the text's length in tokens, where the graph leaves it open.
+        workspace: bytes that layers may use for scratch; None is all that the GPU has.
+
+    Raises:
+        UsageError: TensorRT cannot run here, or the ONNX folder or a range cannot be used; nothing was written.
+        RunError: the parser or the builder failed; nothing was written.
+    """
+    why = backend_tensorrt.why_unavailable()
+    if why:
+        raise UsageError(f"tensorrt was requested but cannot run: {'; '.join(why)}")
+    import tensorrt as trt
+
+    source = read_spec(onnx_folder)
+    if source.format != "onnx":
+        raise UsageError(f"{onnx_folder}: is an engine of format {source.format}, expected onnx")
+    spoilt = damaged(onnx_folder, source)
+    if spoilt:
+        raise UsageError(f"{onnx_folder}: {'; '.join(spoilt)}; export it again")
+    where = device or torch.device("cuda")
+    ranges = module_shapes(source.module, shapes)
+    spec = EngineSpec(
+        format="tensorrt",
+        module=source.module,
+        model=source.model,
+        weights=source.weights,
+        graph=source.graph,
+        precision=source.precision,
+        shapes=ranges,
+        opset=source.opset,
+        versions={**source.versions, "tensorrt": str(trt.__version__)},
+        gpu=backend_tensorrt.arch(where),
+        refit=refit,
+    )
+    with build_lock(out, tell):
+        kept = None if force else _valid(out, spec)
+        if kept is not None:
+            tell(f"{spec.module}: kept, the engine is there")
+            return kept
+        for stale in out.parent.glob(
+            f".{out.name}.*.building"
+        ):  # of builds that were killed: this process has the lock
+            shutil.rmtree(stale, ignore_errors=True)
+        building = out.parent / f".{out.name}.{secrets.token_hex(4)}.building"
+        building.mkdir(parents=True)
+        try:
+            with backend_tensorrt.on(where):
+                _build(trt, onnx_folder / GRAPH, building, spec, timing_cache, tell, factor, text, workspace)
+            spec = write_spec(building, spec, [PLAN, INSPECTOR])
+            replace_folder(building, out)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    tell(f"{spec.module}: done")
+    return spec
+
+
+def module_shapes(module: str, shapes: Sequence[Shapes]) -> tuple[Shapes, ...]:
+    """The ranges that a module has profiles for. The text encoder has no size: one range for each batch.
+
+    Raises:
+        UsageError: there is none, or one without limits.
+    """
+    if not shapes:
+        raise UsageError("shapes: a TensorRT engine is built for ranges of batch and size; give at least one")
+    for s in shapes:
+        for name in ("batch", "height", "width"):
+            low, opt, high = getattr(s, name)
+            if not 1 <= low <= opt <= high:
+                raise UsageError(f"shapes: {name} {low}-{opt}-{high} is not a range with limits; TensorRT needs one")
+    if module == "text_encoder":
+        return tuple(dict.fromkeys(Shapes(s.batch, (0, 0, 0), (0, 0, 0)) for s in shapes))
+    return tuple(shapes)
+
+
+def _valid(folder: Path, wanted: EngineSpec) -> EngineSpec | None:
+    """The engine that is there, if it is what is wanted and whole."""
+    if not (folder / SPEC_FILE).is_file():
+        return None
+    try:
+        spec = read_spec(folder)
+    except UsageError:
+        return None
+    fields = ("format", "module", "weights", "graph", "precision", "shapes", "gpu", "refit")
+    if spec.differs(**{name: getattr(wanted, name) for name in fields}) or damaged(folder, spec):
+        return None
+    return spec if spec.versions.get("tensorrt") == wanted.versions["tensorrt"] else None
+
+
+def _build(
+    trt: Any,
+    graph: Path,
+    folder: Path,
+    spec: EngineSpec,
+    timing_cache: Path | None,
+    tell: Tell,
+    factor: int,
+    text: tuple[int, int, int],
+    workspace: int | None,
+) -> None:
+    """Writes the plan and the inspector's report into `folder`."""
+    log = new_logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(network_flags(trt))
+    parser = trt.OnnxParser(network, log)
+    tell(f"{spec.module}: reading {graph.name}")
+    if not parser.parse_from_file(str(graph)):
+        found = [parser.get_error(i) for i in range(parser.num_errors)]
+        said = [f"{error.node_name() or 'a node'} ({error.node_operator() or '?'}): {error.desc()}" for error in found]
+        raise RunError(
+            f"{graph}: TensorRT's parser refused it: {'; '.join(said) or last_errors(log)}; "
+            "try another opset (`iedit export onnx --opset 22`)"
+        )
+    config = builder.create_builder_config()
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if spec.refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.progress_monitor = new_monitor(trt, lambda line: tell(f"{spec.module}: {line}"))
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    names = {tensor.name for tensor in inputs}
+    if names != set(module_io.inputs(spec.module)):
+        raise RunError(
+            f"{graph}: its inputs are {', '.join(sorted(names))}, expected {', '.join(module_io.inputs(spec.module))}; "
+            "export it again"
+        )
+    for limits in spec.shapes:
+        profile = builder.create_optimization_profile()
+        for tensor in inputs:
+            dims = tuple(tensor.shape)
+            if -1 in dims:
+                profile.set_shape(tensor.name, *input_ranges(tensor.name, dims, limits, factor, text))
+        if config.add_optimization_profile(profile) < 0:
+            raise RunError(f"{graph}: TensorRT refused the ranges {limits}: {last_errors(log)}")
+    if timing_cache is not None:
+        cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+        # A cache of another GPU or version is of no use, and is replaced.
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            tell(f"{spec.module}: {timing_cache} is of another GPU or TensorRT; starting a new one")
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RunError(f"{graph}: TensorRT could not build {spec.module} for {spec}: {last_errors(log)}")
+    if timing_cache is not None:
+        cache = config.get_timing_cache()
+        timing_cache.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(timing_cache, bytes(cache.serialize()))
+    write_whole(folder / PLAN, bytes(plan))
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(bytes(plan))
+    if engine is None:
+        raise RunError(f"{graph}: TensorRT cannot load what it built: {last_errors(log)}")
+    inspector = engine.create_engine_inspector()
+    report = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    write_whole(folder / INSPECTOR, str(report).encode())
+
+
+def network_flags(trt: Any) -> int:
+    """For `create_network`: strongly typed. TensorRT 11 knows nothing else, and has renumbered the flags."""
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if typed is None else 1 << int(typed)
+
+
+def input_ranges(
+    name: str, dims: tuple[int, ...], limits: Shapes, factor: int, text: tuple[int, int, int]
+) -> tuple[tuple[int, ...], ...]:
+    """(min, opt, max) shape of an input; its open dimensions, -1 in `dims`, are filled.
+
+    Raises:
+        RunError: an input that no module has (see `module_io`).
+    """
+    pixels = (limits.height, limits.width)
+    cells = tuple(tuple(v // factor for v in side) for side in pixels)
+    rows: tuple[tuple[int, ...], ...]
+    if name in ("sample", "latents"):
+        rows = (limits.batch, (0, 0, 0), *cells)
+    elif name == "images" or name.endswith("_image"):
+        rows = (limits.batch, (3, 3, 3), *pixels)
+    elif name == "timestep" or name.endswith("_scale"):
+        rows = (limits.batch,)
+    elif name in ("encoder_hidden_states", "ids"):
+        rows = (limits.batch, text, (0, 0, 0))
+    else:
+        raise RunError(f"the ONNX graph has an input {name}, which no module has; export it again")
+    filled = [(d, d, d) if d != -1 else rows[i] for i, d in enumerate(dims)]
+    return tuple(tuple(row[i] for row in filled) for i in range(3))
+
+
+def new_monitor(trt: Any, tell: Tell) -> Any:
+    """Tells of the build's outer phases, with their share. Ctrl-C is Python's: it arrives when a phase's step ends."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.tenths: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:  # inner ones come by the thousand
+                self.steps[phase_name], self.tenths[phase_name] = num_steps, 0
+                tell(f"{phase_name} begins")
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.steps:
+                tenth = 10 * (step + 1) // max(self.steps[phase_name], 1)
+                if tenth > self.tenths[phase_name]:
+                    self.tenths[phase_name] = tenth
+                    tell(f"{phase_name} {10 * min(tenth, 10)} %")
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            if self.steps.pop(phase_name, None) is not None:
+                tell(f"{phase_name} is done")
+
+    return Monitor()
+
+
+def build_all(
+    model: Any,
+    out: Path,
+    shapes: Sequence[Shapes],
+    layouts: Sequence[str] | None = None,
+    precision: str = "fp16",
+    *,
+    timing_cache: Path | None = None,
+    refit: bool = False,
+    tell: Tell = lambda text: None,
+    force: bool = False,
+) -> list[EngineSpec]:
+    """Engines of every module of a model, from the ONNX engines in `out`; those that are missing are exported first.
+
+    Args:
+        model: a `runtime.models.Model`.
+        layouts: ControlNets to fuse; None is each that the model has, alone.
+    """
+    tokens = min(model.tokenizer.model_max_length, model.text_encoder.config.max_position_embeddings)
+
+    def said(told: Any) -> None:
+        tell(f"{told.module}: ONNX: {told.text}")
+
+    made = []
+    for source in onnx.export_onnx(model, out, layouts, precision, tell=said):
+        # The encoder reads one chunk at a time; the UNet reads the states of up to four.
+        longest = tokens if source.module == "text_encoder" else 4 * tokens
+        made.append(
+            build_tensorrt(
+                onnx.engine_folder(out, source.module, precision),
+                out / f"tensorrt-{precision}" / source.module,
+                shapes,
+                timing_cache=timing_cache,
+                refit=refit,
+                tell=tell,
+                factor=model.factor,
+                text=(tokens, tokens, longest),
+                device=model.device,
+                force=force,
+            )
+        )
+    return made
