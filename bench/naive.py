@@ -68,7 +68,7 @@ class Naive:
         heat = F.pad(heat, (radius, radius, radius, radius), mode="replicate")
         heat = F.conv2d(F.conv2d(heat, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
         heat = (heat - heat.min()) / (heat.max() - heat.min())
-        return (heat > options.cut).float()
+        return (heat > options.threshold).float()
 
     @torch.no_grad()
     def invert(self, x0: Tensor, text: Tensor) -> list[Tensor]:
@@ -111,7 +111,7 @@ class Naive:
         vae = self.model.vae
         with torch.no_grad():
             x0 = vae.encode(image.to(self.device, self.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
-        mask = self.mask(x0, edit, source, empty, options.mask, seed)
+        mask = self.mask(x0, edit, source, empty, options.mask.settled(self.model), seed)
         xs = self.invert(x0, source)
         noise = seeded_noise(seed, "guidance", tuple(x0.shape[1:]))[None].to(self.device)
 

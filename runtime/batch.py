@@ -81,6 +81,9 @@ class Batch:
         self.base = [model.digest, backend, str(model.dtype), model.device.type,
                      list(dataclasses.astuple(model.schedule)[1:])]  # fmt: skip
         self.states: dict[str, Tensor] = {}
+        mask = o.mask.settled(model)
+        assert mask.strength is not None and mask.threshold is not None
+        self.strength, self.threshold = mask.strength, mask.threshold
 
     def run(self, only_mask: bool = False) -> str:
         """All stages up to the clean latent; the name of the stage that holds it."""
@@ -139,16 +142,16 @@ class Batch:
                 uncond = self.states[self.options.negative_prompt] if o.guided else None
                 return self.network.drive(estimate(
                     self.network, self._found(members, "encode"), noise, self.levels, self._told(members),
-                    self._told(members, source=True), uncond=uncond, scale=self.scale, strength=o.strength, mode=o.mode,
+                    self._told(members, source=True), uncond=uncond, scale=self.scale, strength=self.strength, mode=o.mode,
                 ))  # fmt: skip
 
-            how = [self.levels.steps, self.scale, o.mode, o.seeds, o.strength, o.guided]
+            how = [self.levels.steps, self.scale, o.mode, o.seeds, self.strength, o.guided]
             self._stage(
                 "mask", lambda j: [j.digest, self._told_key(j), self._told_key(j, True), j.request.seed, how], compare
             )
             for j in self.jobs:
                 heat = j.found["mask"]["value"].unsqueeze(0)
-                j.mask = mask_map(heat, sigma=o.sigma, norm=o.norm, threshold=o.cut)
+                j.mask = mask_map(heat, sigma=o.sigma, norm=o.norm, threshold=self.threshold)
         for j in self.jobs:
             if j.given_mask is not None:
                 j.mask = j.given_mask
@@ -399,7 +402,7 @@ class Batch:
         if self.jobs[0].given_mask is None and estimates_mask(self.request):
             # The halves without a condition cancel in a single comparison of two texts (see `mask.estimate`).
             halves = both if o.mask.guided and (self.jobs[0].maps or o.mask.mode == "trajectory") else 1
-            steps = 1 if o.mask.mode == "single" else self.levels.steps - self.levels.start(o.mask.strength)
+            steps = 1 if o.mask.mode == "single" else self.levels.steps - self.levels.start(self.strength)
             costs["mask"] = o.mask.seeds * 2 * halves * steps
         if method != "ito":
             return costs | {"sample": run * both} | ({"invert": run * inversion} if self.inverts else {})

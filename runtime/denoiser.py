@@ -6,6 +6,7 @@ wraps one, and do not know which backend answers.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -153,6 +154,9 @@ class Network:
         # Conditions put together or cut before, with what they were made of: a loop asks with the same ones at every step,
         # and a backend that keeps what it computed of a text or a layout knows it again by the tensor.
         self._made: dict[tuple[Any, ...], tuple[Any, Condition]] = {}
+        self._constants: dict[
+            tuple[Any, ...], Any
+        ] = {}  # timesteps and coefficients as tensors, three for each level and batch
 
     def drive(self, loop: Loop[T]) -> T:
         """Run one loop in the running stage."""
@@ -167,6 +171,7 @@ class Network:
         """
         asks: dict[str, Ask] = {}
         results: dict[str, Any] = {}
+        sums: list[tuple[str, Tensor]] = []
 
         def advance(name: str, output: Tensor | None) -> None:
             try:
@@ -190,14 +195,25 @@ class Network:
                 owners = [name for name, size in zip(names, sizes) for _ in range(size)]
                 output = self._predict(x, t, self._cat([a.condition for a in together]), owners)
                 for name, part in zip(names, output.split(sizes), strict=True):
-                    if not torch.isfinite(part).all():
-                        where = f"stage {name}, step {self.profile.step_number}"
-                        raise RunError(
-                            f"the network returned NaN or infinity in {where}: "
-                            "load the model with dtype float32, or check the checkpoint"
-                        )
+                    sums.append((f"stage {name}, step {self.profile.step_number}", part.sum()))
+                    if not part.is_cuda:  # to look is to wait for a GPU, so there it is done once, at the end
+                        self._check(sums)
                     advance(name, part)
+        self._check(sums)
         return results
+
+    @staticmethod
+    def _check(sums: list[tuple[str, Tensor]]) -> None:
+        """Raises RunError for the first place whose sum is not finite; empties `sums`. A finite output has a finite sum:
+        it would take 1e34 a value to overflow it."""
+        finite = [math.isfinite(v) for v in torch.stack([s for _, s in sums]).tolist()] if len(sums) > 1 else [
+            math.isfinite(s.item()) for _, s in sums]  # fmt: skip
+        if not all(finite):
+            raise RunError(
+                f"the network returned NaN or infinity in {sums[finite.index(False)][0]}: "
+                "load the model with dtype float32, or check the checkpoint"
+            )
+        sums.clear()
 
     def predict(self, x: Tensor, t: int | Tensor, condition: Condition) -> Tensor:
         """The network's output, (B, C, h, w) float32, in calls of at most `max_batch` samples.
@@ -208,9 +224,17 @@ class Network:
         return self.drive(self._ask(x, t, condition))
 
     def _ask(self, x: Tensor, t: int | Tensor, condition: Condition) -> Loop[Tensor]:
-        times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        output = yield Ask(x, times, condition)
+        output = yield Ask(x, self._times(t, x), condition)
         return output
+
+    def _times(self, t: int | Tensor, x: Tensor) -> Tensor:
+        """(B,) int64; the same tensor whenever it is the same."""
+        if isinstance(t, Tensor):
+            return t
+        key = (t, len(x), x.device)
+        if key not in self._constants:
+            self._constants[key] = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        return self._constants[key]
 
     def _cat(self, conditions: Sequence[Condition]) -> Condition:
         if len(conditions) == 1:
@@ -262,7 +286,7 @@ class Network:
         """
         if uncond is None or scale == 1:
             return (yield from self._ask(x, t, condition))
-        times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        times = self._times(t, x)
         both = self._cat([uncond, condition])
         low, high = (yield from self._ask(torch.cat([x, x]), torch.cat([times, times]), both)).chunk(2)
         return low + scale * (high - low)
@@ -307,10 +331,12 @@ class Network:
 
     def _move(self, x: Tensor, cond: Tensor, low: Tensor | None, scale: float, abar_from: float, abar_to: float,
               kept: dict[str, Tensor]) -> Tensor:  # fmt: skip
-        c_x, c_eps = ddim_coefficients(abar_from, abar_to)
-        ones = torch.ones(len(x), dtype=x.dtype, device=x.device)
-        return guided_step(x, cond, low, scale, ones * c_x, ones * c_eps, abar=ones * abar_from, prediction=self.prediction,
-                           **kept)  # fmt: skip
+        key = (abar_from, abar_to, len(x), x.dtype, x.device)
+        if key not in self._constants:
+            values = torch.tensor([*ddim_coefficients(abar_from, abar_to), abar_from], dtype=x.dtype, device=x.device)
+            self._constants[key] = values.unsqueeze(1).expand(3, len(x)).contiguous().unbind()
+        c_x, c_eps, abar = self._constants[key]
+        return guided_step(x, cond, low, scale, c_x, c_eps, abar=abar, prediction=self.prediction, **kept)
 
 
 def invert(

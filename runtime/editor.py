@@ -15,11 +15,13 @@ import hashlib
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageChops, ImageFilter
+from torch import Tensor
 
 from . import METHODS, VERSION
 from . import images as pictures
@@ -210,19 +212,22 @@ class Editor:
         jobs, options, profile = batch.jobs, batch.options, batch.profile
         batch.composite(stage)
         with profile.stage("decode"):
-            shown = [(j, s) for s in (stage, "guidance") for j in jobs if s in j.found]
-            decoded = batch.vae(self.model.decode, torch.stack([j.found[s]["value"] for j, s in shown]))
-            drawn = {(id(j), s): pictures.crop_back(pictures.to_image(d), j.size) for (j, s), d in zip(shown, decoded)}
+            decoded = batch.vae(self.model.decode, torch.stack([j.found[stage]["value"] for j in jobs]))
             results = []
-            for j in jobs:
-                image, mask = drawn[id(j), stage], self._mask_picture(j)
+            for j, pixels in zip(jobs, decoded, strict=True):
+                image, mask = pictures.crop_back(pictures.to_image(pixels), j.size), self._mask_picture(j)
                 if options.composite == "pixel" and mask is not None:
                     image = paste(pictures.as_rgb(j.request.image), image, mask, options.feather)
                 # Copies: what the caller does with them must not reach the cache.
                 latent, source = (j.found[s]["value"].cpu().clone() for s in (stage, "encode"))
-                guidance = drawn.get((id(j), "guidance"))
-                results.append(EditResult(image, mask, guidance, latent, source, profile, self._receipt(j, profile)))
+                guidance = j.found["guidance"]["value"].cpu().clone() if "guidance" in j.found else None
+                receipt, draw = self._receipt(j, profile), partial(self._draw, size=j.size)
+                results.append(EditResult(image, mask, guidance, latent, source, profile, receipt, draw))
         return results
+
+    def _draw(self, latent: Tensor, size: tuple[int, int]) -> Image.Image:
+        """A latent (C, h, w) as a picture of `size` (width, height)."""
+        return pictures.crop_back(pictures.to_image(self.model.decode(latent.unsqueeze(0))[0]), size)
 
     def _mask_picture(self, job: Job) -> Image.Image | None:
         if job.mask is None:

@@ -62,6 +62,7 @@ class Model:
         modules: the backend that runs VAE and text encoder; None is eager torch.
         part_digests: the same over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
         guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
+        mask_strength, mask_threshold: of `MaskOptions`, where the checkpoint's `iedit.json` recommends them.
     """
 
     name: str
@@ -76,6 +77,8 @@ class Model:
     dtype: torch.dtype
     digest: str
     guidance_scale: float = 7.5
+    mask_strength: float | None = None
+    mask_threshold: float | None = None
     part_digests: Mapping[str, str] = field(default_factory=dict)
     modules: Modules | None = None
 
@@ -433,6 +436,8 @@ def load_model(
         digest=digest,
         part_digests=parts,
         guidance_scale=float(hints.get("guidance_scale", 7.5)),
+        mask_strength=hints.get("mask_strength"),
+        mask_threshold=hints.get("mask_threshold"),
     )
 
 

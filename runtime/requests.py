@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
@@ -34,25 +35,29 @@ class MaskOptions:
         mode: "single" (one evaluation at the noise level of `strength`), "trajectory" (both conditions are denoised and
             compared at the last step) or "none" (ITO then preserves everywhere, Eq. 3; other methods do not blend).
         seeds: noises that the difference is averaged over.
-        strength: where the comparison starts, share of the steps.
+        strength: where the comparison starts, share of the steps; None is what the checkpoint recommends, else 0.5.
         guided: compare predictions after guidance.
         sigma: of the Gaussian smoothing, latent pixels.
         norm: "minmax", or "clamp" at 3x the mean as diffusers does; per image.
-        threshold: cells above it are edited; None is 0.1 for minmax and 0.5 for clamp.
+        threshold: cells above it are edited; None is 0.5 for clamp, and for minmax what the checkpoint recommends, else 0.1.
     """
 
     mode: str = "single"
     seeds: int = 10
-    strength: float = 0.5
+    strength: float | None = None
     guided: bool = True
     sigma: float = 1.0
     norm: str = "minmax"
     threshold: float | None = None
 
-    @property
-    def cut(self) -> float:
-        """The threshold in force."""
-        return (0.1 if self.norm == "minmax" else 0.5) if self.threshold is None else self.threshold
+    def settled(self, model: Model) -> MaskOptions:
+        """With a number for what was left to the checkpoint."""
+        strength, threshold = self.strength, self.threshold
+        if strength is None:
+            strength = 0.5 if model.mask_strength is None else model.mask_strength
+        if threshold is None and self.norm == "minmax":
+            threshold = 0.1 if model.mask_threshold is None else model.mask_threshold
+        return dataclasses.replace(self, strength=strength, threshold=0.5 if threshold is None else threshold)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Options:
         one_of("inversion_evaluate", self.inversion_evaluate, ("target", "source"))
         one_of("composite", self.composite, ("none", "latent", "pixel"))
         within("lambda", self.lam, 0, 1)
-        within("mask threshold", self.mask.cut, 0, 1)
+        within("mask threshold", 0 if self.mask.threshold is None else self.mask.threshold, 0, 1)
         within("mask seeds", self.mask.seeds, 1, 1000)
         within("mask sigma", self.mask.sigma, 0, 1000)
         within("feather", self.feather, 0, 1000)
@@ -127,7 +132,7 @@ class Options:
         for name, value in {**scales, **{f"control_scales {n}": s for n, s in self.control_scales}}.items():
             if value is not None and not math.isfinite(value):
                 raise UsageError(f"{name} is {value}, expected a number")
-        for name, ratio in (("encoding_ratio", self.encoding_ratio), ("mask strength", self.mask.strength),
+        for name, ratio in (("encoding_ratio", self.encoding_ratio), ("mask strength", 1.0 if self.mask.strength is None else self.mask.strength),
                             ("ratio", 1.0 if self.ratio is None else self.ratio)):  # fmt: skip
             if not 0 < ratio <= 1:
                 raise UsageError(f"{name} is {ratio}, expected a number above 0 and at most 1")
@@ -171,7 +176,8 @@ class EditResult:
     Attributes:
         image: RGB, the size of the input.
         mask: "L", white where the edit was allowed; None without a mask.
-        guidance: RGB guidance image, None where it was skipped.
+        guidance: RGB guidance image, None where it was skipped; decoded when it is first asked for.
+        guidance_latent: (C, h, w) float32 on the CPU, what it is decoded from.
         latent, source_latent: (C, h, w) float32 on the CPU, of the result and of the input (padded size).
         profile: what the batch cost that this edit was part of.
         receipt: JSON-ready: the request, model digest, versions, backend, mask statistics, notes.
@@ -179,11 +185,16 @@ class EditResult:
 
     image: Image.Image
     mask: Image.Image | None
-    guidance: Image.Image | None
+    guidance_latent: Tensor | None
     latent: Tensor
     source_latent: Tensor
     profile: Profile
     receipt: dict[str, Any]
+    draw: Callable[[Tensor], Image.Image] = field(repr=False, compare=False)
+
+    @cached_property
+    def guidance(self) -> Image.Image | None:
+        return None if self.guidance_latent is None else self.draw(self.guidance_latent)
 
 
 @dataclass
@@ -222,6 +233,8 @@ def check_request(model: Model, request: EditRequest) -> Job:
     if request.method.startswith("controlnet") and not request.layouts:
         raise UsageError(f"method {request.method} needs at least one layout (--layout pose=FILE)")
     request.options.check()
+    settled = dataclasses.replace(request.options, mask=request.options.mask.settled(model))
+    request = dataclasses.replace(request, options=settled)
     model.schedule.levels(request.steps)
     for name in {**request.layouts, **request.source_layouts}:
         if name not in model.controlnets:
