@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from naive import Naive
 
 from iedit.runtime import images as pictures
-from iedit.runtime.backend_torch import TorchBackend
 from iedit.runtime.backends import load_backend
 from iedit.runtime.demo import append_csv
 from iedit.runtime.editor import Editor, EditRequest
+from iedit.runtime.errors import UsageError
 from iedit.runtime.models import load_model
 from iedit.runtime.profile import module_call, peak_memory
 from iedit.runtime.stages import StageCache
@@ -186,27 +186,35 @@ def event_cost(calls: int = 20000) -> float:
 @click.option("--steps", default=25, show_default=True)
 @click.option("--threads", default=0, help="torch threads; 0 leaves them.")
 @click.option("--reader", type=click.Path(path_type=Path), default=None, help="Weights of `iedit train classifier`.")
+@click.option("--skip-missing", is_flag=True, help="Leave out, with its reason, a backend that cannot run here.")
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="Append rows to this CSV.")
 def main(model: str, backends: str, engines: Path | None, pipelines: bool, device: str | None, dtype: str | None, size: int,
-         edits: int, rounds: int, steps: int, threads: int, reader: Path | None, output: Path | None) -> None:  # fmt: skip
+         edits: int, rounds: int, steps: int, threads: int, reader: Path | None, skip_missing: bool, output: Path | None) -> None:  # fmt: skip
     """Time an ITO text edit by every backend against the plain composition of diffusers' parts."""
     if threads:
         torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as made:
-        folder = model
-        if model == RANDOM:
-            import full_size
+    folder = model
+    if model == RANDOM:
+        import full_size
 
-            folder = made
-            full_size.write(Path(made))
-        loaded = load_model(folder, device=device, dtype=dtype)
+        # Until the process ends: the scheduler's config is read from there later.
+        made = tempfile.TemporaryDirectory()
+        folder = made.name
+        full_size.write(Path(folder))
+    loaded = load_model(folder, device=device, dtype=dtype)
     loaded.name = model
     asked, cases = requests_of(model, size, edits, steps)
     variants: dict[str, Callable[[EditRequest], Run]] = {"naive": naive(loaded, steps)}
     editors: dict[str, Editor] = {}
     for name in backends.split(","):
-        backend = (TorchBackend(loaded, attention="xformers", channels_last=True) if name == "xformers"
-                   else load_backend(name, loaded, engines))  # fmt: skip
+        options = {"attention": "xformers", "channels_last": True} if name == "xformers" else {}
+        try:
+            backend = load_backend("torch" if name == "xformers" else name, loaded, engines, **options)
+        except UsageError as error:
+            if not skip_missing:
+                raise click.ClickException(str(error)) from error
+            click.echo(f"{name} is left out: {error}", err=True)
+            continue
         editors[name] = Editor(loaded, backend)
         variants[name] = ours(editors[name])
     if pipelines:

@@ -39,9 +39,6 @@ if wanted kernels; then
     timeout 600 "$PYTHON" bench/kernels.py --device cuda
 fi
 if wanted edit; then
-    if [[ -f bench/edit.py ]]; then
-        timeout 600 "$PYTHON" bench/edit.py --device cuda --size 512
-    else
-        echo "bench/edit.py is not in this tree; skipped"
-    fi
+    timeout 600 "$PYTHON" bench/edit.py --model sd15-random --device cuda --dtype bfloat16 --size 512 --edits 2 --rounds 3 \
+        --backends torch,xformers,compile --skip-missing --output bench/results.csv
 fi

@@ -39,12 +39,52 @@ def test_the_gpu_script_is_sound_and_names_files_that_are_there(root: Path) -> N
     assert _run(root, "bash", "-n", str(script)).returncode == 0
     assert os.access(script, os.X_OK)
     text = script.read_text()
-    named = set(re.findall(r"\b(?:bench|tests)/[\w./]+\.\w+", text)) - {"bench/gpu.sh"}
-    guarded = set(re.findall(r"\[\[ -f (\S+) \]\]", text))
-    assert "bench/kernels.py" in named
-    assert all((root / name).is_file() for name in named - guarded), named
+    named = set(re.findall(r"\b(?:bench|tests)/[\w./]+\.\w+", text)) - {"bench/gpu.sh", "bench/results.csv"}
+    assert {"bench/kernels.py", "bench/edit.py"} <= named
+    assert all((root / name).is_file() for name in named), named
     assert text.count("timeout 600") == 3  # each step
     wrong = _run(root, "bash", str(script), "everything")
     assert wrong.returncode == 2 and "give tests, kernels, edit or all" in wrong.stderr
     any_gpu = any("pytest.mark.gpu" in path.read_text() for path in (root / "tests").glob("test_*.py"))
     assert any_gpu
+
+
+def test_the_edit_benchmark_runs_and_its_plain_composition_makes_the_same_edit(root: Path, tmp_path: Path) -> None:
+    table = tmp_path / "results.csv"
+    script = str(root / "bench" / "edit.py")
+    done = _run(root, sys.executable, script, "--edits", "2", "--rounds", "1", "--steps", "6", "--backends", "torch,xformers",
+                "--skip-missing", "--output", str(table))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "xformers is left out" in done.stderr or "xformers attention" in done.stdout
+    rows = {r["variant"].split(",")[0]: r for r in csv.DictReader(table.open(newline=""))}
+    assert {"naive", "torch", "diffusers DiffEdit", "diffusers Img2Img"} <= set(rows)
+    found = re.match(r"naive / this ([\d.]+), mask IoU ([\d.]+) and L1 ([\d.]+) to naive", rows["torch"]["quality"])
+    assert found and float(found[2]) >= 0.98 and float(found[3]) <= 0.005
+    assert int(rows["naive"]["evaluations"]) > int(rows["torch"]["evaluations"]) > 0
+
+
+def test_the_readme_s_tables_are_what_the_results_say(root: Path) -> None:
+    done = _run(root, sys.executable, str(root / "bench" / "tables.py"), "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_tables_keep_the_last_row_of_a_measurement() -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("tables", Path(__file__).parent.parent / "bench" / "tables.py")
+    assert spec and spec.loader
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    base = dict.fromkeys(COLUMNS, "") | {
+        "name": "edit/x",
+        "variant": "torch",
+        "p20": "1",
+        "p80": "3",
+        "quality": "good",
+    }
+    text = tables.rewrite(
+        f"a {tables.BEGIN} old {tables.END} b",
+        [base | {"p50": "2"}, base | {"name": "other", "p50": "5"}, base | {"p50": "0.0021"}],
+    )
+    assert text.startswith("a ") and text.endswith(" b") and " old " not in text
+    assert "2.10 ms (1.00 s-3.00 s)" in text and "2.00 s (" not in text and "5.00" not in text

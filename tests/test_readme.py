@@ -41,7 +41,7 @@ def test_every_command_line_parses(root: Path) -> None:
     lines = [line for block in blocks(root, "sh") for line in block.splitlines() if line.startswith("iedit ")]
     assert len(lines) >= 8
     shown = {parse(line).name for line in lines}
-    assert shown >= {"edit", "mask", "layouts", "replay", "info", "demo", "train"}
+    assert shown >= {"edit", "mask", "layouts", "replay", "info", "demo", "train", "profile", "onnx", "verify", "list"}
 
 
 @pytest.mark.parametrize("line", ["iedit edlt a.png", "iedit edit a.png --promt x", "iedit edit a.png", "iedit train"])
