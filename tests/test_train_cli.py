@@ -70,13 +70,13 @@ class Editor:
     asked: ClassVar[list[EditRequest]] = []
 
     @classmethod
-    def load(cls, model: str, cache: Any) -> Editor:
+    def load(cls, model: str, backend: str, cache: Any) -> Editor:
         assert cache.memory == 0  # methods are compared by their cost
         return cls()
 
     @property
     def model(self) -> Any:
-        return SimpleNamespace(digest="0123456789abcdef")
+        return SimpleNamespace(digest="0123456789abcdef", guidance_scale=5.0, mask_strength=None, mask_threshold=None)
 
     def edit_many(self, requests: list[EditRequest]) -> list[Any]:
         self.asked.extend(requests)

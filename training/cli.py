@@ -33,7 +33,13 @@ def _names(known: tuple[str, ...], given: str) -> list[str]:
     return names
 
 
-def _load(model: str, reader: Path) -> tuple[Any, Any]:
+_backend = click.option(
+    "--backend", type=click.Choice(["torch", "compile", "onnx", "tensorrt"]), default="torch", show_default=True,
+    help="What runs the networks; onnx takes half the time on a CPU (run `iedit export onnx` first).",
+)  # fmt: skip
+
+
+def _load(model: str, reader: Path, backend: str) -> tuple[Any, Any]:
     from .classifier import Classifier
 
     try:
@@ -43,7 +49,9 @@ def _load(model: str, reader: Path) -> tuple[Any, Any]:
     from ..runtime.editor import Editor
     from ..runtime.stages import StageCache
 
-    return Editor.load(model=model, cache=StageCache(memory=0)), judge  # no cache: methods are compared by their cost
+    return Editor.load(
+        model=model, backend=backend, cache=StageCache(memory=0)
+    ), judge  # no cache: methods are compared by their cost
 
 
 @click.group()
@@ -120,24 +128,31 @@ _output = click.option(
 @click.option(
     "--n", "count", type=click.IntRange(1), default=200, show_default=True, help="Held-out scenes per figure."
 )
+@_backend
 @_steps
 @_seed
-def figures(model: str, reader: Path, output: Path, count: int, steps: int, seed: int) -> None:
+def figures(model: str, reader: Path, output: Path, count: int, backend: str, steps: int, seed: int) -> None:
     """Measure the model on held-out scenes: autoencoder, text to image, ControlNets.
 
     Every figure is shown with its 95 % interval and with what is wanted of it.
     """
     from . import truth as suite
 
-    editor, judge = _load(model, reader)
+    editor, judge = _load(model, reader, backend)
     found = suite.model_figures(editor, judge, count, seed=seed, steps=steps, log=click.echo)
     for one in found:
         good = suite.met(one)
         verdict = "" if good is None else f"  wanted {one['wanted']}: {'met' if good else 'NOT MET'}"
         interval = f"({one['low']:.3f}-{one['high']:.3f}, n={one['n']})"
         click.echo(f"{one['name']}: {one['value']:.3f} {one['unit']} {interval}{verdict}")
-    about = {"model": model, "seed": seed, "steps": steps}
+    about = {"model": model, "seed": seed, "steps": steps, "backend": backend}
     _write_card(output, reader, model=found, about=about)
+
+
+def _settings(editor: Any) -> str:
+    """Everything of the model that an edit's result depends on: a case run under other recommendations is another case."""
+    m = editor.model
+    return f"{m.digest} guidance={m.guidance_scale:g} mask={m.mask_strength}/{m.mask_threshold}"
 
 
 @train.command()
@@ -154,11 +169,12 @@ def figures(model: str, reader: Path, output: Path, count: int, steps: int, seed
               help="Show the first so many cases of each kind and method in OUTPUT/METHOD-KIND.png.")  # fmt: skip
 @click.option("--by-things", is_flag=True, help="Scenes of one and two things in rows of their own.")
 @click.option("--batch", type=click.IntRange(1), default=10, show_default=True, help="Edits per call.")
+@_backend
 @_steps
 @_seed
 def truth(
     model: str, reader: Path, output: Path, count: int, kinds: str, methods: str, sheet: int, by_things: bool,
-    batch: int, steps: int, seed: int,
+    batch: int, backend: str, steps: int, seed: int,
 ) -> None:  # fmt: skip
     """Run editing methods on held-out edits whose exact result can be drawn, and score them.
 
@@ -175,9 +191,9 @@ def truth(
     from . import truth as suite
 
     asked_kinds, asked_methods = _names(suite.KINDS, kinds), _names(tuple(suite.METHODS), methods)
-    editor, judge = _load(model, reader)
+    editor, judge = _load(model, reader, backend)
     rows = suite.run(
-        editor, judge, asked_methods, asked_kinds, count, settings=editor.model.digest,
+        editor, judge, asked_methods, asked_kinds, count, settings=_settings(editor),
         seed=seed, steps=steps, batch=batch, output=output, sheet=sheet, log=click.echo,
     )  # fmt: skip
     summary = suite.summarise(rows)
