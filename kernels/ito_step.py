@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import use_triton
+from .dispatch import definition, use_triton
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -40,6 +40,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)])
 
 
+@definition
 def ito_gradient(
     y: Tensor, x: Tensor, g: Tensor | None, mask: Tensor, lam: Tensor, *, kept_area: bool = False
 ) -> Tensor:

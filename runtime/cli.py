@@ -350,68 +350,6 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     click.echo(f"{spent:.1f} s, {sum(results[0].profile.evaluations.values())} network evaluations", err=True)
 
 
-@main.command("profile")
-@click.argument("image", type=click.Path())
-@_request_options
-@click.option("--runs", type=click.IntRange(1), default=3, show_default=True,
-              help="Edits; the first is cold, the last is shown. Nothing is kept between them.")  # fmt: skip
-@click.option("--output", type=click.Path(), default=None, help="Write all figures of the last run as JSON.")
-@click.option("--trace", type=click.Path(), default=None, help="Write a trace for chrome://tracing or ui.perfetto.dev.")
-@click.option("--plot", type=click.Path(), default=None, help="Write the timeline of the last run as a PNG.")
-@click.option(
-    "--launches", is_flag=True, help="One more run under torch's profiler: kernel launches, or operators on a CPU."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@_model_options
-def profile_command(image: str, runs: int, output: str | None, trace: str | None, plot: str | None, launches: bool,
-                    as_json: bool, **values: Any) -> None:  # fmt: skip
-    """Where the time of an edit goes: by stage, step and module, cold and warm, and why nothing faster ran.
-
-    \b
-    iedit profile in.png --source-prompt "a red car ..." --prompt "a blue car ..." --plot time.png
-    iedit profile in.png --prompt "..." --backend onnx --trace time.json     open it in ui.perfetto.dev
-    """
-    from .images import write_png, write_whole
-
-    _check_targets([Path(plot)] if plot else [], [image], [Path(p) for p in (output, trace) if p])
-    request = _request(_inputs(image, values), values, values["seed"], _options(values))
-    with _live() as tell:
-        editor = _editor(values)
-        from .stages import StageCache
-
-        def run() -> Any:
-            editor.cache = StageCache(memory=0)
-            return editor.edit(request, tell).profile
-
-        profiles = [run() for _ in range(runs)]
-        from . import report
-
-        counted = report.count_launches(run) if launches else None
-    last = profiles[-1]
-    totals = [round(sum(p.seconds.values()), 6) for p in profiles]
-    found = last.as_dict() | {"runs": totals, "launches": counted, "backend": editor.backend,
-                              "first_is_cold": True}  # fmt: skip
-    if output:
-        write_whole(output, (json.dumps(found, indent=1) + "\n").encode())
-    if trace:
-        write_whole(trace, json.dumps(report.trace(last)).encode())
-    if plot:
-        write_png(plot, report.plot(last), None)
-    if as_json:
-        click.echo(json.dumps(found, indent=1))
-        return
-    from rich.console import Console
-
-    console = Console()
-    for table in report.tables(last, counted):
-        console.print(table)
-    cold, warm = totals[0], totals[1:]
-    shown = f", then {', '.join(f'{t:.3f}' for t in warm)}" if warm else ""
-    click.echo(f"backend {editor.backend}; first run {cold:.3f} s (cold){shown}")
-    for note in last.notes:
-        click.echo(f"note: {note}", err=True)
-
-
 def _check_targets(pictures: list[Path], inputs: Sequence[str], others: Sequence[Path] = ()) -> None:
     """Bad output names are refused before minutes of work, not after: `pictures` are PNGs, `others` any files."""
     taken = {Path(i).resolve(): i for i in inputs}
@@ -624,6 +562,70 @@ def _why_no_gpu() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built without CUDA"
     return "torch sees no device; check the driver and CUDA_VISIBLE_DEVICES"
+
+
+@main.command("profile")
+@click.argument("image", type=click.Path())
+@_request_options
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True,
+              help="Edits; the first is cold, the last is shown. Nothing is kept between them.")  # fmt: skip
+@click.option("--output", type=click.Path(), default=None, help="Write all figures of the last run as JSON.")
+@click.option("--trace", type=click.Path(), default=None, help="Write a trace for chrome://tracing or ui.perfetto.dev.")
+@click.option("--plot", type=click.Path(), default=None, help="Write the timeline of the last run as a PNG.")
+@click.option(
+    "--launches", is_flag=True, help="One more run under torch's profiler: kernel launches, or operators on a CPU."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@_model_options
+def profile_command(image: str, runs: int, output: str | None, trace: str | None, plot: str | None, launches: bool,
+                    as_json: bool, **values: Any) -> None:  # fmt: skip
+    """Where the time of an edit goes: by stage, step and module.
+
+    Cold and warm apart, what ran each module, and why nothing faster did.
+
+    \b
+    iedit profile in.png --source-prompt "a red car ..." --prompt "a blue car ..." --plot time.png
+    iedit profile in.png --prompt "..." --backend onnx --trace time.json     open it in ui.perfetto.dev
+    """
+    from .images import write_png, write_whole
+
+    _check_targets([Path(plot)] if plot else [], [image], [Path(p) for p in (output, trace) if p])
+    request = _request(_inputs(image, values), values, values["seed"], _options(values))
+    with _live() as tell:
+        editor = _editor(values)
+        from .stages import StageCache
+
+        def run() -> Any:
+            editor.cache = StageCache(memory=0)
+            return editor.edit(request, tell).profile
+
+        profiles = [run() for _ in range(runs)]
+        from . import report
+
+        counted = report.count_launches(run) if launches else None
+    last = profiles[-1]
+    totals = [round(sum(p.seconds.values()), 6) for p in profiles]
+    found = last.as_dict() | {"runs": totals, "launches": counted, "backend": editor.backend,
+                              "first_is_cold": True}  # fmt: skip
+    if output:
+        write_whole(output, (json.dumps(found, indent=1) + "\n").encode())
+    if trace:
+        write_whole(trace, json.dumps(report.trace(last)).encode())
+    if plot:
+        write_png(plot, report.plot(last), None)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for table in report.tables(last, counted):
+        console.print(table)
+    cold, warm = totals[0], totals[1:]
+    shown = f", then {', '.join(f'{t:.3f}' for t in warm)}" if warm else ""
+    click.echo(f"backend {editor.backend}; first run {cold:.3f} s (cold){shown}")
+    for note in last.notes:
+        click.echo(f"note: {note}", err=True)
 
 
 @main.command()

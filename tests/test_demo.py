@@ -55,7 +55,9 @@ def test_the_demo_writes_a_sheet_and_complete_figures(samples: Path, tmp_path: P
     assert (figures[1]["evaluations"]["invert-guidance"], figures[1]["evaluations"]["final"]) == (25, 50)
     assert figures[1]["evaluations"]["invert"] == 0  # the same picture and source prompt as the first sample's
     for f in figures:
-        assert all(seconds > 0 for seconds in f["seconds"].values())
+        assert all(
+            seconds > 0 for stage, seconds in f["seconds"].items() if stage != "invert"
+        )  # may come from the cache
         assert 0 <= f["mask_area"] <= 1
         assert f["size"] == (32, 32)
         assert f["peak_mib"] > 50  # this process has torch loaded

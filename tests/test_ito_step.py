@@ -204,3 +204,13 @@ def test_shape_errors_name_the_tensor_what_came_and_what_was_wanted() -> None:
         ito_step(y, x, g, mask.expand(-1, 4, -1, -1), lam)
     with pytest.raises(ValueError, match=r"ito_step: lam is \(\), expected \(2,\)"):
         ito_step(y, x, g, mask, torch.tensor(0.6))
+
+
+def test_the_definition_may_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = torch.Generator().manual_seed(3)
+    y, x, g = torch.randn(3, 2, 4, 9, 7, generator=rng)
+    mask, lam = torch.rand(2, 1, 9, 7, generator=rng), torch.tensor([0.0, 0.6])
+    exact = ito_gradient(y.double(), x.double(), g.double(), mask.double(), lam.double())
+    monkeypatch.setenv("IEDIT_KERNELS", "compiled")
+    got = ito_gradient(y, x, g, mask, lam)
+    assert (got.double() - exact).abs().max() < 1e-6 * exact.abs().max()
