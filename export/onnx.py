@@ -1,8 +1,10 @@
 """Model -> ONNX graphs, one engine folder for each module: `OUT/onnx-PRECISION/MODULE/{model.onnx, model.onnx.data, engine.json}`.
 
 A graph takes and returns float32 whatever its precision, and batch, height, width and text length are free in it. The
-weights lie beside it in `model.onnx.data` (a protobuf ends at 2 GB). A half-precision graph has explicit float32 islands:
-norms, softmax and the time embedding, so the file means the same wherever it runs.
+weights lie beside it in `model.onnx.data` (a protobuf ends at 2 GB). A half-precision graph has explicit float32 islands,
+norms and softmax, and the time embeddings of all timesteps are a table that was computed in float32, so the file means the
+same wherever it runs. Images of layouts enter through the graphs `hint-NAME`, once for each edit; the conditioning scales
+are inputs of the fused graphs. Names of inputs and outputs are in `runtime/module_io.py`.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..runtime import backends
+from ..runtime import backends, module_io
+from ..runtime.backend_torch import AsIs, runnable
 from ..runtime.engine_spec import (
     PRECISIONS,
     SPEC_FILE,
@@ -36,7 +38,8 @@ from ..runtime.engine_spec import (
     write_spec,
 )
 from ..runtime.errors import RunError, UsageError
-from ..runtime.models import CONTROLNET_PREFIX, Model
+from ..runtime.models import Model
+from ..runtime.module_io import CONTROLNET_PREFIX, HINT_PREFIX
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 OPSETS = (22, 23)  # 23 has the Attention operator, 22 spells it as MatMul and Softmax
@@ -81,7 +84,8 @@ Tell = Callable[[Told], None]
 
 
 def module_names(model: Model, layouts: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The modules an edit needs: the UNet alone, with each layout, with all of `layouts` together, the VAE's halves, the text.
+    """The modules an edit needs: the UNet alone, with each layout, with all of `layouts` together; the embedding of each
+    layout; the VAE's halves, the text.
 
     Args:
         layouts: names of ControlNets; None is each that the model has, alone. Several that are named are also fused
@@ -96,7 +100,8 @@ def module_names(model: Model, layouts: Sequence[str] | None = None) -> tuple[st
             have = ", ".join(model.controlnets) or "none"
             raise UsageError(f"layouts: {model.name} has no ControlNet for {name}; it has {have}")
     together = ["+".join(["unet", *names])] if layouts is not None and len(names) > 1 else []
-    return ("unet", *(f"unet+{name}" for name in names), *together, "vae_encoder", "vae_decoder", "text_encoder")
+    hints = [HINT_PREFIX + name for name in names]
+    return ("unet", *(f"unet+{name}" for name in names), *together, *hints, "vae_encoder", "vae_decoder", "text_encoder")  # fmt: skip
 
 
 # --- modules as functions of tensors ----------------------------------------------------------------------------
@@ -105,7 +110,7 @@ def module_names(model: Model, layouts: Sequence[str] | None = None) -> tuple[st
 class _UNet(nn.Module):
     """UNet and ControlNets as one function; residuals summed with their scales as `TorchBackend.predict` does.
 
-    `layouts` is name -> (image, scale), so that the inputs are named.
+    `layouts` are the hint and the scale of each, in the order of `module_io.inputs`.
     """
 
     def __init__(self, unet: nn.Module, controlnets: Mapping[str, nn.Module], dtype: torch.dtype):
@@ -116,8 +121,8 @@ class _UNet(nn.Module):
         x, text = sample.to(self.dtype), encoder_hidden_states.to(self.dtype)
         extra: dict[str, Any] = {}
         for i, net in enumerate(self.controlnets.values()):
-            maps, scale = layouts[2 * i].to(self.dtype), layouts[2 * i + 1].to(self.dtype)[:, None, None, None]
-            down, mid = net(x, timestep, text, controlnet_cond=maps, return_dict=False)
+            hint, scale = layouts[2 * i].to(self.dtype), layouts[2 * i + 1].to(self.dtype)[:, None, None, None]
+            down, mid = net(x, timestep, text, controlnet_cond=hint, return_dict=False)
             down, mid = [d * scale for d in down], mid * scale
             if extra:
                 down = [a + b for a, b in zip(extra["down_block_additional_residuals"], down, strict=True)]
@@ -140,6 +145,18 @@ class _ControlNet(nn.Module):
         x, text, maps = (i.to(self.dtype) for i in (sample, encoder_hidden_states, image))
         down, mid = self.net(x, timestep, text, controlnet_cond=maps, return_dict=False)
         return tuple((r * scale.to(self.dtype)[:, None, None, None]).float() for r in (*down, mid))
+
+
+class _Hint(nn.Module):
+    """A ControlNet's embedding of its layout."""
+
+    def __init__(self, embedding: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.embedding, self.dtype = embedding, dtype
+
+    def forward(self, image: Tensor) -> Tensor:
+        hint: Tensor = self.embedding(image.to(self.dtype))
+        return hint.float()
 
 
 class _Encoder(nn.Module):
@@ -188,52 +205,65 @@ class Function:
     dims: Mapping[str, tuple[str | int, ...]]
 
 
+Example = tuple[Tensor, tuple[str | int, ...]]  # and its dims, as in `Function`
+
+
 def function(model: Model, module: str, precision: str = "fp32") -> Function:
     """The `Function` of one module at a precision. The model is left as it was: what is changed is a copy."""
     dtype = DTYPES[precision]
 
-    def own(part: Any) -> Any:
-        return part if dtype == model.dtype == torch.float32 else with_islands(copy.deepcopy(part), dtype)
+    plain = dtype == model.dtype == torch.float32
 
-    # Sizes of the examples: all different, and none 0 or 1, which the tracer takes for constants.
-    cells = model.multiple // model.factor
-    batch, h, w, length = 2, 2 * cells, 3 * cells, 11
-    channels, size = model.channels, model.factor
+    def own(part: Any) -> Any:
+        return part if plain else with_islands(copy.deepcopy(part), dtype)
+
+    def network(part: Any) -> Any:
+        """A UNet or ControlNet with its table of time embeddings, which is computed in float32 and then cast."""
+        made = runnable(
+            part if plain else copy.deepcopy(part).float(), len(model.schedule.alphas_cumprod), None, "sdpa"
+        )
+        return with_islands(made, dtype)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, device=model.device)
 
-    times = torch.tensor([1, 500], device=model.device)
-    width = int(model.unet.config.cross_attention_dim)
-    images: tuple[str | int, ...] = ("batch", 3, "image_height", "image_width")
-    latents: tuple[str | int, ...] = ("batch", channels, "height", "width")
-    noisy = {"sample": zeros(batch, channels, h, w), "timestep": times, "encoder_hidden_states": zeros(batch, length, width)}  # fmt: skip
-    noisy_dims: dict[str, tuple[str | int, ...]] = {"sample": latents, "timestep": ("batch",),
-                                                    "encoder_hidden_states": ("batch", "length", width)}  # fmt: skip
-    picture, scale = zeros(batch, 3, h * size, w * size), zeros(batch) + 0.5
+    # Sizes of the examples: all different, and none 0 or 1, which the tracer takes for constants.
+    cells = model.multiple // model.factor
+    batch, h, w, length = 2, 2 * cells, 3 * cells, 11
+    width, channels = int(model.unet.config.cross_attention_dim), int(model.unet.config.block_out_channels[0])
+    picture = (zeros(batch, 3, h * model.factor, w * model.factor), ("batch", 3, "image_height", "image_width"))
+    latent = (zeros(batch, model.channels, h, w), ("batch", model.channels, "height", "width"))
+    hint = (zeros(batch, channels, h, w), ("batch", channels, "height", "width"))
+    ids = (torch.ones((batch, length), dtype=torch.int64, device=model.device), ("batch", "length"))
+    states = (zeros(batch, length, width), ("batch", "length", width))
+    noisy = [latent, (torch.tensor([1, 500], device=model.device), ("batch",)), states]
+    scale = (zeros(batch) + 0.5, ("batch",))
+
+    def made(of: nn.Module, given: Sequence[Example], outputs: Mapping[str, tuple[str | int, ...]]) -> Function:
+        named = dict(zip(module_io.inputs(module), given, strict=True))
+        dims = {name: dims for name, (_, dims) in named.items()}
+        return Function(of, {name: value for name, (value, _) in named.items()}, tuple(outputs), {**dims, **outputs})
+
     if module.startswith("unet"):
-        names = module.split("+")[1:]
-        inputs, dims = dict(noisy), noisy_dims | {"output": latents}
-        for name in names:
-            inputs |= {f"{name}_image": picture, f"{name}_scale": scale}
-            dims |= {f"{name}_image": images, f"{name}_scale": ("batch",)}
-        nets = {name: own(model.controlnets[name]) for name in names}
-        return Function(_UNet(own(model.unet), nets, dtype), inputs, ("output",), dims)
+        names = module_io.layouts(module)
+        nets = {name: network(model.controlnets[name]) for name in names}
+        for net in nets.values():
+            net.controlnet_cond_embedding = AsIs()
+        given = [*noisy, *(one for _ in names for one in (hint, scale))]
+        return made(_UNet(network(model.unet), nets, dtype), given, {module_io.output(module): latent[1]})
     if module.startswith(CONTROLNET_PREFIX):
-        net = own(model.controlnets[module.removeprefix(CONTROLNET_PREFIX)])
-        outputs = (*(f"down_{i}" for i in range(len(net.controlnet_down_blocks))), "mid")
-        dims = noisy_dims | {"image": images, "scale": ("batch",)} | {o: ("batch", 0, "h", "w") for o in outputs}
-        return Function(_ControlNet(net, dtype), noisy | {"image": picture, "scale": scale}, outputs, dims)
+        net = network(model.controlnets[module.removeprefix(CONTROLNET_PREFIX)])
+        residuals = module_io.controlnet_outputs(len(net.controlnet_down_blocks))
+        return made(_ControlNet(net, dtype), [*noisy, picture, scale], {o: ("batch", 0, "h", "w") for o in residuals})
+    if module.startswith(HINT_PREFIX):
+        embedding = own(model.controlnets[module.removeprefix(HINT_PREFIX)].controlnet_cond_embedding)
+        return made(_Hint(embedding, dtype), [picture], {module_io.output(module): hint[1]})
     if module == "vae_encoder":
-        return Function(_Encoder(own(model.vae), dtype), {"images": picture}, ("latents",),
-                        {"images": images, "latents": latents})  # fmt: skip
+        return made(_Encoder(own(model.vae), dtype), [picture], {module_io.output(module): latent[1]})
     if module == "vae_decoder":
-        return Function(_Decoder(own(model.vae), dtype), {"latents": zeros(batch, channels, h, w)}, ("images",),
-                        {"images": images, "latents": latents})  # fmt: skip
+        return made(_Decoder(own(model.vae), dtype), [latent], {module_io.output(module): picture[1]})
     if module == "text_encoder":
-        ids = torch.ones((batch, length), dtype=torch.int64, device=model.device)
-        return Function(_Text(own(model.text_encoder)), {"ids": ids}, ("states",),
-                        {"ids": ("batch", "length"), "states": ("batch", "length", width)})  # fmt: skip
+        return made(_Text(own(model.text_encoder)), [ids], {module_io.output(module): states[1]})
     raise UsageError(f"module {module!r} is not one of {', '.join(module_names(model))} or controlnet-NAME")
 
 
@@ -251,7 +281,7 @@ class _LayerNorm32(nn.LayerNorm):
 
 
 def with_islands(part: Any, dtype: torch.dtype) -> Any:
-    """`part`, which is changed, in `dtype` with norms and time embedding in float32 (softmax is done in the graph)."""
+    """`part`, which is changed, in `dtype` with norms in float32 (softmax is done in the graph)."""
     nn.Module.to(part, dtype)  # diffusers' own warns of parts it would keep in float32, and names none
     if dtype == torch.float32:
         return part
@@ -263,25 +293,7 @@ def with_islands(part: Any, dtype: torch.dtype) -> Any:
         elif type(module) is nn.LayerNorm:
             module.__class__ = _LayerNorm32
             module.float()
-    if hasattr(part, "time_proj") and hasattr(part, "time_embedding"):
-        _float32_time(part, dtype)
     return part
-
-
-def _float32_time(part: Any, dtype: torch.dtype) -> None:
-    """diffusers rounds the sines and cosines to the network's dtype before the embedding; here they go past that."""
-    part.time_embedding.float()
-    kept = SimpleNamespace()
-    project, embed = part.time_proj.forward, part.time_embedding.forward
-
-    def keep(timesteps: Tensor) -> Tensor:
-        kept.sines = project(timesteps)
-        return kept.sines
-
-    def use(sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        return embed(kept.sines, condition).to(dtype)
-
-    part.time_proj.forward, part.time_embedding.forward = keep, use
 
 
 def _float32_softmax(graph: Any) -> None:

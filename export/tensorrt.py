@@ -227,11 +227,11 @@ def input_ranges(
     pixels = (limits.height, limits.width)
     cells = tuple(tuple(v // factor for v in side) for side in pixels)
     rows: tuple[tuple[int, ...], ...]
-    if name in ("sample", "latents"):
-        rows = (limits.batch, (0, 0, 0), *cells)
-    elif name == "images" or name.endswith("_image"):
+    if name in ("sample", "latents") or name.endswith("_hint"):
+        rows = (limits.batch, (0, 0, 0), *cells)  # channels are never open
+    elif name in ("images", "image"):
         rows = (limits.batch, (3, 3, 3), *pixels)
-    elif name == "timestep" or name.endswith("_scale"):
+    elif name == "timestep" or name.endswith("_scale") or name == "scale":
         rows = (limits.batch,)
     elif name in ("encoder_hidden_states", "ids"):
         rows = (limits.batch, text, (0, 0, 0))

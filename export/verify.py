@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..runtime import module_io
 from ..runtime.backend_onnx import OnnxBackend
 from ..runtime.backend_torch import TorchBackend
 from ..runtime.backends import Backend
@@ -27,6 +28,7 @@ from ..runtime.engine_spec import SPEC_FILE, EngineSpec, find_engines
 from ..runtime.errors import UsageError
 from ..runtime.images import write_whole
 from ..runtime.models import Model
+from ..runtime.module_io import HINT_PREFIX
 from ..runtime.stages import StageCache
 from .onnx import DTYPES
 
@@ -60,7 +62,7 @@ LIMITS = {
 
 def _inputs(
     model: Model, module: str, batch: int, size: tuple[int, int], length: int
-) -> Callable[[Backend], torch.Tensor]:
+) -> Callable[[TorchBackend | OnnxBackend], torch.Tensor]:
     """A call of one module with seeded inputs; size is (height, width) in pixels."""
     draw = torch.Generator().manual_seed(batch)
     height, width = size
@@ -78,13 +80,15 @@ def _inputs(
         words = int(model.text_encoder.config.vocab_size)
         ids = torch.randint(0, words, (batch, length), generator=draw).to(model.device)
         return lambda b: b.encode_tokens(ids)
+    if module.startswith(HINT_PREFIX):
+        return lambda b: b.hint(module.removeprefix(HINT_PREFIX), images).float()
     times = torch.randint(0, 1000, (batch,), generator=draw).to(model.device)  # every sample at a level of its own
     text = normal(batch, length, int(model.unet.config.cross_attention_dim))
-    layouts = tuple((name, images.roll(i, 0), 0.5 + 0.25 * i) for i, name in enumerate(module.split("+")[1:]))
+    layouts = tuple((name, images.roll(i, 0), 0.5 + 0.25 * i) for i, name in enumerate(module_io.layouts(module)))
     return lambda b: b.predict(latents, times, Condition(text, layouts))
 
 
-def check_module(model: Model, backend: Backend, module: str, limits: Limits) -> list[Row]:
+def check_module(model: Model, backend: OnnxBackend, module: str, limits: Limits) -> list[Row]:
     """One row for each of two calls: batch 1, square, whole text; batch 3, wide, short text.
 
     Args:
@@ -177,7 +181,7 @@ def verify_onnx(
         used = {m: found for m in backend.modules() if (found := backend.engine(m)) and found[1].precision == precision}
         rows: list[Row] = []
         # Alone controlnets are for other runtimes: no backend here calls them.
-        for module in [m for m in used if not m.startswith("controlnet-")]:
+        for module in [m for m in used if not m.startswith(module_io.CONTROLNET_PREFIX)]:
             tell(f"{precision} {module}")
             rows += check_module(model, backend, module, limits)
         failures = [f"refused: {why}" for told in backend.refused.values() for why in told if "precision:" not in why]
@@ -224,6 +228,10 @@ def _samples(model: Model, modules: set[str], count: int) -> list[tuple[str, Edi
     for name, request in sample_requests() if count else []:
         unet = "+".join(["unet", *sorted(request.layouts)])
         fits = all(side % model.multiple == 0 for side in request.image.size)
-        if fits and set(request.layouts) <= set(model.controlnets) and {"unet", unet} <= modules:
+        if (
+            fits
+            and set(request.layouts) <= set(model.controlnets)
+            and {"unet", unet, *module_io.hint_modules(unet)} <= modules
+        ):
             found.append((name, request))
     return found[:count]

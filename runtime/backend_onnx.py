@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import missing, refuse, unet_module
-from .denoiser import Condition
+from . import module_io
+from .backends import missing, refuse, unet_inputs, unet_module
+from .denoiser import Condition, OncePerCondition
 from .engine_spec import EngineSpec, damaged, engines_folder, find_engines
 from .errors import RunError, UsageError
 from .models import Model
@@ -63,6 +64,7 @@ class OnnxBackend:
         self._sound: dict[str, tuple[Path, EngineSpec]] = {}  # files compared with their digests
         self._sessions: dict[str, Any] = {}
         self._lock = threading.RLock()
+        self._hints = OncePerCondition(lambda told: {name: self.hint(name, maps) for name, maps, _ in told.layouts})
         self._find()
         if not any(self.engine(m) for m in list(self._found) if m.startswith("unet")):
             told = [f"{m}: {'; '.join(why)}" for m, why in self.refused.items()] or ["there are no ONNX engines in it"]
@@ -116,6 +118,11 @@ class OnnxBackend:
         return sorted(self._found)
 
     def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
+        """A fused UNet needs the engines of its layouts' embeddings too."""
+        hints = module_io.hint_modules(module)
+        return [why for name in (module, *hints) for why in self._why_not(name, batch, height, width)]
+
+    def _why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
         found = self.engine(module)
         if found is None:
             none = f"there is no engine for {module} in {self.folder} (run `iedit export onnx {self.model.name}`)"
@@ -135,46 +142,49 @@ class OnnxBackend:
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `denoiser.Denoiser`."""
-        module = unet_module(condition)
-        inputs = {"sample": x, "timestep": t, "encoder_hidden_states": condition.text}
-        for name, maps, scale in condition.layouts:
-            inputs[f"{name}_image"] = maps
-            inputs[f"{name}_scale"] = torch.full((len(x),), scale, device=x.device)
-        factor = self.model.factor
-        return self._run(module, inputs, "output", tuple(x.shape), (x.shape[-2] * factor, x.shape[-1] * factor))
+        module, size = unet_module(condition), (x.shape[-2] * self.model.factor, x.shape[-1] * self.model.factor)
+        refuse(self, module, len(x), *size)  # before the hints, so that it is the UNet that is named
+        inputs = unet_inputs(x, t, condition, self._hints(condition) if condition.layouts else {})
+        return self._run(module, inputs, tuple(x.shape), size)
+
+    @torch.no_grad()
+    def hint(self, name: str, maps: Tensor) -> Tensor:
+        """(B, 3, H, W) map in [0, 1] -> (B, C0, h, w) float32, its embedding; `predict` asks once for each condition."""
+        batch, _, height, width = maps.shape
+        channels = int(self.model.controlnets[name].config.block_out_channels[0])
+        shape = (batch, channels, height // self.model.factor, width // self.model.factor)
+        return self._run(module_io.HINT_PREFIX + name, [maps], shape, (height, width))
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         b, _, height, width = images.shape
         shape = (b, self.model.channels, height // self.model.factor, width // self.model.factor)
-        return self._run("vae_encoder", {"images": images}, "latents", shape, (height, width))
+        return self._run("vae_encoder", [images], shape, (height, width))
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
         height, width = latents.shape[-2] * self.model.factor, latents.shape[-1] * self.model.factor
-        return self._run("vae_decoder", {"latents": latents}, "images", (len(latents), 3, height, width), (height, width))  # fmt: skip
+        return self._run("vae_decoder", [latents], (len(latents), 3, height, width), (height, width))
 
     @torch.no_grad()
     def encode_tokens(self, ids: Tensor) -> Tensor:
         shape = (*ids.shape, int(self.model.text_encoder.config.hidden_size))
-        return self._run("text_encoder", {"ids": ids}, "states", shape, (0, 0))
+        return self._run("text_encoder", [ids], shape, (0, 0))
 
-    def _run(
-        self, module: str, inputs: dict[str, Tensor], output: str, shape: tuple[int, ...], size: tuple[int, int]
-    ) -> Tensor:
+    def _run(self, module: str, inputs: Sequence[Tensor], shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:
         """One call; `size` is (height, width) in pixels. Returns (shape) float32 of the caller's own."""
         refuse(self, module, shape[0], *size)
-        first = next(iter(inputs.values()))
+        first = inputs[0]
         with module_call(module, self.name, shape[0], cold=module not in self._sessions, device=first.device):
             session = self._session(module)
             result = torch.empty(shape, dtype=torch.float32, device=self.device)
             kept = []  # bound by address: they must live until the call is over
             binding = session.io_binding()
-            for name, value in inputs.items():
-                kind = torch.int64 if name in ("timestep", "ids") else torch.float32
+            for name, value in zip(module_io.inputs(module), inputs, strict=True):
+                kind = torch.int64 if name in module_io.INTEGERS else torch.float32
                 kept.append(value.to(self.device, kind).contiguous())
                 _bind(binding.bind_input, name, kept[-1])
-            _bind(binding.bind_output, output, result)
+            _bind(binding.bind_output, module_io.output(module), result)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
             try:

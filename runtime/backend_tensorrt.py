@@ -13,7 +13,7 @@ import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from . import module_io
-from .backends import cuda_missing, missing, refuse, unet_module
-from .denoiser import Condition
+from .backends import cuda_missing, missing, refuse, unet_inputs, unet_module
+from .denoiser import Condition, OncePerCondition
 from .engine_spec import EngineSpec, damaged, engines_folder, find_engines
 from .errors import RunError, UsageError
 from .models import Model
@@ -164,6 +164,7 @@ class TensorrtBackend:
         self._found: dict[str, list[tuple[Path, EngineSpec]]] = {}
         self._loaded: dict[Path, _Loaded] = {}
         self._lock = threading.Lock()
+        self._hints = OncePerCondition(lambda told: {name: self.hint(name, maps) for name, maps, _ in told.layouts})
         self._log = new_logger(trt)
         self._runtime = trt.Runtime(self._log)
         self._find()
@@ -204,6 +205,11 @@ class TensorrtBackend:
         return sorted(self._found)
 
     def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
+        """A fused UNet needs the engines of its layouts' embeddings too."""
+        hints = module_io.hint_modules(module)
+        return [why for name in (module, *hints) for why in self._why_not(name, batch, height, width)]
+
+    def _why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
         found = self._found.get(module, [])
         if not found:
             return [f"there is no engine for {module} in {self.folder} ({self._fix()})", *self.refused.get(module, [])]
@@ -220,35 +226,39 @@ class TensorrtBackend:
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `denoiser.Denoiser`."""
-        inputs = {"sample": x, "timestep": t.expand(len(x)), "encoder_hidden_states": condition.text}
-        for name, maps, scale in condition.layouts:
-            inputs[f"{name}_image"] = maps
-            inputs[f"{name}_scale"] = torch.full((len(x),), scale, device=x.device)
-        factor = self.model.factor
-        return self._run(unet_module(condition), inputs, x.shape[-2] * factor, x.shape[-1] * factor)
+        module, size = unet_module(condition), (x.shape[-2] * self.model.factor, x.shape[-1] * self.model.factor)
+        refuse(self, module, len(x), *size)  # before the hints, so that it is the UNet that is named
+        inputs = unet_inputs(x, t, condition, self._hints(condition) if condition.layouts else {})
+        return self._run(module, inputs, *size)
+
+    @torch.no_grad()
+    def hint(self, name: str, maps: Tensor) -> Tensor:
+        """(B, 3, H, W) map in [0, 1] -> (B, C0, h, w) float32, its embedding; `predict` asks once for each condition."""
+        return self._run(module_io.HINT_PREFIX + name, [maps], *maps.shape[-2:])
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        return self._run("vae_encoder", {"images": images}, *images.shape[-2:])
+        return self._run("vae_encoder", [images], *images.shape[-2:])
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
         factor = self.model.factor
-        return self._run("vae_decoder", {"latents": latents}, latents.shape[-2] * factor, latents.shape[-1] * factor)
+        return self._run("vae_decoder", [latents], latents.shape[-2] * factor, latents.shape[-1] * factor)
 
     @torch.no_grad()
     def encode_tokens(self, ids: Tensor) -> Tensor:
-        return self._run("text_encoder", {"ids": ids}, 0, 0)
+        return self._run("text_encoder", [ids], 0, 0)
 
     # --- engines ------------------------------------------------------------------------------------------------
 
-    def _run(self, module: str, inputs: dict[str, Tensor], height: int, width: int) -> Tensor:
+    def _run(self, module: str, values: Sequence[Tensor], height: int, width: int) -> Tensor:
         """One call. Returns float32, a tensor that nothing else refers to."""
-        first = next(iter(inputs.values()))
+        inputs = dict(zip(module_io.inputs(module), values, strict=True))
+        first = values[0]
         batch = len(first)
         refuse(self, module, batch, height, width)
         folder = self._nearest(module, batch, height, width)
-        key = tuple(tuple(v.shape) for v in inputs.values())
+        key = tuple(tuple(v.shape) for v in values)
         known = self._loaded.get(folder)
         cold = known is None or key not in known.seen or (self.graphs and key not in known.graphs)
         with on(self.device), module_call(module, self.name, batch, cold=cold, device=first.device):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .denoiser import Condition
+from .denoiser import Condition, OncePerCondition
 from .errors import UsageError
 from .models import Model
 from .profile import module_call
@@ -173,31 +172,25 @@ class TorchBackend:
         if channels_last:
             for net in (self.unet, model.vae, *self.controlnets.values()):
                 net.to(memory_format=torch.channels_last)
-        self._prepared: OrderedDict[int, Prepared] = OrderedDict()
-        self._lock = threading.Lock()
+        self._prepared = OncePerCondition(self._prepare, self.held)
 
     def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
         return []
 
     def _prepare(self, condition: Condition) -> Prepared:
-        """The same condition object, as a loop has it at every step, is prepared once."""
-        with self._lock:
-            found = self._prepared.get(id(condition))
-            if found is not None:
-                self._prepared.move_to_end(id(condition))
-                return found
-        hints = {name: self.embeddings[name](maps.to(self.dtype)) for name, maps, _ in condition.layouts}
-        made = Prepared(condition, condition.text.to(self.dtype), hints)
-        with self._lock:
-            self._prepared[id(condition)] = made
-            while len(self._prepared) > self.held:
-                self._prepared.popitem(last=False)
-        return made
+        hints = {name: self.hint(name, maps) for name, maps, _ in condition.layouts}
+        return Prepared(condition, condition.text.to(self.dtype), hints)
+
+    @torch.no_grad()
+    def hint(self, name: str, maps: Tensor) -> Tensor:
+        """(B, 3, H, W) map in [0, 1] -> (B, C0, h, w) embedding in the networks' dtype."""
+        embedded: Tensor = self.embeddings[name](maps.to(self.dtype))
+        return embedded
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `denoiser.Denoiser`."""
-        self.running.prepared = ready = self._prepare(condition)
+        self.running.prepared = ready = self._prepared(condition)
         try:
             return self._predict(x.to(self.dtype), t, ready)
         finally:

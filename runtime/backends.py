@@ -1,14 +1,14 @@
 """What can run the networks here, and why the rest cannot. One question, answered in one place, by a list of reasons.
 
-A backend answers for five kinds of modules: the UNet (alone, or fused with its ControlNets), the VAE's encoder and decoder,
-and the text encoder. `auto` is a `Ladder`: per module and per shape the first backend that can; why the ones above it
+A backend answers for five kinds of modules: the UNet (alone, or fused with its ControlNets, whose embeddings of the layouts
+belong to the call), the VAE's encoder and decoder, and the text encoder. `auto` is a `Ladder`: per module and per shape the first backend that can; why the ones above it
 could not is told to the running profile, once, and from there to the result, the receipt and the command line.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,6 +39,18 @@ class Backend(Modules, Protocol):
 def unet_module(condition: Condition) -> str:
     """The name of the module that answers for a condition: "unet", or "unet+pose+scribble", names sorted."""
     return "+".join(["unet", *sorted(name for name, _, _ in condition.layouts)])
+
+
+def unet_inputs(x: Tensor, t: Tensor, condition: Condition, hints: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the engine of a condition's UNet is given, in the order of `module_io.inputs`.
+
+    Args:
+        hints: layout -> (B, C0, h, w) embedding.
+    """
+    given = [x, t.expand(len(x)), condition.text]
+    for name, _, scale in sorted(condition.layouts, key=lambda one: one[0]):
+        given += [hints[name], torch.full((len(x),), scale, device=x.device)]
+    return given
 
 
 class Ladder:

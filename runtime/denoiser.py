@@ -7,10 +7,11 @@ wraps one, and do not know which backend answers.
 from __future__ import annotations
 
 import math
-from collections import Counter
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from ..kernels.guided_step import guided_step
 from .errors import RunError
 from .profile import Profile
 from .schedule import Levels, add_noise, ddim_coefficients
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,35 @@ class Condition:
             torch.cat([c.text for c in conditions]),
             tuple((n, torch.cat([c.layouts[i][1] for c in conditions]), s) for i, (n, s) in enumerate(names)),
         )
+
+
+class OncePerCondition(Generic[T]):
+    """What a backend makes of a condition: made once for each object, as a loop asks with the same one at every step.
+
+    Threads may share it; two that come with a new condition at the same time both make it.
+
+    Args:
+        held: conditions whose results are kept, the last used ones.
+    """
+
+    def __init__(self, make: Callable[[Condition], T], held: int = 4):
+        self._make, self.held = make, held
+        # With the condition, so that an id is not another object's by then.
+        self._made: OrderedDict[int, tuple[Condition, T]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, condition: Condition) -> T:
+        with self._lock:
+            found = self._made.get(id(condition))
+            if found is not None:
+                self._made.move_to_end(id(condition))
+                return found[1]
+        made = self._make(condition)
+        with self._lock:
+            self._made[id(condition)] = (condition, made)
+            while len(self._made) > self.held:
+                self._made.popitem(last=False)
+        return made
 
 
 class Denoiser(Protocol):
@@ -134,7 +166,6 @@ class Ask:
     condition: Condition
 
 
-T = TypeVar("T")
 # A denoising loop asks and is sent the network's output for it, so that loops that do not depend on each other can share calls.
 Loop = Generator[Ask, Tensor, T]
 

@@ -55,11 +55,11 @@ class EngineSpec:
     Attributes:
         format: "onnx" or "tensorrt".
         module: unet, unet+NAMES (fused with those ControlNets, names sorted and joined by "+"), controlnet-NAME,
-            vae_encoder, vae_decoder or text_encoder.
+            hint-NAME (its layout embedding), vae_encoder, vae_decoder or text_encoder; see `module_io`.
         model: name of the checkpoint, for people.
         weights: digest of the module's weights and configs (`Model.module_digest`).
         graph: digest of the ONNX graph without its metadata, weights apart.
-        precision: fp32; fp16 or bf16 with float32 islands (norms, softmax, time embedding).
+        precision: fp32; fp16 or bf16 with float32 islands (norms and softmax).
         shapes: what it was built for; TensorRT may have several.
         opset: of the ONNX graph.
         versions: of what made it: torch, diffusers, onnx, tensorrt ...

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from .errors import RunError, UsageError
+from .module_io import CONTROLNET_PREFIX, HINT_PREFIX
+from .module_io import layouts as layouts_of
 from .schedule import Schedule
 
 PICTUREBOOK = "picturebook"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-CONTROLNET_PREFIX = "controlnet-"
 # What is fetched of a hub repository: configs, vocabularies and one variant of the weights, of a pipeline's parts or (at the
 # top) of a ControlNet. Everything would be 17 GB for SD 1.5: pickles, float16 and non-EMA copies of the same weights.
 HUB_FILES = tuple(
@@ -175,7 +176,9 @@ def module_digest(part_digests: Mapping[str, str], module: str) -> str:
         KeyError: the model has no such part.
     """
     if module.startswith("unet"):
-        parts = ["unet", *(CONTROLNET_PREFIX + name for name in module.split("+")[1:])]
+        parts = ["unet", *(CONTROLNET_PREFIX + name for name in layouts_of(module))]
+    elif module.startswith(HINT_PREFIX):
+        parts = [CONTROLNET_PREFIX + module.removeprefix(HINT_PREFIX)]
     else:
         parts = ["vae" if module.startswith("vae_") else module]
     return hashlib.sha256("".join(part_digests[p] for p in parts).encode()).hexdigest()[:16]

@@ -98,6 +98,10 @@ def root() -> Path:
 
 # --- small models -----------------------------------------------------------------------------------------------
 
+# What is exported of the random checkpoint: not all of it, a fused UNet takes ten seconds.
+TINY_MODULES = ("unet", "unet+pose", "unet+pose+scribble", "hint-pose", "hint-scribble", "vae_encoder", "vae_decoder",
+                "text_encoder")  # fmt: skip
+
 # The embedded model is one of those that every identity is tested on, as soon as its weights are in the tree.
 EMBEDDED = ["picturebook"]
 
@@ -182,6 +186,18 @@ def tiny(tiny_folder: Path) -> Any:
     from iedit.runtime.models import load_model
 
     return load_model(str(tiny_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ONNX engines of the random checkpoint, exported once, also by several workers; not to be changed, copy them."""
+    from iedit.export.onnx import export_onnx
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whoever comes second waits, and finds them there
+        folder = folder.parent
+    export_onnx(tiny, folder / "tiny_engines", modules=TINY_MODULES)
+    return folder / "tiny_engines"
 
 
 @pytest.fixture(scope="session", params=["tiny", *EMBEDDED])

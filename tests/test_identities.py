@@ -21,6 +21,7 @@ from torch import Tensor
 from iedit.kernels.guided_step import PREDICTIONS
 from iedit.kernels.mask_map import difference, mask_map, normalise
 from iedit.runtime.backend_compile import CompileBackend
+from iedit.runtime.backend_onnx import OnnxBackend
 from iedit.runtime.backend_torch import TorchBackend
 from iedit.runtime.backends import Backend, why_unavailable
 from iedit.runtime.denoiser import Condition, Network, NoisedReference, TrajectoryReference, invert
@@ -42,7 +43,10 @@ Picture = Callable[..., Image.Image]
 RUNS: dict[str, Backend] = {}
 
 
-@pytest.fixture(scope="session", params=["tiny", "picturebook", "tiny-compile"])
+SLOW = pytest.param("tiny-compile", marks=pytest.mark.slow)  # 20-30 s for each of its compilations on one core
+
+
+@pytest.fixture(scope="session", params=["tiny", "picturebook", "tiny-onnx", SLOW])
 def model(request: pytest.FixtureRequest) -> Any:
     """Every model and backend that the identities must hold on."""
     name = request.param
@@ -56,6 +60,8 @@ def model(request: pytest.FixtureRequest) -> Any:
         why = why_unavailable("compile")
         assert not why, why  # a compiler is part of what the tests need
         RUNS[name] = CompileBackend(made)
+    if name == "tiny-onnx":
+        RUNS[name] = OnnxBackend(made, request.getfixturevalue("tiny_engines"))
     return made
 
 

@@ -35,13 +35,10 @@ from iedit.runtime.profile import Profile
 logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # pytest would keep all that the tracer tells
 
 
-@pytest.fixture(scope="module")
-def built(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[EngineSpec]]:
-    """Every module of the tiny model, exported once. Not to be changed, copy it."""
-    folder = tmp_path_factory.mktemp("engines")
-    # Not all of them: a UNet takes ten seconds.
-    modules = ["unet", "unet+pose", "unet+pose+scribble", "vae_encoder", "vae_decoder", "text_encoder"]
-    return folder, exporter.export_onnx(tiny, folder, modules=modules)
+@pytest.fixture(scope="session")
+def built(tiny_engines: Path) -> tuple[Path, list[EngineSpec]]:
+    """Modules of the tiny model and their specs. Not to be changed, copy it."""
+    return tiny_engines, [spec for _, spec in find_engines(tiny_engines) if isinstance(spec, EngineSpec)]
 
 
 @pytest.fixture
@@ -107,6 +104,54 @@ def test_every_sample_has_a_timestep_and_a_result_of_its_own(tiny: Any, backend:
     kept = output.clone()
     backend.predict(2 * x, torch.tensor([1, 2, 3]), condition)
     assert torch.equal(output, kept)  # the next call does not write into it
+
+
+def test_the_embedding_of_a_layout_is_made_once_for_a_condition(
+    tiny: Any, built: tuple[Path, list[EngineSpec]]
+) -> None:
+    backend, profile, names = OnnxBackend(tiny, built[0]), Profile(), ("scribble", "pose")
+    calls = [_call(tiny, 2, size, 7, names) for size in ((64, 64), (48, 80))]
+    with profile.stage("final"):
+        for _ in range(3):
+            for x, t, condition in calls:
+                _close(backend.predict(x, t, condition), TorchBackend(tiny).predict(x, t, condition))
+                t.add_(1)
+    rows = {r["module"]: r["calls"] for r in profile.by_module() if r["backend"] == "onnx"}
+    assert rows == {"unet+pose+scribble": 6, "hint-pose": 2, "hint-scribble": 2}
+    x, t, condition = calls[0]
+    other = dataclasses.replace(condition, layouts=tuple((n, 1 - m, s) for n, m, s in condition.layouts))
+    assert not torch.allclose(backend.predict(x, t, other), backend.predict(x, t, condition), atol=1e-3)
+
+
+def test_the_hint_engine_is_a_part_of_the_fused_one(tiny: Any, engines: Path) -> None:
+    small = {"batch": [1, 1, 2], "height": [16, 64, 64], "width": [16, 64, 64]}
+    _respec(engines / "onnx-fp32" / "hint-scribble", shapes=[small])
+    backend = OnnxBackend(tiny, engines)
+    assert backend.why_not("unet+pose+scribble", 2, 64, 64) == []
+    assert backend.why_not("unet+pose+scribble", 3, 64, 64) == [
+        "onnx hint-scribble engine was built for batch 1-2, asked for 3"
+    ]
+    shutil.rmtree(engines / "onnx-fp32" / "hint-scribble")
+    ladder = load_backend("auto", tiny, engines)
+    x, t, condition = _call(tiny, 1, (64, 64), 7, ("pose", "scribble"))
+    profile = Profile()
+    with profile.stage("final"):
+        _close(ladder.predict(x, t, condition), TorchBackend(tiny).predict(x, t, condition))
+    (why,) = profile.steps_down[("unet+pose+scribble", "onnx")]
+    assert "there is no engine for hint-scribble in" in why
+    with pytest.raises(
+        UsageError, match=r"backend 'onnx' cannot run unet\+pose\+scribble: there is no engine for hint-"
+    ):
+        OnnxBackend(tiny, engines).predict(x, t, condition)
+
+
+def test_what_is_exported_for_layouts_has_their_hints(tiny: Any) -> None:
+    assert exporter.module_names(tiny, ["scribble"]) == (
+        "unet", "unet+scribble", "hint-scribble", "vae_encoder", "vae_decoder", "text_encoder")  # fmt: skip
+    assert {"hint-pose", "hint-scribble", "unet+pose+scribble"} <= set(
+        exporter.module_names(tiny, ["pose", "scribble"])
+    )
+    assert tiny.module_digest("hint-pose") == tiny.module_digest("controlnet-pose")
 
 
 def test_inputs_of_any_dtype_and_stride_are_taken(tiny: Any, backend: OnnxBackend) -> None:
@@ -209,11 +254,11 @@ def test_half_precision_has_float32_islands_and_leaves_the_model_alone(
             assert made[node.input[0]].op_type == "Cast"
         if node.op_type == "Attention":
             assert {a.name: a.i for a in node.attribute}["softmax_precision"] == onnx.TensorProto.FLOAT
-        if node.op_type in ("Sin", "Cos"):
-            assert types[node.output[0]] == onnx.TensorProto.FLOAT
-        if node.op_type == "Gemm" and "time_embedding" in node.input[1]:
-            assert weights[node.input[1]] == onnx.TensorProto.FLOAT
-    assert {"Conv", "GroupNormalization", "Softmax" if opset == 22 else "Attention"} <= seen
+        if node.op_type == "Gather" and node.input[0].endswith("time_proj.rows"):
+            seen.add("time table")
+            assert weights[node.input[0]] == half
+    assert {"Conv", "GroupNormalization", "time table", "Softmax" if opset == 22 else "Attention"} <= seen
+    assert not seen & {"Sin", "Cos"}
     if precision == "fp16":
         runs = OnnxBackend(dataclasses.replace(tiny, dtype=torch.float16), tmp_path)
         rows = verify.check_module(tiny, runs, "unet", verify.LIMITS["fp16"])
@@ -396,7 +441,8 @@ def test_an_edit_is_the_same_edit(tiny: Any, backend: OnnxBackend, picture: Any)
     assert float((wanted.latent - got.latent).abs().max()) < 1e-3
     calls = {row["module"]: row for row in got.profile.by_module()}
     assert {row["backend"] for row in calls.values()} == {"onnx"}
-    assert {"unet", "unet+pose", "vae_decoder", "vae_encoder"} <= set(calls)
+    assert {"unet", "unet+pose", "hint-pose", "vae_decoder", "vae_encoder"} <= set(calls)
+    assert calls["hint-pose"]["calls"] < calls["unet+pose"]["calls"]  # once for a condition, not at every step
     assert sum(r["samples"] for m, r in calls.items() if m.startswith("unet")) == sum(got.profile.evaluations.values())
     assert got.profile.steps_down == {}
 

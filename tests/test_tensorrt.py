@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -26,12 +26,13 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
+from iedit.export import onnx as graphs_of
 from iedit.export import tensorrt as builder
 from iedit.export.shapes import parse_shapes
 from iedit.export.tensorrt_cli import tensorrt as command
 from iedit.runtime import BACKENDS, backend_tensorrt, backends, module_io
 from iedit.runtime.backend_tensorrt import TensorrtBackend
-from iedit.runtime.backend_torch import TorchBackend
+from iedit.runtime.backend_torch import Prepared, TorchBackend
 from iedit.runtime.denoiser import Condition
 from iedit.runtime.engine_spec import EngineSpec, Shapes, read_spec, write_spec
 from iedit.runtime.errors import RunError, UsageError
@@ -41,7 +42,7 @@ HERE = Path(__file__).parent
 SOURCES = ("export/tensorrt.py", "runtime/backend_tensorrt.py")
 SMALL = Shapes((1, 2, 4), (64, 64, 64), (64, 64, 64))
 WIDE = Shapes((1, 1, 2), (64, 128, 128), (64, 128, 192))
-MODULES = ("unet", "unet+pose+scribble", "vae_encoder", "vae_decoder", "text_encoder")
+MODULES = ("unet", "unet+pose+scribble", "hint-pose", "hint-scribble", "vae_encoder", "vae_decoder", "text_encoder")
 
 
 def _helper(name: str) -> Any:
@@ -79,13 +80,17 @@ class Machine:
         dims: dict[str, Any] = {"sample": (latents, kind), "latents": (latents, kind), "images": (images, kind),
                                 "timestep": ([-1], "INT64"), "encoder_hidden_states": ([-1, -1, width], kind),
                                 "ids": ([-1, -1], "INT64")}  # fmt: skip
-        inputs = {n: dims.get(n, (images if n.endswith("image") else [-1], kind)) for n in module_io.inputs(module)}
+        start = int(self.model.unet.config.block_out_channels[0])
+        more_dims = {"image": images, "hint": [-1, start, -1, -1], "scale": [-1]}
+        inputs = {n: dims.get(n) or (more_dims[n.split("_")[-1]], kind) for n in module_io.inputs(module)}
         first, factor = next(iter(inputs)), self.model.factor
         rows: dict[str, list[Any]] = {
             "vae_encoder": [[first, 0, 1, 1], channels, [first, 2, 1, factor], [first, 3, 1, factor]],
             "vae_decoder": [[first, 0, 1, 1], 3, [first, 2, factor, 1], [first, 3, factor, 1]],
             "text_encoder": [[first, 0, 1, 1], [first, 1, 1, 1], width],
         }
+        if module.startswith("hint-"):
+            rows[module] = [[first, 0, 1, 1], start, [first, 2, 1, factor], [first, 3, 1, factor]]
         unet = [[first, 0, 1, 1], channels, [first, 2, 1, 1], [first, 3, 1, 1]]
         folder = self.graphs / f"{module}-{kind}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,8 +130,11 @@ def _functions(model: Any) -> dict[str, Callable[..., Tensor]]:
     def unet(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **layouts: Tensor) -> Tensor:
         names = sorted({n.rsplit("_", 1)[0] for n in layouts})
         assert all((layouts[f"{n}_scale"] == layouts[f"{n}_scale"][0]).all() for n in names)
-        named = tuple((n, layouts[f"{n}_image"].float(), float(layouts[f"{n}_scale"][0])) for n in names)
-        return torch_backend.predict(sample.float(), timestep, Condition(encoder_hidden_states.float(), named))
+        named = tuple((n, layouts[f"{n}_hint"].float(), float(layouts[f"{n}_scale"][0])) for n in names)
+        told = Condition(encoder_hidden_states.float(), named)
+        ready = Prepared(told, told.text, {n: hint for n, hint, _ in named})
+        with torch.no_grad():
+            return torch_backend._predict(sample.float(), timestep, ready)
 
     def unseen(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """What torch does in place of an engine is not in the profile."""
@@ -135,6 +143,8 @@ def _functions(model: Any) -> dict[str, Callable[..., Tensor]]:
     found: dict[str, Callable[..., Tensor]] = {
         "unet": unet,
         "unet+pose+scribble": unet,
+        "hint-pose": lambda image: torch_backend.hint("pose", image.float()),
+        "hint-scribble": lambda image: torch_backend.hint("scribble", image.float()),
         "vae_encoder": lambda images: torch_backend.encode_image(images.float()),
         "vae_decoder": lambda latents: torch_backend.decode_latent(latents.float()),
         "text_encoder": lambda ids: torch_backend.encode_tokens(ids),
@@ -246,12 +256,12 @@ def test_a_build_is_an_engine_folder_with_its_spec(machine: Machine, version: st
     assert json.loads((folder / "inspector.json").read_text())["Layers"]
     plan = json.loads((folder / "engine.plan").read_text())
     tokens, width = machine.model.tokenizer.model_max_length, int(machine.model.unet.config.cross_attention_dim)
-    cells = 64 // machine.model.factor
+    cells, start = 64 // machine.model.factor, int(machine.model.unet.config.block_out_channels[0])
     assert plan["profiles"][0] == {
         "sample": [[1, 4, cells, cells], [2, 4, cells, cells], [4, 4, cells, cells]],
         "timestep": [[1], [2], [4]],
         "encoder_hidden_states": [[1, tokens, width], [2, tokens, width], [4, 2 * tokens, width]],
-        **{f"{n}_image": [[1, 3, 64, 64], [2, 3, 64, 64], [4, 3, 64, 64]] for n in ("pose", "scribble")},
+        **{f"{n}_hint": [[b, start, cells, cells] for b in (1, 2, 4)] for n in ("pose", "scribble")},
         **{f"{n}_scale": [[1], [2], [4]] for n in ("pose", "scribble")},
     }
     assert plan["profiles"][1]["sample"][2] == [2, 4, 2 * cells, 3 * cells]  # height 128, width 192
@@ -364,9 +374,10 @@ def test_an_engine_answers_as_torch_does(built: Machine) -> None:
     assert torch.equal(backend.decode_latent(latents), want.decode_latent(latents))
     assert torch.equal(backend.encode_tokens(ids), want.encode_tokens(ids))
     executed = built.executed()
-    assert [c[1] for c in executed] == ["unet", "unet+pose+scribble", "vae_encoder", "vae_decoder", "text_encoder"]
+    hints = ["hint-pose", "hint-scribble"]
+    assert [c[1] for c in executed] == ["unet", *hints, "unet+pose+scribble", "vae_encoder", "vae_decoder", "text_encoder"]  # fmt: skip
     assert {c[4] for c in executed} == {77}  # torch's stream
-    assert executed[2][2] == 1 and executed[3][2] == 0  # 128x192 by the second profile
+    assert executed[4][2] == 1 and executed[5][2] == 0  # 128x192 by the second profile
 
 
 def test_tensors_that_are_not_contiguous_or_of_another_type_are_taken(built: Machine) -> None:
@@ -405,7 +416,30 @@ def test_the_output_of_a_call_is_the_callers_own(built: Machine, graphs: bool) -
     assert all(torch.equal(a, b) for a, b in zip(kept, expected))
     assert len({k.data_ptr() for k in kept}) == 4
     # With graphs: 1 plain, 1 before the recording (in whose place the fake keeps the call), 3 replays.
-    assert len(built.executed()) == (5 if graphs else 4)
+    for module in ("unet+pose+scribble", "hint-pose", "hint-scribble"):
+        assert sum(c[1] == module for c in built.executed()) == (5 if graphs else 4)
+
+
+def test_the_embedding_of_a_layout_is_made_once_for_a_condition(built: Machine) -> None:
+    backend, want, side = (
+        TensorrtBackend(built.model, built.folder),
+        TorchBackend(built.model),
+        64 // built.model.factor,
+    )
+    condition = built.condition(1, layouts=True)
+    for i in range(3):
+        x, t = torch.randn(1, built.model.channels, side, side), torch.tensor([10 * i])
+        assert torch.equal(backend.predict(x, t, condition), want.predict(x, t, condition))
+    ran = [c[1] for c in built.executed()]
+    assert ran == ["hint-pose", "hint-scribble", *["unet+pose+scribble"] * 3]
+
+
+def test_the_hint_engine_is_a_part_of_the_fused_one(machine: Machine) -> None:
+    machine.build("unet+pose+scribble")
+    machine.build("hint-pose", (Shapes((1, 1, 1), (64, 64, 64), (64, 64, 64)),))
+    why = TensorrtBackend(machine.model, machine.folder).why_not("unet+pose+scribble", 2, 64, 64)
+    assert why[0] == "tensorrt hint-pose engine was built for batch 1-1, asked for 2"
+    assert why[1].startswith("there is no engine for hint-scribble in ") and len(why) == 2
 
 
 def test_a_graph_is_recorded_for_each_shape(built: Machine) -> None:
@@ -637,19 +671,17 @@ def test_mistyped_sizes_name_the_part(sizes: str, batch: str, said: str) -> None
 
 
 @pytest.fixture
-def exporter(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def exporter(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """In place of the ONNX exporter: it writes the fake's graphs."""
     asked: list[Any] = []
-    module: Any = ModuleType("iedit.export.onnx")
 
     def export_onnx(model: Any, out: Path, layouts: Any, precision: str, tell: Any) -> list[EngineSpec]:
         asked.append((out, layouts, precision))
         return [read_spec(machine.graph(m, "HALF")) for m in MODULES]
 
-    module.export_onnx = export_onnx
-    module.engine_folder = lambda out, name, precision: machine.graphs / f"{name}-HALF"
-    monkeypatch.setitem(sys.modules, "iedit.export.onnx", module)
-    yield asked
+    monkeypatch.setattr(graphs_of, "export_onnx", export_onnx)
+    monkeypatch.setattr(graphs_of, "engine_folder", lambda out, name, precision: machine.graphs / f"{name}-HALF")
+    return asked
 
 
 def test_the_command_builds_every_module(machine: Machine, exporter: list[Any], tiny_folder: Path) -> None:

@@ -678,7 +678,7 @@ def write_samples(folder: Path) -> None:
 
 def card(work: Path, out: Path, figures: str) -> str:
     """The model card: what it is, data, steps, hours and seeds from the checkpoints, and the figures (markdown)."""
-    from ..runtime.models import CONTROLNET_PREFIX
+    from ..runtime.module_io import CONTROLNET_PREFIX
 
     rows = []
     for name, part in PARTS.items():
@@ -728,7 +728,8 @@ while it ran, so the cosine of the learning rate was not one piece everywhere: t
 
 def write_model(work: Path, log: Callable[[str], None], out: Path | None = None) -> Path:
     """The trained parts as a diffusers folder of float16 safetensors, with `iedit.json` and `model_index.json`."""
-    from ..runtime.models import CONTROLNET_PREFIX, picturebook_folder
+    from ..runtime.models import picturebook_folder
+    from ..runtime.module_io import CONTROLNET_PREFIX
 
     out = picturebook_folder() if out is None else out
     tokenizer = make_tokenizer(out / "tokenizer")

@@ -1,0 +1,80 @@
+"""torch.compile says what eager torch says, and compiles once: another batch, prompt, timestep or scale is the same graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from iedit.runtime.backend_compile import CompileBackend
+from iedit.runtime.backend_torch import TorchBackend
+from iedit.runtime.backends import load_backend, why_unavailable
+from iedit.runtime.denoiser import Condition
+from iedit.runtime.errors import UsageError
+from iedit.runtime.profile import Profile
+
+
+@pytest.fixture(scope="module")
+def smallest(tiny: Any) -> Any:
+    """The random checkpoint with a UNet and a ControlNet of one block each way: most of the time here is compilation."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",), mid_block_type="UNetMidBlock2D", cross_attention_dim=32, attention_head_dim=2, norm_num_groups=4,
+    )  # fmt: skip
+    net: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 8, 8))
+    for zero in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+        for p in zero.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    parts = {"unet": unet.eval().requires_grad_(False), "controlnets": {"pose": net.eval().requires_grad_(False)}}
+    return dataclasses.replace(tiny, **parts)
+
+
+def _call(batch: int, seed: int, scale: float = 0.7) -> tuple[Any, ...]:
+    draw = torch.Generator().manual_seed(seed)
+    text, maps = torch.randn(batch, 7, 32, generator=draw), torch.rand(batch, 3, 64, 64, generator=draw)
+    t = torch.randint(0, 1000, (batch,), generator=draw)
+    return torch.randn(batch, 4, 8, 8, generator=draw), t, Condition(text, (("pose", maps, scale),))
+
+
+def test_one_compilation_serves_every_batch_prompt_timestep_and_scale(smallest: Any) -> None:
+    from torch._dynamo.utils import counters
+
+    why = why_unavailable("compile")
+    assert not why, why  # a compiler is part of what the tests need
+    backend, exact, profile = CompileBackend(smallest), TorchBackend(smallest), Profile()
+    counters.clear()
+    kept = []
+    # Two batches, then another prompt, timestep, map and scale at each.
+    calls = [_call(2, 0), _call(3, 1), _call(2, 2, 0.2), _call(3, 3, 1.1)]
+    with profile.stage("final"):
+        for call in calls:
+            kept.append(backend.predict(*call))
+    for call, output in zip(calls, kept, strict=True):  # an output that the next call wrote into would not be its own
+        wanted = exact.predict(*call)
+        assert output.dtype == torch.float32
+        assert float((output - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    ran = [(c.module, c.batch, c.cold) for c in profile.modules if c.backend == "compile"]
+    assert ran == [("unet+pose", 2, True), ("unet+pose", 3, True), ("unet+pose", 2, False), ("unet+pose", 3, False)]
+    # What it listens to: the same latents under another text and another scale are not the same.
+    x, t, condition = calls[0]
+    louder = dataclasses.replace(condition, layouts=tuple((n, m, 2 * s) for n, m, s in condition.layouts))
+    for other in (condition.with_text(condition.text + 1), louder):
+        assert not torch.allclose(backend.predict(x, t, other), kept[0], atol=1e-3)
+    assert not torch.allclose(backend.predict(x, t + 100, condition), kept[0], atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's kernels are Triton's")
+def test_without_a_compiler_it_says_so(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    want = "no C++ compiler: no-such-compiler is not on the path (install one, or name it in CXX)"
+    assert why_unavailable("compile") == [want]
+    with pytest.raises(UsageError, match="backend 'compile' was requested but cannot run: no C\\+\\+ compiler"):
+        load_backend("compile", tiny)
