@@ -156,7 +156,7 @@ def load_backend(name: str, model: Model, engines: Path | None = None, **options
         step: str
         for step in BACKENDS[:-1]:
             if step == "compile":
-                above[step] = ["it compiles for minutes in every process; ask for it by name"]
+                above[step] = ["it compiles for half a minute and more for each shape; ask for it by name"]
                 continue
             why = why_unavailable(step)
             if why:

@@ -638,8 +638,12 @@ def info(model: str, as_json: bool) -> None:
 
     from .backends import reasons
     from .editor import versions
-    from .models import describe
+    from .engine_spec import describe_engines
+    from .models import describe, read_digests
 
+    described = describe(model)
+    if "problem" not in described:
+        described["engines"] = describe_engines(read_digests(model)[0])
     found: dict[str, Any] = {
         "iedit": VERSION,
         "versions": versions(),
@@ -647,12 +651,13 @@ def info(model: str, as_json: bool) -> None:
         "no_gpu": _why_no_gpu(),
         "threads": torch.get_num_threads(),
         "backends": reasons(),
-        "model": describe(model),
+        "model": described,
     }
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -662,9 +667,9 @@ def info(model: str, as_json: bool) -> None:
     if found["no_gpu"]:
         table.add_row("", f"no GPU: {found['no_gpu']}")
     for name, why in found["backends"].items():
-        table.add_row(f"backend {name}", "can run" if not why else "cannot run: " + "; ".join(why))
+        table.add_row(f"backend {name}", "can run" if not why else escape("cannot run: " + "; ".join(why)))
     for key, value in found["model"].items():
-        table.add_row(f"model {key}", str(value))
+        table.add_row(f"model {key}", escape(str(value)))
     Console().print(table)
 
 

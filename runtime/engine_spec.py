@@ -191,6 +191,17 @@ def find_engines(folder: Path) -> Iterator[tuple[Path, EngineSpec | UsageError]]
             yield path.parent, error
 
 
+def describe_engines(model_digest: str) -> str:
+    """What lies in a model's default folder of engines, in a line; their files are not read."""
+    folder = engines_folder(model_digest)
+    count: dict[str, int] = {}
+    for _, spec in find_engines(folder):
+        kind = "unreadable" if isinstance(spec, UsageError) else f"{spec.format} {spec.precision}"
+        count[kind] = count.get(kind, 0) + 1
+    told = ", ".join(f"{n} {kind}" for kind, n in sorted(count.items()))
+    return f"{told} in {folder}" if told else f"none in {folder} (iedit export onnx MODEL writes some)"
+
+
 @contextlib.contextmanager
 def build_lock(
     folder: Path, tell: Callable[[str], None] = lambda text: None, timeout: float = 3600.0

@@ -14,6 +14,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#
 
 def tables(profile: Profile, launches: dict[str, int] | None = None) -> list[Any]:
     """rich tables: stages, modules, and what did not run where it could have been faster."""
+    from rich.markup import escape
     from rich.table import Table
 
     stages = Table("stage", "evaluations", "calls", "seconds", "share", "ms a call", title="stages")
@@ -44,7 +45,7 @@ def tables(profile: Profile, launches: dict[str, int] | None = None) -> list[Any
     if profile.steps_down:
         down = Table("module", "backend", "why not", title="steps down")
         for (module, backend), why in profile.steps_down.items():
-            down.add_row(module, backend, "; ".join(why))
+            down.add_row(module, backend, escape("; ".join(why)))  # [gpu] is no markup
         found.append(down)
     return found
 
