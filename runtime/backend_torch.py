@@ -96,7 +96,7 @@ class TimeTable(nn.Module):
             self.register_buffer("rows", net.time_embedding(sines), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.rows[t]
+        return self.rows.index_select(0, t)
 
 
 class AsIs(nn.Module):

@@ -67,7 +67,7 @@ def test_one_compilation_serves_every_batch_prompt_timestep_and_scale(smallest: 
     louder = dataclasses.replace(condition, layouts=tuple((n, m, 2 * s) for n, m, s in condition.layouts))
     for other in (condition.with_text(condition.text + 1), louder):
         assert not torch.allclose(backend.predict(x, t, other), kept[0], atol=1e-3)
-    assert not torch.allclose(backend.predict(x, t + 100, condition), kept[0], atol=1e-4)
+    assert not torch.allclose(backend.predict(x, (t + 500) % 1000, condition), kept[0], atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
 
 

@@ -194,9 +194,10 @@ def test_3_lambda_one_never_runs_the_guidance_stage(model: Any, picture: Picture
 
 def test_4_no_updates_is_plain_ddim_from_the_inverted_latent(model: Any, picture: Picture) -> None:
     asked = request(picture, options=Options(guidance_scale=7.5, final=Phase(t_u=0)))
-    result = editor_of(model, share=False).edit(asked)
+    editor = editor_of(model, share=False)
+    result = editor.edit(asked)
     network, levels = network_of(model), model.schedule.levels(10)
-    states = {t: model.encode_text([t]) for t in (SOURCE, PROMPT, "")}
+    states = {t: editor.model.encode_text([t]) for t in (SOURCE, PROMPT, "")}
     trajectory = network.drive(invert(network, result.source_latent[None], levels, 0, Condition(states[SOURCE])))
     want = network.drive(masked_sampling(network, trajectory[0], levels, 0, Condition(states[PROMPT]), Condition(states[""]), 7.5,
                            source=None, mask=None))  # fmt: skip

@@ -294,16 +294,16 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tiny: Any
 
 def test_what_is_there_is_kept_and_force_exports_it_anew(tiny: Any, engines: Path) -> None:
     told: list[exporter.Told] = []
-    options: dict[str, Any] = {"modules": ["vae_decoder"], "tell": told.append}
-    before = read_spec(engines / "onnx-fp32" / "vae_decoder")
+    options: dict[str, Any] = {"modules": ["hint-pose"], "tell": told.append}
+    before = read_spec(engines / "onnx-fp32" / "hint-pose")
     assert exporter.export_onnx(tiny, engines, **options) == [before]
     assert [t.text for t in told] == ["kept"]
     exporter.export_onnx(tiny, engines, force=True, **options)
     assert [t.text for t in told] == ["kept", "exporting", "done"]
-    _flip(engines / "onnx-fp32" / "vae_decoder" / "model.onnx.data")
+    _flip(engines / "onnx-fp32" / "hint-pose" / "model.onnx.data")
     exporter.export_onnx(tiny, engines, **options)
     assert told[-1].text == "done"
-    assert OnnxBackend(tiny, engines).why_not("vae_decoder", 1, 64, 64) == []
+    assert OnnxBackend(tiny, engines).why_not("unet+pose", 1, 64, 64) == []
 
 
 def _flip(path: Path, at: int = -9) -> None:
@@ -401,7 +401,7 @@ def test_a_killed_export_leaves_whole_engines_or_none_and_the_next_clears_up(
 ) -> None:
     for delay in (0.0, 1.0):
         out = tmp_path / f"killed-{delay}"
-        process = _start(root, tiny_folder, out, "vae_decoder")
+        process = _start(root, tiny_folder, out, "hint-pose")
         assert process.stdout is not None
         while "exporting" not in process.stdout.readline():
             pass
@@ -412,15 +412,15 @@ def test_a_killed_export_leaves_whole_engines_or_none_and_the_next_clears_up(
             assert isinstance(spec, EngineSpec)
             assert damaged(folder, spec) == []
     left = tmp_path / "killed-0.0" / "onnx-fp32"
-    assert [p.suffix for p in left.glob(".vae_decoder.*.building")] == [".building"]
-    exporter.export_onnx(tiny, left.parent, modules=["vae_decoder"])
-    assert sorted(p.name for p in left.iterdir()) == [".vae_decoder.lock", "vae_decoder"]
+    assert [p.suffix for p in left.glob(".hint-pose.*.building")] == [".building"]
+    exporter.export_onnx(tiny, left.parent, modules=["hint-pose"])
+    assert sorted(p.name for p in left.iterdir()) == [".hint-pose.lock", "hint-pose"]
 
 
 def test_two_processes_build_an_engine_once(root: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    both = [_start(root, tiny_folder, tmp_path, "vae_encoder") for _ in range(2)]
+    both = [_start(root, tiny_folder, tmp_path, "hint-pose") for _ in range(2)]
     told = sorted(process.communicate(timeout=120)[0].splitlines()[-1] for process in both)
-    assert told == ["vae_encoder done", "vae_encoder kept"]
+    assert told == ["hint-pose done", "hint-pose kept"]
 
 
 # --- edits ------------------------------------------------------------------------------------------------------
