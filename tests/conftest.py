@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first import
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Engines that whoever runs the tests has exported would be found, and used, by `--backend auto`.
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="iedit-tests-")
+
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -217,3 +222,7 @@ def picture() -> Callable[..., Any]:
         return world.render(world.random_scene(random.Random(seed), 1)).resize(size)
 
     return make
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
