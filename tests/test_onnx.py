@@ -199,10 +199,10 @@ def test_a_dimension_that_the_exporter_fixed_is_refused(tmp_path: Path) -> None:
 def test_a_graph_holds_no_tracebacks_and_two_exports_are_the_same(
     tiny: Any, built: tuple[Path, list[EngineSpec]], tmp_path: Path
 ) -> None:
-    exporter.write_graph(exporter.function(tiny, "vae_decoder"), tmp_path, 23)
+    exporter.write_graph(exporter.function(tiny, "hint-pose"), tmp_path, 23)
     assert b".py" not in (tmp_path / "model.onnx").read_bytes()
     for name in ("model.onnx", "model.onnx.data"):
-        first = built[0] / "onnx-fp32" / "vae_decoder" / name
+        first = built[0] / "onnx-fp32" / "hint-pose" / name
         assert (tmp_path / name).read_bytes() == first.read_bytes()
 
 
@@ -212,8 +212,8 @@ def test_the_graph_digest_is_of_the_graph_and_not_of_the_weights(
     from iedit.runtime.models import load_model
 
     other = load_model(str(build_checkpoint(tmp_path / "other", seed=1)), device="cpu")
-    (spec,) = exporter.export_onnx(other, tmp_path / "engines", modules=["vae_decoder"])
-    mine = next(s for s in built[1] if s.module == "vae_decoder")
+    (spec,) = exporter.export_onnx(other, tmp_path / "engines", modules=["hint-pose"])
+    mine = next(s for s in built[1] if s.module == "hint-pose")
     assert spec.graph == mine.graph
     assert spec.weights != mine.weights
     assert spec.files["model.onnx.data"] != mine.files["model.onnx.data"]
