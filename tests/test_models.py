@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,3 +149,19 @@ def test_of_a_hub_repository_only_one_variant_of_the_weights_is_fetched() -> Non
     )
     assert [n for n in wanted if not fetched(n)] == []
     assert [n for n in spared if fetched(n)] == []
+
+
+def test_a_checkpoint_may_recommend_its_mask_and_a_request_may_say_otherwise(tiny_folder: Path, tmp_path: Path) -> None:
+    from iedit.runtime.editor import MaskOptions
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "iedit.json").write_text(json.dumps({"mask_strength": 0.8, "mask_threshold": 0.25}))
+    told, plain = load_model(str(folder), device="cpu"), load_model(str(tiny_folder), device="cpu")
+
+    def settled(model: Model, **options: Any) -> tuple[float | None, float | None]:
+        mask = MaskOptions(**options).settled(model)
+        return mask.strength, mask.threshold
+
+    assert settled(plain) == (0.5, 0.1) and settled(told) == (0.8, 0.25)
+    assert settled(told, strength=0.3, threshold=0.0) == (0.3, 0.0)
+    assert settled(told, norm="clamp") == (0.8, 0.5)  # another normaliser's threshold means something else
