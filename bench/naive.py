@@ -107,11 +107,12 @@ class Naive:
         Returns:
             image (1, 3, H, W), mask (1, 1, h, w) and latent (1, C, h, w).
         """
+        options = options.settled(self.model, self.steps)
         edit, source, empty = self.text(prompt), self.text(source_prompt), self.text("")
         vae = self.model.vae
         with torch.no_grad():
             x0 = vae.encode(image.to(self.device, self.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
-        mask = self.mask(x0, edit, source, empty, options.mask.settled(self.model), seed)
+        mask = self.mask(x0, edit, source, empty, options.mask, seed)
         xs = self.invert(x0, source)
         noise = seeded_noise(seed, "guidance", tuple(x0.shape[1:]))[None].to(self.device)
 

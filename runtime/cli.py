@@ -274,7 +274,13 @@ def _time_left(seconds: float) -> str:
 @click.option("--mask", type=click.Path(), default=None, help="White is edited, black is kept; estimated if not given.")
 @click.option("--lambda", "lambdas", multiple=True, type=click.FloatRange(0, 1), default=(0.6,), show_default=True,
               help="Weight of preservation against guidance; 1 makes no guidance image. Repeat for a sweep.")  # fmt: skip
-@click.option("--t-u", "t_u", type=click.IntRange(0), default=None, help="Steps that ITO updates. Default 15 of 25.")
+@click.option(
+    "--t-u",
+    "t_u",
+    type=click.IntRange(0),
+    default=None,
+    help="Steps that ITO updates. Default: what the checkpoint recommends, else 15 of 25.",
+)
 @click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Adam steps at each.")
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), default=None,
               help="Share of the steps that the other methods noise the picture by. Default: the method's own.")  # fmt: skip

@@ -106,6 +106,13 @@ class Options:
     composite: str = "none"
     feather: float = 4.0
 
+    def settled(self, model: Model, steps: int) -> Options:
+        """With a number for what was left to the checkpoint, but the guidance scale."""
+        guidance, final = (
+            dataclasses.replace(p, t_u=p.updates(steps, model.update_share)) for p in (self.guidance, self.final)
+        )
+        return dataclasses.replace(self, mask=self.mask.settled(model), guidance=guidance, final=final)
+
     def check(self) -> None:
         """Raises UsageError for a value that no stage could use."""
 
@@ -233,8 +240,7 @@ def check_request(model: Model, request: EditRequest) -> Job:
     if request.method.startswith("controlnet") and not request.layouts:
         raise UsageError(f"method {request.method} needs at least one layout (--layout pose=FILE)")
     request.options.check()
-    settled = dataclasses.replace(request.options, mask=request.options.mask.settled(model))
-    request = dataclasses.replace(request, options=settled)
+    request = dataclasses.replace(request, options=request.options.settled(model, request.steps))
     model.schedule.levels(request.steps)
     for name in {**request.layouts, **request.source_layouts}:
         if name not in model.controlnets:

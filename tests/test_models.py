@@ -165,3 +165,15 @@ def test_a_checkpoint_may_recommend_its_mask_and_a_request_may_say_otherwise(tin
     assert settled(plain) == (0.5, 0.1) and settled(told) == (0.8, 0.25)
     assert settled(told, strength=0.3, threshold=0.0) == (0.3, 0.0)
     assert settled(told, norm="clamp") == (0.8, 0.5)  # another normaliser's threshold means something else
+
+
+def test_a_checkpoint_may_recommend_how_many_steps_are_updated(tiny: Model) -> None:
+    import dataclasses
+
+    from iedit.runtime.editor import Options
+    from iedit.runtime.ito import Phase
+
+    told = dataclasses.replace(tiny, update_share=1.0)
+    for model, wanted in ((tiny, 12), (told, 20)):
+        settled = Options(final=Phase(t_u=3)).settled(model, 20)
+        assert (settled.guidance.t_u, settled.final.t_u, settled.refinement.t_u) == (wanted, 3, 6)

@@ -152,7 +152,9 @@ def figures(model: str, reader: Path, output: Path, count: int, backend: str, st
 def _settings(editor: Any) -> str:
     """Everything of the model that an edit's result depends on: a case run under other recommendations is another case."""
     m = editor.model
-    return f"{m.digest} guidance={m.guidance_scale:g} mask={m.mask_strength}/{m.mask_threshold}"
+    return (
+        f"{m.digest} guidance={m.guidance_scale:g} mask={m.mask_strength}/{m.mask_threshold} updates={m.update_share}"
+    )
 
 
 @train.command()
