@@ -279,7 +279,7 @@ def _time_left(seconds: float) -> str:
     "t_u",
     type=click.IntRange(0),
     default=None,
-    help="Steps that ITO updates. Default: what the checkpoint recommends, else 15 of 25.",
+    help="Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts.",
 )
 @click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Adam steps at each.")
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), default=None,

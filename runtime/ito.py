@@ -18,7 +18,7 @@ class Phase:
     """How one pass of ITO updates its latent (METHOD section 2, rows 5-8; A.2 reports t_u 20, k 30 for the guidance).
 
     Attributes:
-        t_u: steps that are updated, the noisiest first; None is the share that the checkpoint recommends, else 15 of 25.
+        t_u: steps that are updated, the noisiest first; None is 15 of 25, or what the checkpoint recommends for edits without layouts.
         k: Adam steps at each.
         lr: Adam's learning rate.
         carry: keep Adam's state across timesteps in place of a fresh one at each.
@@ -30,7 +30,7 @@ class Phase:
     carry: bool = False
 
     def updates(self, steps: int, share: float | None = None) -> int:
-        """t_u for a run of `steps` steps; `share` is what the checkpoint recommends (`Model.update_share`)."""
+        """t_u for a run of `steps` steps; `share` is what the checkpoint recommends, if anything."""
         return round(steps * (15 / 25 if share is None else share)) if self.t_u is None else self.t_u
 
 

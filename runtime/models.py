@@ -64,7 +64,7 @@ class Model:
         part_digests: the same over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
         guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
         mask_strength, mask_threshold: of `MaskOptions`, where the checkpoint's `iedit.json` recommends them.
-        update_share: share of the steps that ITO updates (`Phase.t_u`), likewise.
+        text_update_share: share of the steps that ITO updates (`Phase.t_u`) in an edit without layouts, likewise.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Model:
     guidance_scale: float = 7.5
     mask_strength: float | None = None
     mask_threshold: float | None = None
-    update_share: float | None = None
+    text_update_share: float | None = None
     part_digests: Mapping[str, str] = field(default_factory=dict)
     modules: Modules | None = None
 
@@ -443,7 +443,7 @@ def load_model(
         guidance_scale=float(hints.get("guidance_scale", 7.5)),
         mask_strength=hints.get("mask_strength"),
         mask_threshold=hints.get("mask_threshold"),
-        update_share=hints.get("update_share"),
+        text_update_share=hints.get("text_update_share"),
     )
 
 

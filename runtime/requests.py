@@ -106,11 +106,10 @@ class Options:
     composite: str = "none"
     feather: float = 4.0
 
-    def settled(self, model: Model, steps: int) -> Options:
-        """With a number for what was left to the checkpoint, but the guidance scale."""
-        guidance, final = (
-            dataclasses.replace(p, t_u=p.updates(steps, model.update_share)) for p in (self.guidance, self.final)
-        )
+    def settled(self, model: Model, steps: int, layouts: bool = False) -> Options:
+        """With a number for what was left to the checkpoint, but the guidance scale; `layouts`: the edit has some."""
+        share = None if layouts else model.text_update_share
+        guidance, final = (dataclasses.replace(p, t_u=p.updates(steps, share)) for p in (self.guidance, self.final))
         return dataclasses.replace(self, mask=self.mask.settled(model), guidance=guidance, final=final)
 
     def check(self) -> None:
@@ -240,7 +239,7 @@ def check_request(model: Model, request: EditRequest) -> Job:
     if request.method.startswith("controlnet") and not request.layouts:
         raise UsageError(f"method {request.method} needs at least one layout (--layout pose=FILE)")
     request.options.check()
-    request = dataclasses.replace(request, options=request.options.settled(model, request.steps))
+    request = dataclasses.replace(request, options=request.options.settled(model, request.steps, bool(request.layouts)))
     model.schedule.levels(request.steps)
     for name in {**request.layouts, **request.source_layouts}:
         if name not in model.controlnets:

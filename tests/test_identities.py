@@ -478,7 +478,7 @@ def test_9_an_ito_edit_is_the_equations_with_diffusers_autograd_and_adam(
     could be missed without a fault, as Adam makes a step of full size also out of a gradient that is rounding."""
     from diffusers import DDIMInverseScheduler
 
-    steps, lam, phase, mask = 8, 0.6, Phase(k=k), square()
+    steps, lam, phase, mask = 8, 0.6, Phase(t_u=5, k=k), square()
     options = Options(lam=lam, guidance_scale=7.5, guidance=phase, final=phase, refine=refine)
     result = editor_of(model).edit(request(picture, steps=steps, mask=mask, options=options))
     scheduler = parts_of(model, model.schedule.prediction)["scheduler"]
@@ -508,7 +508,7 @@ def test_9_an_ito_edit_is_the_equations_with_diffusers_autograd_and_adam(
     ) -> Tensor:
         for i, t in enumerate(scheduler.timesteps):
             y = scheduler.step(eps(y, t, PROMPT, 7.5), t, y).prev_sample
-            if i < t_u:  # by default 15 of 25, of 8
+            if i < t_u:
                 leaf = y.clone().requires_grad_()
                 adam = torch.optim.Adam([leaf], lr=0.1)
                 for _ in range(k):

@@ -173,7 +173,8 @@ def test_a_checkpoint_may_recommend_how_many_steps_are_updated(tiny: Model) -> N
     from iedit.runtime.editor import Options
     from iedit.runtime.ito import Phase
 
-    told = dataclasses.replace(tiny, update_share=1.0)
+    told = dataclasses.replace(tiny, text_update_share=1.0)
     for model, wanted in ((tiny, 12), (told, 20)):
         settled = Options(final=Phase(t_u=3)).settled(model, 20)
         assert (settled.guidance.t_u, settled.final.t_u, settled.refinement.t_u) == (wanted, 3, 6)
+        assert Options().settled(model, 20, layouts=True).final.t_u == 12  # measured on text edits, said of them only

@@ -77,7 +77,11 @@ class Editor:
     @property
     def model(self) -> Any:
         return SimpleNamespace(
-            digest="0123456789abcdef", guidance_scale=5.0, mask_strength=None, mask_threshold=None, update_share=None
+            digest="0123456789abcdef",
+            guidance_scale=5.0,
+            mask_strength=None,
+            mask_threshold=None,
+            text_update_share=None,
         )
 
     def edit_many(self, requests: list[EditRequest]) -> list[Any]:

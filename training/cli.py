@@ -152,9 +152,7 @@ def figures(model: str, reader: Path, output: Path, count: int, backend: str, st
 def _settings(editor: Any) -> str:
     """Everything of the model that an edit's result depends on: a case run under other recommendations is another case."""
     m = editor.model
-    return (
-        f"{m.digest} guidance={m.guidance_scale:g} mask={m.mask_strength}/{m.mask_threshold} updates={m.update_share}"
-    )
+    return f"{m.digest} guidance={m.guidance_scale:g} mask={m.mask_strength}/{m.mask_threshold} text updates={m.text_update_share}"
 
 
 @train.command()
