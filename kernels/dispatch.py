@@ -67,6 +67,10 @@ def why_not_triton(*tensors: Tensor | None) -> list[str]:
     return reasons
 
 
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not interpreted()
+
+
 def use_triton(operation: str, *tensors: Tensor | None) -> bool:
     """Whether `operation` runs as a Triton kernel on these tensors.
 
@@ -77,7 +81,7 @@ def use_triton(operation: str, *tensors: Tensor | None) -> bool:
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted not in CHOICES:
         raise ValueError(f"{VARIABLE} is {wanted!r}, expected one of {', '.join(CHOICES)}")
-    if wanted in ("reference", "compiled"):
+    if wanted in ("reference", "compiled") or (wanted == "auto" and tensors[0] is not None and _on_cpu(tensors[0])):
         return False
     reasons = why_not_triton(*tensors)
     if wanted == "triton" and reasons:

@@ -127,7 +127,7 @@ class Batch:
 
     def encode(self) -> None:
         self._stage(
-            "encode", lambda j: [j.digest], lambda m: self.vae(self.model.encode, torch.cat([j.pixels for j in m]))
+            "encode", lambda j: [j.digest], lambda m: self.vae(self.model.encode, _joined([j.pixels for j in m]))
         )
 
     def find_masks(self) -> None:
@@ -418,6 +418,11 @@ class Batch:
         return sum(n * len(self.guided if name in per_guided else self.jobs) for name, n in self.costs().items())
 
 
+def _joined(batches: list[Tensor]) -> Tensor:
+    """One batch of several; of one, itself, not a copy."""
+    return batches[0] if len(batches) == 1 else torch.cat(batches)
+
+
 def vae_batches(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """The VAE in pieces of 8, one by one where memory runs out.
 
@@ -426,7 +431,7 @@ def vae_batches(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """
     for size in (8, 1):
         try:
-            return torch.cat([run(piece) for piece in batch.split(size)])
+            return _joined([run(piece) for piece in batch.split(size)])
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
                 raise

@@ -130,8 +130,8 @@ def to_tensor(image: Image.Image) -> Tensor:
     """A picture as `(1, 3, H, W)` float32 in [-1, 1]."""
     import torch
 
-    values = np.asarray(as_rgb(image), dtype=np.float32)
-    return torch.from_numpy(values).permute(2, 0, 1).unsqueeze(0).contiguous() / 127.5 - 1.0
+    values = np.asarray(as_rgb(image), dtype=np.float32).transpose(2, 0, 1)[None]
+    return torch.from_numpy(np.ascontiguousarray(values) / np.float32(127.5) - np.float32(1))
 
 
 def to_image(tensor: Tensor) -> Image.Image:
@@ -146,14 +146,14 @@ def to_image(tensor: Tensor) -> Image.Image:
         tensor = tensor[0]
     if tensor.dim() != 3 or tensor.shape[0] != 3:
         raise UsageError(f"to_image: tensor is {tuple(tensor.shape)}, expected (1, 3, H, W) or (3, H, W)")
-    values = tensor.detach().to("cpu", torch.float32)
-    bad = int((~torch.isfinite(values)).sum())
+    values = tensor.detach().to("cpu", torch.float32).numpy()
+    bad = int((~np.isfinite(values)).sum())
     if bad:
         raise RunError(
-            f"to_image: {bad} of {values.numel()} values are NaN or infinite; decode in float32, half can overflow"
+            f"to_image: {bad} of {values.size} values are NaN or infinite; decode in float32, half can overflow"
         )
-    pixels = ((values + 1.0) * 127.5).clamp_(0, 255).round_().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    pixels = np.rint(np.clip((values + np.float32(1)) * np.float32(127.5), 0, 255)).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 def pad_to_multiple(image: Image.Image, multiple: int = 8) -> tuple[Image.Image, tuple[int, int]]:

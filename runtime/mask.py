@@ -51,15 +51,13 @@ def estimate(
     batch, seeds = noise.shape[:2]
     start = levels.start(strength)
     x = add_noise(x0.unsqueeze(1), noise, levels.abar[start]).flatten(0, 1)
-    both = Condition.cat([edit.repeat(seeds), source.repeat(seeds)])
+    both = Condition.cat([edit, source]).repeat(seeds)
     low = None
-    if uncond is not None and scale != 1:
+    if uncond is not None and scale != 1 and not (mode == "single" and _same_layouts(edit, source)):
         states = uncond.expand(batch, -1, -1) if uncond.shape[0] == 1 else uncond
         low = both.with_text(states.repeat_interleave(seeds, 0).repeat(2, 1, 1))
     if mode == "single":
         network.profile.step(1, 1)
-        if _same_layouts(edit, source):
-            low = None
         output = yield from network.guided(torch.cat([x, x]), levels.timesteps[start], both, low, scale)
     elif mode == "trajectory":
         x = torch.cat([x, x])

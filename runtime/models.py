@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,9 +116,9 @@ class Model:
             latent = self.vae.encode(images.to(self.dtype)).latent_dist.mode().float()
         else:
             latent = self.modules.encode_image(images)
-        if not torch.isfinite(latent).all():
+        if not _finite(latent):
             latent = self._float32_vae("encoding", note).encode(images.float()).latent_dist.mode()
-        if not torch.isfinite(latent).all():
+        if not _finite(latent):
             raise RunError("stage encode: the VAE returned NaN or infinity, in float32 too; check the checkpoint")
         return latent * self.vae.config.scaling_factor
 
@@ -129,9 +130,9 @@ class Model:
             images = self.vae.decode(z.to(self.dtype)).sample.float()
         else:
             images = self.modules.decode_latent(z)
-        if not torch.isfinite(images).all():
+        if not _finite(images):
             images = self._float32_vae("decoding", note).decode(z.float()).sample
-        if not torch.isfinite(images).all():
+        if not _finite(images):
             raise RunError(
                 "stage decode: the VAE returned NaN or infinity, in float32 too; try a smaller guidance scale"
             )
@@ -229,6 +230,13 @@ def find_folder(model: str) -> Path:
             f"model: {model} is not a folder here and could not be fetched from the hub ({_first_line(error)}); "
             "check the name, or download it where there is a network and give its folder"
         ) from error
+
+
+def _finite(values: Tensor) -> bool:
+    """NumPy on a CPU: for a picture torch wakes its other threads, which takes longer than to look at it."""
+    if values.device.type == "cpu":
+        return bool(np.isfinite(values.detach().float().numpy()).all())
+    return bool(torch.isfinite(values).all())
 
 
 def _first_line(error: BaseException, longest: int = 160) -> str:
