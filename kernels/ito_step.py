@@ -37,6 +37,8 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """(B,) inner products. One reduction per sample: a batched one may round differently with B."""
+    if len(a) == 1:
+        return (a * b).sum().view(1)
     return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)])
 
 
@@ -59,7 +61,7 @@ def ito_gradient(
     kind = torch.float64 if y.dtype == torch.float64 else torch.float32
     y, x, mask, lam = y.to(kind), x.to(kind), mask.to(kind), lam.to(kind)
     keep = 1 - mask
-    count = torch.full_like(lam, y[0].numel())
+    count: Tensor | int = y.numel() // len(y)
     if kept_area:
         count = torch.stack([k.sum() for k in keep]).clamp(min=1) * y.shape[1]
     gradient = _per_sample(lam * 2 / count, y) * keep * keep * (y - x)

@@ -7,7 +7,7 @@ sample alone and 5.1 ms in a batch of 8, eager torch 18 and 6.7.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,11 @@ class OnnxBackend:
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `denoiser.Denoiser`."""
         module, size = unet_module(condition), (x.shape[-2] * self.model.factor, x.shape[-1] * self.model.factor)
-        refuse(self, module, len(x), *size)  # before the hints, so that it is the UNet that is named
-        inputs = unet_inputs(x, t, condition, self._hints(condition) if condition.layouts else {})
+        hints: Mapping[str, Tensor] = {}
+        if condition.layouts:
+            refuse(self, module, len(x), *size)  # before the hints, so that it is the UNet that is named
+            hints = self._hints(condition)
+        inputs = unet_inputs(x, t, condition, hints)
         return self._run(module, inputs, tuple(x.shape), size)
 
     @torch.no_grad()

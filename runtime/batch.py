@@ -78,8 +78,7 @@ class Batch:
         ratio = RATIOS.get(self.request.method, 1.0) if o.ratio is None else o.ratio
         self.start = self.levels.start(o.encoding_ratio if self.request.method == "ito" else ratio)
         self.guided = [j for j in jobs if j.request.options.lam < 1] if self.request.method == "ito" else []
-        self.base = [model.digest, backend, str(model.dtype), model.device.type,
-                     list(dataclasses.astuple(model.schedule)[1:])]  # fmt: skip
+        self.base = [model.digest, backend, str(model.dtype), model.device.type, model.schedule.digest]
         self.states: dict[str, Tensor] = {}
         mask = o.mask.settled(model)
         assert mask.strength is not None and mask.threshold is not None

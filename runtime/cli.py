@@ -545,6 +545,10 @@ def replay(output: str, image: str | None, model: str | None, write: str | None)
         if editor.model.digest != receipt["model"]["digest"]:
             raise UsageError(f"model: {editor.model.name} has digest {editor.model.digest}, the picture was made with "
                              f"{receipt['model']['digest']}; these are other weights")  # fmt: skip
+        if receipt["model"].get("schedule", editor.model.schedule.digest) != editor.model.schedule.digest:
+            raise UsageError(
+                f"model: the scheduler config of {editor.model.name} is not the one that the picture was made with"
+            )
         # The same batch: networks round differently with the batch size.
         requests = [
             EditRequest(picture, asked["prompt"], asked["source_prompt"], asked["method"], maps["layouts"],

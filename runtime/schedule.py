@@ -6,6 +6,9 @@ the config's `set_alpha_to_one`). Sampling goes up the indices, inversion down: 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,6 +62,11 @@ class Schedule:
     prediction: str
     spacing: str
     steps_offset: int
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits of all of it."""
+        return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()[:16]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:

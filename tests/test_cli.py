@@ -547,6 +547,13 @@ def test_replay_refuses_other_weights_by_their_digest(edit: list[str], broken: P
     assert images.read_receipt("out.png")["model"]["digest"] in said and "other weights" in said
 
 
+def test_replay_refuses_another_noise_schedule(edit: list[str], broken: Path) -> None:
+    fine(*edit, "--model", str(broken), "--output", "out.png")
+    config = broken / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"beta_end": 0.013}))
+    assert "scheduler config" in refused(2, "replay", "out.png")
+
+
 def test_replay_refuses_a_picture_without_a_receipt_or_of_another_version(edit: list[str]) -> None:
     assert "no iedit receipt" in refused(2, "replay", "in.png")
     fine(*edit, "--output", "out.png")

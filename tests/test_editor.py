@@ -666,6 +666,11 @@ def test_the_digest_changes_with_a_weight_and_the_cache_with_it(
     cache = StageCache()
     RealEditor(tiny, TorchBackend(tiny), cache=cache).edit(ask(picture(0)))
     assert RealEditor(other, TorchBackend(other), cache=cache).edit(ask(picture(0))).profile.cached == []
+    # The same weights under other noise levels, of which first and last are the same.
+    abar = list(tiny.schedule.alphas_cumprod)
+    schedule = dataclasses.replace(tiny.schedule, alphas_cumprod=(*abar[:-2], (abar[-3] + abar[-1]) / 2.1, abar[-1]))
+    noisier = dataclasses.replace(tiny, schedule=schedule)
+    assert RealEditor(noisier, TorchBackend(noisier), cache=cache).edit(ask(picture(0))).profile.cached == []
 
 
 # --- the stage cache ----------------------------------------------------------------------------------------------
