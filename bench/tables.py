@@ -26,22 +26,28 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
-def seconds(text: str) -> str:
-    value = float(text)
+def seconds(text: str, unit: str) -> str:
+    value = float(text) * {"": 1, "s": 1, "us": 1e-6}[unit]
     return f"{value:.2f} s" if value >= 0.1 else f"{1e3 * value:.2f} ms" if value >= 1e-4 else f"{1e6 * value:.1f} us"
 
 
 def spread(row: Row) -> str:
-    return f"{seconds(row['p50'])} ({seconds(row['p20'])}-{seconds(row['p80'])})" if row["p20"] else seconds(row["p50"])
+    low, middle, high = (seconds(row[k], row["unit"]) if row[k] else "" for k in ("p20", "p50", "p80"))
+    return f"{middle} ({low}-{high})" if low else middle
+
+
+def shown(row: Row) -> bool:
+    """Of the kernels' 24 rows for each dtype on each device, only those of one shape and dtype."""
+    return not row["name"].startswith("kernels/") or (row["shape"], row["dtype"]) == ("8x4x64x64", "float32")
 
 
 def render(rows: list[Row]) -> str:
     """All tables, markdown; a heading for each group that has rows."""
     rows = latest(rows)
     parts = []
-    for prefix, title in (("edit/", "ITO text edits, warm, A B A B in one process"), ("kernels/", "Kernels"),
+    for prefix, title in (("edit/", "ITO text edits, warm, A B A B in one process"), ("kernels/", "Kernels, 8 latents in float32; the other shapes and dtypes are in bench/results.csv"),
                           ("full-size/", "Stable Diffusion 1.5's shapes, random weights, without a GPU")):  # fmt: skip
-        group = [r for r in rows if r["name"].startswith(prefix)]
+        group = [r for r in rows if r["name"].startswith(prefix) and shown(r)]
         if group:
             lines = [
                 [

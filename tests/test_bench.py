@@ -87,4 +87,7 @@ def test_tables_keep_the_last_row_of_a_measurement() -> None:
         [base | {"p50": "2"}, base | {"name": "other", "p50": "5"}, base | {"p50": "0.0021"}],
     )
     assert text.startswith("a ") and text.endswith(" b") and " old " not in text
+    kernel = base | {"name": "kernels/x", "unit": "us", "p50": "250", "p20": "", "dtype": "float32"}
+    rows = [kernel | {"shape": "8x4x64x64"}, kernel | {"shape": "1x4x64x64", "p50": "70"}]
+    assert "0.25 ms |" in tables.render(rows) and "70" not in tables.render(rows)
     assert "2.10 ms (1.00 s-3.00 s)" in text and "2.00 s (" not in text and "5.00" not in text

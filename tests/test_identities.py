@@ -43,7 +43,8 @@ Picture = Callable[..., Image.Image]
 RUNS: dict[str, Backend] = {}
 
 
-SLOW = pytest.param("tiny-compile", marks=pytest.mark.slow)  # 20-30 s for each of its compilations on one core
+# 20-30 s for each of its compilations on one core, of which a test with ControlNets needs several.
+SLOW = pytest.param("tiny-compile", marks=[pytest.mark.slow, pytest.mark.timeout(900)])
 
 
 @pytest.fixture(scope="session", params=["tiny", "picturebook", "tiny-onnx", SLOW])
