@@ -287,8 +287,9 @@ def versions() -> dict[str, str]:
 def _versions() -> dict[str, str]:
     from importlib import metadata
 
-    found = {"python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers", "numpy", "pillow"):
+    # Torch says its build too (+cpu, +cu130), which the wheel's metadata may leave out.
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("diffusers", "transformers", "numpy", "pillow"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
