@@ -1,8 +1,11 @@
-"""torch.compile: the networks of `TorchBackend` as fused kernels; on CUDA each call is the replay of a CUDA graph.
+"""torch.compile: the networks of `TorchBackend` as fused kernels; on CUDA each denoising step is one replay of a CUDA graph.
 
-The UNet and the ControlNets of a condition are one graph, with the layouts' embeddings, their scales and the per-sample
+The UNet and the ControlNets of a condition are one function, with the layouts' embeddings, their scales and the per-sample
 timesteps as inputs, so another prompt, scale or level does not compile again; another number of samples or size does, once
 for a first shape and once more for all the others. Compiling is not part of what a step costs: such calls are cold in the profile.
+
+On CUDA a step's graph holds the network, the guidance, the DDIM step, the blend and the ITO update (`step`), recorded when
+an outline of inputs comes for the second time. Where recording fails the compiled functions run without, and the profile says why.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +22,11 @@ from torch import Tensor
 
 from .backend_torch import Prepared, TorchBackend
 from .backends import unet_module
+from .cuda_graphs import Recordings, outline
+from .denoiser import Condition, Moved, joined
 from .models import Model
-from .profile import module_call
+from .profile import current, module_call
+from .steps import Move
 
 
 def why_unavailable() -> list[str]:
@@ -36,31 +42,66 @@ def why_unavailable() -> list[str]:
 
 
 class CompileBackend(TorchBackend):
-    """See the module's docstring. Arguments as of `TorchBackend`."""
+    """See the module's docstring. Arguments as of `TorchBackend`, and:
+
+    Args:
+        recordings: CUDA graphs of the model's device; None is new ones on CUDA, and none elsewhere.
+    """
 
     name = "compile"
     keeps_text = False  # inside the graph: 1 % of a step's arithmetic
 
-    def __init__(self, model: Model, *, attention: str = "sdpa", channels_last: bool = False):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        attention: str = "sdpa",
+        channels_last: bool = False,
+        recordings: Recordings | None = None,
+    ):
         super().__init__(model, attention=attention, channels_last=channels_last)
-        self._graphs: dict[str, Callable[..., Tensor]] = {}
-        self._seen: set[tuple[Any, ...]] = set()
+        if recordings is None and model.device.type == "cuda":
+            recordings = Recordings(model.device)
+        self.recordings = recordings
+        self._compiled: dict[str, Callable[..., Tensor]] = {}
+        self._seen: set[Any] = set()
         self._compiling = threading.RLock()  # Dynamo traces one function at a time
 
+    def _function(self, module: str, of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`of` compiled, the first that came for the module."""
+        if module not in self._compiled:
+            self._compiled[module] = compiled(of)
+        return self._compiled[module]
+
+    def _call(
+        self, module: str, what: str, function: Callable[[Any], list[Tensor]], inputs: Any, batch: int
+    ) -> list[Tensor]:
+        """`function(inputs)` as a call of `module`, from a graph where there are any. A call of a new outline is cold and
+        holds the others up.
+
+        Args:
+            what: name of the function.
+        """
+        if self.recordings is None:
+            key = (what, outline(inputs))
+            cold = key not in self._seen
+            with module_call(module, self.name, batch, cold=cold, device=self.model.device), self._lock_if(cold):
+                outputs = function(inputs)
+                self._seen.add(key)
+            return outputs
+        cold = self.recordings.cold(what, inputs)
+        with module_call(module, self.name, batch, cold=cold, device=self.model.device):
+            outputs = self.recordings(what, function, inputs)
+        running = current()
+        if self.recordings.failed and running is not None:
+            running.step_down(module, "cuda graph", [self.recordings.failed])
+        return outputs
+
     def _run(self, module: str, of: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """`of(*inputs)` compiled; a call with new shapes is cold and holds the others up."""
-        shapes = (module, *(tuple(i.shape) if isinstance(i, Tensor) else len(i) for i in inputs))
-        cold = shapes not in self._seen
-        with module_call(module, self.name, len(inputs[0]), cold=cold, device=inputs[0].device), self._lock_if(cold):
-            graph = self._graphs.get(module)
-            if graph is None:
-                graph = self._graphs[module] = compiled(of, self.model.device)
-            if self.model.device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()
-            # A clone: the replay of a CUDA graph writes to the same memory every time.
-            output = graph(*inputs).float().clone()
-            self._seen.add(shapes)
-        return output
+        def go(inputs: tuple[Any, ...]) -> list[Tensor]:
+            return [self._function(module, of)(*inputs).float()]
+
+        return self._call(module, module, go, inputs, len(inputs[0]))[0]
 
     @contextmanager
     def _lock_if(self, cold: bool) -> Iterator[None]:
@@ -70,8 +111,9 @@ class CompileBackend(TorchBackend):
         with self._compiling:
             yield
 
-    def _predict(self, x: Tensor, t: Tensor, ready: Prepared) -> Tensor:
-        names = [name for name, _, _ in ready.condition.layouts]
+    def _unet(self, condition: Condition) -> Callable[..., Tensor]:
+        """UNet and ControlNets of a condition, compiled: (x, t, text, hints, scales) -> what the UNet predicts."""
+        names = _names(condition)
 
         def both(x: Tensor, t: Tensor, text: Tensor, hints: list[Tensor], scales: list[Tensor]) -> Tensor:
             extra: dict[str, Any] = {}
@@ -86,9 +128,33 @@ class CompileBackend(TorchBackend):
             output: Tensor = self.unet(x, t, text, return_dict=False, **extra)[0]
             return output
 
-        scales = [torch.tensor(scale, dtype=x.dtype, device=x.device) for _, _, scale in ready.condition.layouts]
-        hints = [ready.hints[name] for name in names]
-        return self._run(unet_module(ready.condition), both, x, t, ready.text, hints, scales)
+        return self._function(unet_module(condition), both)
+
+    def _predict(self, x: Tensor, t: Tensor, ready: Prepared) -> Tensor:
+        def go(inputs: tuple[Any, ...]) -> list[Tensor]:
+            return [self._unet(ready.condition)(*inputs).float()]
+
+        module = unet_module(ready.condition)
+        return self._call(module, module, go, (x, t, ready.text, *_layouts(ready)), len(x))[0]
+
+    @torch.no_grad()
+    def step(self, t: Sequence[Tensor], condition: Condition, moves: Sequence[Move]) -> list[Moved] | None:
+        """See `denoiser.Stepper`; None where there are no graphs, or a state is carried from step to step."""
+        if self.recordings is None or not all(m.stateless for m in moves):
+            return None
+        ready = self._prepared(condition)
+
+        def go(inputs: tuple[Any, ...]) -> list[Tensor]:
+            t, moves, text, hints, scales = inputs
+            x = joined([m.x for m in moves for _ in range(1 + m.guided)]).to(self.dtype)
+            output = self._unet(condition)(x, joined(t), text, hints, scales).float()
+            parts = output.split([(1 + m.guided) * len(m.x) for m in moves])
+            return [p.sum() for p in parts] + [m(p) for m, p in zip(moves, parts, strict=True)]
+
+        module = unet_module(condition)
+        inputs = (tuple(t), tuple(moves), ready.text, *_layouts(ready))
+        outputs = self._call(module, f"step of {module}", go, inputs, len(condition))
+        return list(zip(outputs[: len(moves)], outputs[len(moves) :], strict=True))
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
@@ -106,10 +172,27 @@ class CompileBackend(TorchBackend):
 
         return self._run("vae_decoder", decode, latents.to(self.dtype))
 
+    @torch.no_grad()
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        def encode(ids: Tensor) -> Tensor:
+            states: Tensor = self.model.text_encoder(ids)[0]
+            return states
 
-def compiled(of: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+        return self._run("text_encoder", encode, ids)
+
+
+def _names(condition: Condition) -> list[str]:
+    """Of the layouts, in the order in which the compiled function takes them."""
+    return sorted(name for name, _, _ in condition.layouts)
+
+
+def _layouts(ready: Prepared) -> tuple[list[Tensor], list[Tensor]]:
+    """The embeddings and the scales of a condition's layouts, as the compiled function takes them."""
+    names = _names(ready.condition)
+    return [ready.hints[name] for name in names], [ready.scales[name] for name in names]
+
+
+def compiled(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`of` by Inductor: whole or an error, never half of it in eager."""
     options: dict[str, Any] = {"freezing": True}  # weights are constants: repacked for the kernels that read them
-    if device.type == "cuda":
-        options |= {"triton.cudagraphs": True, "max_autotune_gemm": False}
     return torch.compile(of, fullgraph=True, dynamic=True, options=options)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import module_io
 from .backends import cuda_missing, missing, refuse, unet_inputs, unet_module
+from .cuda_graphs import capture
 from .denoiser import Condition, OncePerCondition
 from .engine_spec import EngineSpec, damaged, engines_folder, find_engines
 from .errors import RunError, UsageError
@@ -59,14 +60,6 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def current_stream(device: torch.device) -> int:
     """The handle of torch's current stream."""
     return int(torch.cuda.current_stream(device).cuda_stream)
-
-
-def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`run` as a CUDA graph; the result replays it on the stream that is current then."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        run()
-    return lambda: graph.replay()
 
 
 # ----------------------------------------------------------------------------------------------------------------

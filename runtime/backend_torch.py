@@ -32,12 +32,14 @@ class Prepared:
         condition: kept, so that its identity stays its own.
         text: its states in the networks' dtype.
         hints: ControlNet name -> (B, C0, h, w) embedding of the layout.
+        scales: ControlNet name -> its scale, a scalar tensor.
         kv: attention module -> its keys and values of the text, (B, L, inner) each; filled at the first step.
     """
 
     condition: Condition
     text: Tensor
     hints: dict[str, Tensor]
+    scales: dict[str, Tensor]
     kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -179,7 +181,11 @@ class TorchBackend:
 
     def _prepare(self, condition: Condition) -> Prepared:
         hints = {name: self.hint(name, maps) for name, maps, _ in condition.layouts}
-        return Prepared(condition, condition.text.to(self.dtype), hints)
+        text = condition.text.to(self.dtype)
+        scales = {
+            name: torch.tensor(scale, dtype=text.dtype, device=text.device) for name, _, scale in condition.layouts
+        }
+        return Prepared(condition, text, hints, scales)
 
     @torch.no_grad()
     def hint(self, name: str, maps: Tensor) -> Tensor:

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from ..kernels.guided_step import blend
 from ..kernels.mask_map import mask_map
-from .denoiser import Condition, Denoiser, Loop, Network, NoisedReference, Reference, TrajectoryReference, invert
+from .denoiser import (
+    Condition,
+    Denoiser,
+    Loop,
+    Network,
+    NoisedReference,
+    Reference,
+    TrajectoryReference,
+    invert,
+    joined,
+)
 from .errors import RunError
 from .ito import ito_pass, masked_sampling
 from .mask import estimate
@@ -126,7 +136,7 @@ class Batch:
 
     def encode(self) -> None:
         self._stage(
-            "encode", lambda j: [j.digest], lambda m: self.vae(self.model.encode, _joined([j.pixels for j in m]))
+            "encode", lambda j: [j.digest], lambda m: self.vae(self.model.encode, joined([j.pixels for j in m]))
         )
 
     def find_masks(self) -> None:
@@ -417,11 +427,6 @@ class Batch:
         return sum(n * len(self.guided if name in per_guided else self.jobs) for name, n in self.costs().items())
 
 
-def _joined(batches: list[Tensor]) -> Tensor:
-    """One batch of several; of one, itself, not a copy."""
-    return batches[0] if len(batches) == 1 else torch.cat(batches)
-
-
 def vae_batches(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """The VAE in pieces of 8, one by one where memory runs out.
 
@@ -430,7 +435,7 @@ def vae_batches(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """
     for size in (8, 1):
         try:
-            return _joined([run(piece) for piece in batch.split(size)])
+            return joined([run(piece) for piece in batch.split(size)])
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
                 raise

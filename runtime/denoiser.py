@@ -11,15 +11,15 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..kernels.guided_step import guided_step
 from .errors import RunError
 from .profile import Profile
 from .schedule import Levels, add_noise, ddim_coefficients
+from .steps import Move, Update
 
 T = TypeVar("T")
 
@@ -110,10 +110,28 @@ class OncePerCondition(Generic[T]):
 
 
 class Denoiser(Protocol):
-    """A network that predicts; no state between calls."""
+    """A network that predicts; no state between calls. One that also has `Stepper.step` is asked for that first."""
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """(B, C, h, w) latents, (B,) int64 timesteps -> (B, C, h, w) float32 in the checkpoint's prediction type."""
+        ...
+
+
+Moved = tuple[Tensor, Tensor]
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """A denoiser that can run a call of the network and all that follows it in the step as one."""
+
+    def step(self, t: Sequence[Tensor], condition: Condition, moves: Sequence[Move]) -> list[Moved] | None:
+        """For each move the sum of the network's output for it, a scalar, and the latent that it leads to; None if this is
+        not to be run as one.
+
+        Args:
+            t: the timesteps of each move's samples, (B,) or (2B,) if it is guided.
+            condition: of all samples, in the order of the moves.
+        """
         ...
 
 
@@ -167,14 +185,24 @@ def _out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a loop needs of the network next: (B, C, h, w) latents, (B,) timesteps, the condition of each sample."""
+    """What a loop needs of the network next.
+
+    Attributes:
+        x: (B, C, h, w) latents.
+        t: (times * B,) timesteps.
+        condition: of the times * B samples.
+        times: how often the network answers for `x`: twice for the halves of a guidance.
+        move: what becomes of the answer; the loop is sent what it leads to, or without one the answer itself.
+    """
 
     x: Tensor
     t: Tensor
     condition: Condition
+    times: int = 1
+    move: Move | None = None
 
 
-# A denoising loop asks and is sent the network's output for it, so that loops that do not depend on each other can share calls.
+# A denoising loop asks and is sent the answer, so that loops that do not depend on each other can share calls.
 Loop = Generator[Ask, Tensor, T]
 
 
@@ -190,6 +218,7 @@ class Network:
 
     def __init__(self, denoiser: Denoiser, prediction: str, max_batch: int, profile: Profile):
         self.denoiser, self.prediction, self.max_batch, self.profile = denoiser, prediction, max_batch, profile
+        self._whole_step = denoiser.step if isinstance(denoiser, Stepper) else None
         # Conditions put together or cut before, with what they were made of: a loop asks with the same ones at every step,
         # and a backend that keeps what it computed of a text or a layout knows it again by the tensor.
         self._made: dict[tuple[Any, ...], tuple[Any, Condition]] = {}
@@ -225,21 +254,41 @@ class Network:
             groups: dict[Any, list[str]] = {}
             for name, ask in asks.items():
                 groups.setdefault((ask.condition.kind, ask.x.shape[1:]), []).append(name)
-            for names in list(groups.values()):
-                together = [asks[n] for n in names]
-                x, t = (
-                    torch.cat(v) if len(v) > 1 else v[0] for v in ([a.x for a in together], [a.t for a in together])
-                )
-                sizes = [len(a.x) for a in together]
-                owners = [name for name, size in zip(names, sizes) for _ in range(size)]
-                output = self._predict(x, t, self._cat([a.condition for a in together]), owners)
-                for name, part in zip(names, output.split(sizes), strict=True):
-                    sums.append((f"stage {name}, step {self.profile.step_number}", part.sum()))
-                    if not part.is_cuda:  # to look is to wait for a GPU, so there it is done once, at the end
+            answers: dict[str, Tensor] = {}
+            for names in groups.values():
+                for name, (total, answer) in zip(names, self._answer([(n, asks[n]) for n in names]), strict=True):
+                    sums.append((f"stage {name}, step {self.profile.step_number}", total))
+                    if not total.is_cuda:  # to look is to wait for a GPU, so there it is done once, at the end
                         self._check(sums)
-                    advance(name, part)
+                    answers[name] = answer
+            for (
+                name,
+                answer,
+            ) in answers.items():  # after all calls of this step: a loop that goes on begins the next one
+                advance(name, answer)
         self._check(sums)
         return results
+
+    def _answer(self, asks: Sequence[tuple[str, Ask]]) -> list[Moved]:
+        """For each ask the sum of the network's output, and what is sent to its loop. All in one call of the network."""
+        together = [ask for _, ask in asks]
+        condition = self._cat([a.condition for a in together])
+        owners = [name for name, a in asks for _ in range(len(a.t))]
+        moves = [a.move for a in together if a.move is not None]
+        if self._whole_step is not None and len(moves) == len(asks) and len(owners) <= self.max_batch:
+            try:
+                moved = self._whole_step([a.t for a in together], condition, moves)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                moved = None  # what follows takes less at a time, and says so
+            if moved is not None:
+                self.profile.count(Counter(owners))
+                return moved
+        x = joined([a.x for a in together for _ in range(a.times)])
+        output = self._predict(x, joined([a.t for a in together]), condition, owners)
+        parts = output.split([len(a.t) for a in together])
+        return [(p.sum(), p if a.move is None else a.move(p)) for a, p in zip(together, parts, strict=True)]
 
     @staticmethod
     def _check(sums: list[tuple[str, Tensor]]) -> None:
@@ -260,19 +309,23 @@ class Network:
         Raises:
             RunError: NaN or infinity in the output, or out of memory with one sample.
         """
-        return self.drive(self._ask(x, t, condition))
+        return self.drive(self._ask(x, t, condition, None))
 
-    def _ask(self, x: Tensor, t: int | Tensor, condition: Condition) -> Loop[Tensor]:
-        output = yield Ask(x, self._times(t, x), condition)
-        return output
+    def _ask(
+        self, x: Tensor, t: int | Tensor, condition: Condition, uncond: Condition | None, move: Move | None = None
+    ) -> Loop[Tensor]:
+        """One question; with `uncond` for both halves of the guidance, that one first."""
+        times = 1 if uncond is None else 2
+        told = condition if uncond is None else self._cat([uncond, condition])
+        return (yield Ask(x, self._times(t, x, times), told, times, move))
 
-    def _times(self, t: int | Tensor, x: Tensor) -> Tensor:
-        """(B,) int64; the same tensor whenever it is the same."""
+    def _times(self, t: int | Tensor, x: Tensor, times: int) -> Tensor:
+        """(times * B,) int64; the same tensor whenever it is the same."""
         if isinstance(t, Tensor):
-            return t
-        key = (t, len(x), x.device)
+            return t if times == 1 else torch.cat([t] * times)
+        key = (t, times * len(x), x.device)
         if key not in self._constants:
-            self._constants[key] = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+            self._constants[key] = torch.full((times * len(x),), t, dtype=torch.int64, device=x.device)
         return self._constants[key]
 
     def _cat(self, conditions: Sequence[Condition]) -> Condition:
@@ -324,15 +377,13 @@ class Network:
         With scale 1, or no `uncond`, the unconditional half is not evaluated.
         """
         if uncond is None or scale == 1:
-            return (yield from self._ask(x, t, condition))
-        times = self._times(t, x)
-        both = self._cat([uncond, condition])
-        low, high = (yield from self._ask(torch.cat([x, x]), torch.cat([times, times]), both)).chunk(2)
+            return (yield from self._ask(x, t, condition, None))
+        low, high = (yield from self._ask(x, t, condition, uncond)).chunk(2)
         return low + scale * (high - low)
 
     def step(self, x: Tensor, output: Tensor, abar_from: float, abar_to: float) -> Tensor:
         """One DDIM step of the whole batch from one level to another, with an output that is guided already."""
-        return self._move(x, output, None, 1.0, abar_from, abar_to, {})
+        return self._move(x, 1.0, abar_from, abar_to)(output)
 
     def guided_move(
         self,
@@ -347,35 +398,38 @@ class Network:
         t: int | None = None,
         mask: Tensor | None = None,
         source: Reference | None = None,
+        update: Update | None = None,
     ) -> Loop[Tensor]:
         """Predict at level i and move to level j: both halves of the guidance in one call of the network, then guidance,
-        DDIM step and blend in one pass (see `kernels.guided_step`).
+        DDIM step and blend in one pass (see `kernels.guided_step`), then the update.
 
         Args:
             x: (B, C, h, w) at level i.
             t: the timestep that the network is told; level i's by default.
             mask: (B, 1, h, w), 1 edits; with `source`, what is outside is put back at level j.
+            update: of ITO, at level j.
         """
         told = levels.timesteps[i] if t is None else t
-        low: Tensor | None = None
-        if uncond is None or scale == 1:
-            cond = yield from self._ask(x, told, condition)
-        else:
-            both = yield from self._ask(torch.cat([x, x]), told, self._cat([uncond, condition]))
-            low, cond = both.chunk(2)
+        low = None if scale == 1 else uncond
         kept: dict[str, Tensor] = {}
         if mask is not None and source is not None:
             kept = {"mask": mask} | source.parts(j)
-        return self._move(x, cond, low, scale, levels.abar[i], levels.abar[j], kept)
+        move = self._move(x, scale, levels.abar[i], levels.abar[j], guided=low is not None, kept=kept, update=update)
+        return (yield from self._ask(x, told, condition, low, move))
 
-    def _move(self, x: Tensor, cond: Tensor, low: Tensor | None, scale: float, abar_from: float, abar_to: float,
-              kept: dict[str, Tensor]) -> Tensor:  # fmt: skip
+    def _move(self, x: Tensor, scale: float, abar_from: float, abar_to: float, *, guided: bool = False,
+              kept: Mapping[str, Tensor] | None = None, update: Update | None = None) -> Move:  # fmt: skip
         key = (abar_from, abar_to, len(x), x.dtype, x.device)
         if key not in self._constants:
             values = torch.tensor([*ddim_coefficients(abar_from, abar_to), abar_from], dtype=x.dtype, device=x.device)
             self._constants[key] = values.unsqueeze(1).expand(3, len(x)).contiguous().unbind()
         c_x, c_eps, abar = self._constants[key]
-        return guided_step(x, cond, low, scale, c_x, c_eps, abar=abar, prediction=self.prediction, **kept)
+        return Move(x, guided, scale, c_x, c_eps, abar, self.prediction, kept or {}, update)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One batch of several; of one, itself, not a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def invert(

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.ito_step import AdamState, ito_step
+from ..kernels.ito_step import AdamState
 from .denoiser import Condition, Loop, Network, Reference
 from .schedule import Levels
+from .steps import Update
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,11 @@ def ito_pass(
     state = AdamState(torch.zeros_like(y), torch.zeros_like(y)) if phase.carry else None
     for i in range(start, levels.steps):
         network.profile.step(i - start + 1, levels.steps - start)
-        y = yield from network.guided_move(y, levels, i, i + 1, condition, uncond, scale)
+        update = None
         if i - start < updates:
             g = guidance(i + 1) if guidance else None
-            y = ito_step(
-                y, source(i + 1), g, mask, lam, k=phase.k, lr=phase.lr, kept_area=kept_area, state=state
-            )  # fmt: skip
+            update = Update(source(i + 1), g, mask, lam, phase.k, phase.lr, kept_area, state)
+        y = yield from network.guided_move(y, levels, i, i + 1, condition, uncond, scale, update=update)
     return y
 
 

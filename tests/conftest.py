@@ -38,6 +38,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def taped() -> Any:
+    """The module `tests/taped.py`: CUDA graphs without CUDA."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("taped", ROOT / "tests" / "taped.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint_cli(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint of random weights with ControlNets for pose and scribble: seconds to make, milliseconds to run.
 

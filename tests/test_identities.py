@@ -47,7 +47,7 @@ RUNS: dict[str, Backend] = {}
 SLOW = pytest.param("tiny-compile", marks=[pytest.mark.slow, pytest.mark.timeout(900)])
 
 
-@pytest.fixture(scope="session", params=["tiny", "picturebook", "tiny-onnx", SLOW])
+@pytest.fixture(scope="session", params=["tiny", "picturebook", "tiny-onnx", "tiny-recorded", SLOW])
 def model(request: pytest.FixtureRequest) -> Any:
     """Every model and backend that the identities must hold on."""
     name = request.param
@@ -61,6 +61,9 @@ def model(request: pytest.FixtureRequest) -> Any:
         why = why_unavailable("compile")
         assert not why, why  # a compiler is part of what the tests need
         RUNS[name] = CompileBackend(made)
+    if name == "tiny-recorded":
+        taped = request.getfixturevalue("taped")
+        RUNS[name] = taped.Recorded(made, taped.Captures())
     if name == "tiny-onnx":
         RUNS[name] = OnnxBackend(made, request.getfixturevalue("tiny_engines"))
     return made

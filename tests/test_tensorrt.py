@@ -132,7 +132,8 @@ def _functions(model: Any) -> dict[str, Callable[..., Tensor]]:
         assert all((layouts[f"{n}_scale"] == layouts[f"{n}_scale"][0]).all() for n in names)
         named = tuple((n, layouts[f"{n}_hint"].float(), float(layouts[f"{n}_scale"][0])) for n in names)
         told = Condition(encoder_hidden_states.float(), named)
-        ready = Prepared(told, told.text, {n: hint for n, hint, _ in named})
+        scales = {n: torch.tensor(scale) for n, _, scale in named}
+        ready = Prepared(told, told.text, {n: hint for n, hint, _ in named}, scales)
         with torch.no_grad():
             return torch_backend._predict(sample.float(), timestep, ready)
 
