@@ -23,12 +23,12 @@ from torch import Tensor
 
 from . import module_io
 from .backends import cuda_missing, missing, refuse, unet_inputs, unet_module
-from .cuda_graphs import capture
+from .cuda_graphs import capture, first_line
 from .denoiser import Condition, OncePerCondition
 from .engine_spec import EngineSpec, damaged, engines_folder, find_engines
 from .errors import RunError, UsageError
 from .models import Model
-from .profile import module_call
+from .profile import current, module_call
 
 PLAN = "engine.plan"
 
@@ -137,7 +137,7 @@ class TensorrtBackend:
     Args:
         engines: folder of engines; None is the user's cache, by the model's digest.
         graphs: replay each module and shape as a CUDA graph from its second call on; costs its buffers and one execution
-            context each.
+            context each. Where one cannot be recorded all run without, and the profile says why.
 
     Raises:
         UsageError: TensorRT cannot run here, the model is not on a GPU, or no engine of a UNet can be used.
@@ -145,7 +145,7 @@ class TensorrtBackend:
 
     name = "tensorrt"
 
-    def __init__(self, model: Model, engines: Path | None = None, *, graphs: bool = False):
+    def __init__(self, model: Model, engines: Path | None = None, *, graphs: bool = True):
         why = why_unavailable() or not_cuda(model.device)
         if why:
             raise UsageError(f"tensorrt was requested but cannot run: {'; '.join(why)}")
@@ -153,6 +153,7 @@ class TensorrtBackend:
 
         self.model, self.device, self.graphs, self._trt = model, model.device, graphs, trt
         self.folder = engines_folder(model.digest) if engines is None else engines
+        self.no_graphs = ""  # why recording failed
         self.refused: dict[str, list[str]] = {}  # module, or the name of a folder that names none -> reasons
         self._found: dict[str, list[tuple[Path, EngineSpec]]] = {}
         self._loaded: dict[Path, _Loaded] = {}
@@ -269,6 +270,9 @@ class TensorrtBackend:
                     context = self._context(module, loaded, given)
                     result = self._execute(module, loaded, context, given)
                 loaded.seen.add(key)
+        running = current()
+        if self.no_graphs and running is not None:
+            running.step_down(module, "cuda graph", [self.no_graphs])
         return result.float()
 
     def _nearest(self, module: str, batch: int, height: int, width: int) -> Path:
@@ -374,7 +378,13 @@ class TensorrtBackend:
             own = {name: value.clone() for name, value in given.items()}
             # A call outside the graph first, for what TensorRT sets up when the shapes are new.
             into = self._execute(module, loaded, context, own)
-            replay = capture(lambda: self._enqueue(module, context), self.device)
+            try:
+                replay = capture(lambda: self._enqueue(module, context), self.device)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, RunError) as error:
+                self.graphs, self.no_graphs = False, first_line(error)
+                return into
             graph = loaded.graphs[key] = _Graph(context, own, into, replay)
         for name, value in given.items():
             graph.inputs[name].copy_(value)

@@ -30,6 +30,11 @@ def capture(run: Callable[[], None], device: torch.device, pool: Any = None) -> 
     return lambda: graph.replay()
 
 
+def first_line(error: BaseException) -> str:
+    """Of CUDA's errors the first line says what; the rest is advice to developers."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def tensors_of(tree: Any) -> Iterator[Tensor]:
     """The tensors of a tree of dataclasses, mappings, tuples and lists, in a fixed order."""
     if isinstance(tree, Tensor):
@@ -138,7 +143,7 @@ class Recordings:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.failed = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            self.failed = first_line(error)
             return None
         return _Recording(buffers, [None] * len(buffers), replay, outputs)
 

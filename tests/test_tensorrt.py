@@ -423,7 +423,7 @@ def test_the_output_of_a_call_is_the_callers_own(built: Machine, graphs: bool) -
 
 def test_the_embedding_of_a_layout_is_made_once_for_a_condition(built: Machine) -> None:
     backend, want, side = (
-        TensorrtBackend(built.model, built.folder),
+        TensorrtBackend(built.model, built.folder, graphs=False),  # each call is one execution
         TorchBackend(built.model),
         64 // built.model.factor,
     )
@@ -449,6 +449,23 @@ def test_a_graph_is_recorded_for_each_shape(built: Machine) -> None:
         for height, width in ((64, 64), (128, 128), (64, 192)):
             images = torch.rand(1, 3, height, width)
             assert torch.equal(backend.encode_image(images), want.encode_image(images))
+
+
+def test_where_no_graph_can_be_recorded_the_engines_run_without_and_say_why(
+    built: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        raise RuntimeError("CUDA error: operation would make the legacy stream depend on a capturing stream\nadvice")
+
+    monkeypatch.setattr(backend_tensorrt, "capture", refuse)
+    backend, want, profile = TensorrtBackend(built.model, built.folder), TorchBackend(built.model), Profile()
+    with profile.stage("encode"):
+        for _ in range(3):
+            images = torch.rand(1, 3, 64, 64)
+            assert torch.equal(backend.encode_image(images), want.encode_image(images))
+    told = "CUDA error: operation would make the legacy stream depend on a capturing stream"
+    assert profile.steps_down == {("vae_encoder", "cuda graph"): [told]}
+    assert [c.cold for c in profile.modules if c.backend == "tensorrt"] == [True, True, False]
 
 
 def test_the_profile_with_the_nearest_optimum_is_chosen(machine: Machine) -> None:
@@ -491,14 +508,17 @@ def test_calls_from_several_threads_do_not_mix(built: Machine) -> None:
     )  # the builder's own look, and once here
 
 
-def test_calls_are_in_the_profile_and_the_first_of_a_shape_is_cold(built: Machine) -> None:
-    backend = TensorrtBackend(built.model, built.folder)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_calls_are_in_the_profile_and_the_first_of_a_shape_are_cold(built: Machine, graphs: bool) -> None:
+    backend = TensorrtBackend(built.model, built.folder, graphs=graphs)
     running = Profile()
     with running.stage("encode"):
-        for size in (64, 64, 128):
+        for size in (64, 64, 64, 128):
             backend.encode_image(torch.rand(1, 3, size, size))
+    # With graphs the second call records.
     assert [(c.module, c.backend, c.cold) for c in running.modules] == [
         ("vae_encoder", "tensorrt", True),
+        ("vae_encoder", "tensorrt", graphs),
         ("vae_encoder", "tensorrt", False),
         ("vae_encoder", "tensorrt", True),
     ]
