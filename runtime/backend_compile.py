@@ -49,7 +49,7 @@ class CompileBackend(TorchBackend):
     """
 
     name = "compile"
-    keeps_text = False  # inside the graph: 1 % of a step's arithmetic
+    keeps_text = False  # inside the function: 0.4 % of the arithmetic of SD 1.5 at 512x512
 
     def __init__(
         self,

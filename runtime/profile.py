@@ -249,7 +249,8 @@ class Profile:
         return [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows.values()]
 
     def outside_modules(self) -> float:
-        """Seconds of the run in no module: the loops, the kernels beside the networks, pictures in and out."""
+        """Seconds of the run in no module: the loops, the kernels beside the networks, pictures in and out. Where a step is
+        recorded as one (`compile` on CUDA) its kernels are in the module."""
         return max(0.0, sum(self.seconds.values()) - sum(c.seconds for c in self.modules))
 
     def as_dict(self) -> dict[str, Any]:
