@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from iedit.export import onnx as exporter
 from iedit.export import verify
+from iedit.runtime import backend_onnx
 from iedit.runtime.backend_onnx import OnnxBackend, instance_norms, new_session
 from iedit.runtime.backend_torch import TorchBackend
 from iedit.runtime.backends import Ladder, load_backend
@@ -492,6 +494,36 @@ def test_several_threads_share_a_backend(tiny: Any, built: tuple[Path, list[Engi
         assert torch.equal(output, backend.predict(*call))
 
 
+def test_samples_are_shared_out_to_threads_where_a_batch_divides(
+    tiny: Any, built: tuple[Path, list[EngineSpec]], backend: OnnxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two, profile = OnnxBackend(tiny, built[0], threads=2), Profile()
+    calls = [_call(tiny, batch, (64, 64), 7, names) for batch, names in ((4, ()), (3, ()), (4, ()), (2, ("pose",)))]
+    with profile.stage("final"):
+        outputs = [two.predict(*call) for call in calls]
+    for call, output in zip(calls, outputs, strict=True):
+        _close(output, backend.predict(*call))
+    unets = [(c.module, c.batch, c.cold) for c in profile.modules if c.module.startswith("unet")]
+    assert unets == [("unet", 4, True), ("unet", 3, True), ("unet", 4, False), ("unet+pose", 2, True)]
+    assert set(two._sessions) >= {("unet", 1), ("unet", 2), ("unet+pose", 1)} and ("unet+pose", 2) not in two._sessions
+    # What fails in one of the threads fails the call; a UNet that is not small is held once.
+    real, x, t, condition = two._execute, *_call(tiny, 4, (64, 64), 7)
+
+    def broken(module: str, session: Any, given: Any, result: Tensor) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError("onnxruntime can't allocate memory: no")
+        real(module, session, given, result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(two, "_execute", broken)
+        with pytest.raises(MemoryError, match="allocate"):
+            two.predict(x, t, condition)
+    monkeypatch.setattr(backend_onnx, "SMALL", 1000)
+    large = OnnxBackend(tiny, built[0], threads=2)
+    _close(large.predict(x, t, condition), two.predict(x, t, condition))
+    assert ("unet", 1) not in large._sessions
+
+
 def test_out_of_memory_is_told_in_the_words_that_halve_the_batch(
     tiny: Any, backend: OnnxBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,7 +531,7 @@ def test_out_of_memory_is_told_in_the_words_that_halve_the_batch(
 
     x, t, condition = _call(tiny, 4, (64, 64), 7)
     wanted = backend.predict(x, t, condition)
-    session = backend._session("unet")
+    session = backend._session("unet", 1)
 
     class Small:
         def io_binding(self) -> Any:
@@ -510,7 +542,7 @@ def test_out_of_memory_is_told_in_the_words_that_halve_the_batch(
                 raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
             session.run_with_iobinding(binding)
 
-    monkeypatch.setitem(backend._sessions, "unet", Small())
+    monkeypatch.setitem(backend._sessions, ("unet", 1), Small())
     profile = Profile()
     with profile.stage("final"):
         output = Network(backend, "epsilon", 8, profile).predict(x, t, condition)
