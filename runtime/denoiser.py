@@ -261,10 +261,8 @@ class Network:
                     if not total.is_cuda:  # to look is to wait for a GPU, so there it is done once, at the end
                         self._check(sums)
                     answers[name] = answer
-            for (
-                name,
-                answer,
-            ) in answers.items():  # after all calls of this step: a loop that goes on begins the next one
+            # After all calls of this step: a loop that goes on begins the next one.
+            for name, answer in answers.items():
                 advance(name, answer)
         self._check(sums)
         return results
