@@ -20,7 +20,7 @@ from ..runtime import backend_tensorrt, module_io
 from ..runtime.backend_tensorrt import PLAN, last_errors, new_logger
 from ..runtime.engine_spec import SPEC_FILE, EngineSpec, Shapes, build_lock, damaged, read_spec, write_spec
 from ..runtime.errors import RunError, UsageError
-from ..runtime.images import write_whole
+from ..runtime.files import write_whole
 from . import onnx
 from .onnx import replace_folder
 

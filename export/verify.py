@@ -26,7 +26,7 @@ from ..runtime.denoiser import Condition
 from ..runtime.editor import Editor, EditRequest
 from ..runtime.engine_spec import SPEC_FILE, EngineSpec, find_engines
 from ..runtime.errors import UsageError
-from ..runtime.images import write_whole
+from ..runtime.files import write_whole
 from ..runtime.models import Model
 from ..runtime.module_io import HINT_PREFIX
 from ..runtime.stages import StageCache

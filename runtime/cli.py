@@ -321,7 +321,8 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     The output PNG carries a receipt; `iedit replay OUT.png` makes it again. Exit code 2: it cannot be done as asked,
     1: it failed while running; either way nothing was written.
     """
-    from .images import write_png, write_whole
+    from .files import write_whole
+    from .images import write_png
 
     first = Path(output or f"{Path(image).stem}-edited.png")
     wanted = [(seed, lam) for seed in range(values["seed"], values["seed"] + count) for lam in lambdas]
@@ -604,7 +605,8 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     iedit profile in.png --source-prompt "a red car ..." --prompt "a blue car ..." --plot time.png
     iedit profile in.png --prompt "..." --backend onnx --trace time.json     open it in ui.perfetto.dev
     """
-    from .images import write_png, write_whole
+    from .files import write_whole
+    from .images import write_png
 
     _check_targets([Path(plot)] if plot else [], [image], [Path(p) for p in (output, trace) if p])
     request = _request(_inputs(image, values), values, values["seed"], _options(values))

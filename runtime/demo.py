@@ -13,7 +13,8 @@ from typing import Any
 
 from .editor import Editor, EditRequest, Options, versions
 from .errors import UsageError
-from .images import contact_sheet, load_image, load_layout, write_png, write_whole
+from .files import write_whole
+from .images import contact_sheet, load_image, load_layout, write_png
 from .models import picturebook_folder
 from .profile import Callback
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunError, UsageError
-from .images import write_whole
+from .files import write_whole
 
 SPEC_FILE = "engine.json"
 FORMATS = ("onnx", "tensorrt")
