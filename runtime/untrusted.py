@@ -50,12 +50,12 @@ def parse_json(text: str | bytes, longest: int = MAX_JSON) -> Any:
         found = json.loads(text)
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
-    level, depth = [found], 0
+    level, depth = [v for v in [found] if isinstance(v, (dict, list))], 1
     while level:
         if depth > MAX_DEPTH:
             raise ValueError(f"nested more than {MAX_DEPTH} deep")
-        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
-        depth += 1
+        inside = (v for container in level for v in (container.values() if isinstance(container, dict) else container))
+        level, depth = [v for v in inside if isinstance(v, (dict, list))], depth + 1
     return found
 
 

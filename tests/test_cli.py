@@ -246,7 +246,7 @@ def test_a_size_that_the_network_cannot_take_is_padded_and_cropped_back(edit: li
         (["--mask", "full.png"], "the mask covers everything"),
         (["--mask", "small.png"], "the mask is 16x16 and the image 32x32"),
         (["--mask", "nope.png"], "nope.png: there is no such file"),
-        (["--layout", "pose=words.png"], "words.png: not an image"),
+        (["--layout", "pose=words.png"], "words.png: not an image in a format"),
         (["--layout", "pose"], "expected NAME=FILE"),
         (["--layout", "pose=pose.png", "--layout", "pose=old.png"], "pose is given twice"),
         (["--output", "out.jpg"], "give a name that ends in .png"),
@@ -279,7 +279,7 @@ def test_what_cannot_be_done_as_asked_is_one_line_and_exit_code_2(edit: list[str
     [
         ("nope.png", "there is no such file"),
         ("folder.png", "this is a folder"),
-        ("words.png", "not an image that Pillow can read"),
+        ("words.png", "not an image in a format"),
         ("truncated.png", "truncated"),
         ("huge.png", "the limit is"),
     ],
@@ -435,7 +435,7 @@ def test_sigint_stops_the_command_in_the_middle_of_a_run(edit: list[str], here: 
                           stderr=subprocess.PIPE,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as running:  # fmt: skip
         end = time.monotonic() + 120
-        while not list(here.glob("kept/*.safetensors")) and time.monotonic() < end and running.poll() is None:
+        while not list(here.glob("kept/*/*.safetensors")) and time.monotonic() < end and running.poll() is None:
             time.sleep(0.1)
         time.sleep(0.5)  # into the next stage
         os.kill(running.pid, signal.SIGINT)
@@ -455,7 +455,7 @@ def test_a_disk_that_refuses_is_exit_code_1(edit: list[str], monkeypatch: pytest
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(edit: list[str]) -> None:
-    assert "in.png" in refused(1, *edit, "--cache", "in.png/kept")
+    assert "in.png is not a folder" in refused(2, *edit, "--cache", "in.png/kept")
 
 
 # --- mask and layouts -------------------------------------------------------------------------------------------
