@@ -63,7 +63,7 @@ class OnnxBackend:
         trust_engines: bool = False,
     ):
         self.model, self.device, self.threads = model, model.device, threads
-        self.folder = engines_folder(model.digest) if engines is None else engines
+        self.folder = engines_folder(model.weights_digest) if engines is None else engines
         self.trust = trust_engines
         self.refused: dict[str, list[str]] = {}  # module, or a folder that names none -> reasons
         self._found: dict[str, list[tuple[Path, EngineSpec]]] = {}  # best first, until one turns out damaged

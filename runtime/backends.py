@@ -172,7 +172,7 @@ def load_backend(
     """A backend of a loaded model, or for "auto" the ladder.
 
     Args:
-        engines: folder of exported engines; None is `engine_spec.engines_folder(model.digest)`.
+        engines: folder of exported engines; None is `engine_spec.engines_folder(model.weights_digest)`.
         trust_engines: also use engines that every user of this machine may change.
         options: `attention` ("sdpa" or "xformers") and `channels_last`, of the backends that run torch modules.
 

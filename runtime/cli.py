@@ -141,7 +141,8 @@ _request_options = _apply([
     click.option("--source-layout", multiple=True, callback=_pairs, metavar="NAME=FILE",
                  help="The same for the picture as it is; edge, line and scribble are annotated if not given."),
     click.option("--method", default="ito", show_default=True, type=click.Choice(METHODS), help="How to edit."),
-    click.option("--steps", default=25, show_default=True, type=click.IntRange(1, 1000), help="Sampling steps."),
+    click.option("--steps", default=None, type=click.IntRange(1, 1000),
+                 help="Sampling steps. Default: 50 for iedit, 25 for the other methods."),
     click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
     click.option("--guidance-scale", type=float, default=None,
                  help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5."),
@@ -162,7 +163,7 @@ def _options(values: dict[str, Any], lam: float = 0.6) -> Options:
     from .editor import MaskOptions, Options
     from .ito import Phase
 
-    phase = Phase(t_u=values.get("t_u"), k=values.get("k", 1))
+    phase = Phase(t_u=values.get("t_u"), k=values.get("k", 1), update=values.get("update", "clipped"))
     return Options(
         lam=lam,
         guidance_scale=values["guidance_scale"],
@@ -200,7 +201,8 @@ def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(f"{values['mask']}: the mask is empty, nothing could change; paint what to edit in white")
         if covered == 1:
             raise UsageError(
-                f"{values['mask']}: the mask covers everything, nothing is kept; use --mask-mode none instead"
+                f"{values['mask']}: the mask covers everything, nothing is kept; leave --mask out to have one estimated, or "
+                "repaint the whole picture with --method sdedit"
             )
     return found
 
@@ -295,7 +297,9 @@ def _time_left(seconds: float) -> str:
     default=None,
     help="Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts.",
 )
-@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Adam steps at each.")
+@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Inner steps at each.")
+@click.option("--update", type=click.Choice(["clipped", "adam"]), default="clipped", show_default=True,
+              help="How ITO moves the latent: by a Newton step of bounded length, or by Adam as in the paper.")  # fmt: skip
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), default=None,
               help="Share of the steps that the other methods noise the picture by. Default: the method's own.")  # fmt: skip
 @click.option("--refine", is_flag=True, help="Refine the guidance image with the input (ITO A.5).")
@@ -376,11 +380,14 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         outputs[Path(profile)] = (json.dumps(results[0].profile.as_dict(), indent=1) + "\n").encode()
     write_outputs(outputs)
     if as_json:
-        rows = [{"output": str(t), "seed": s, "lambda": lam, "mask": r.receipt["mask"], "notes": r.profile.notes}
+        rows = [{"output": str(t), "seed": s, "lambda": lam, "mask": r.receipt["mask"], "notes": r.notes}
                 for t, (s, lam), r in zip(targets, wanted, results, strict=True)]  # fmt: skip
         click.echo(json.dumps({"results": rows, "profile": results[0].profile.as_dict()}, indent=1))
         return
-    _show_notes(results[0].profile.notes)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        about = [t.name for t, r in zip(targets, results, strict=True) if note in r.notes]
+        where = "" if len(about) == len(targets) else f" ({', '.join(about)})"
+        _show_notes([note + where])
     spent = sum(results[0].profile.seconds.values())
     for target, result in zip(targets, results, strict=True):
         area = "" if result.receipt["mask"] is None else f", mask {result.receipt['mask']['area']:.0%}"
@@ -540,9 +547,13 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
         editor = _editor(values)
         from .stages import StageCache
 
+        notes: list[str] = []
+
         def run() -> Any:
             editor.cache = StageCache(memory=0)
-            return editor.edit(request, tell).profile
+            result = editor.edit(request, tell)
+            notes[:] = result.notes
+            return result.profile
 
         profiles = [run() for _ in range(runs)]
         from . import report
@@ -571,7 +582,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     cold, warm = totals[0], totals[1:]
     shown = f", then {', '.join(f'{t:.3f}' for t in warm)}" if warm else ""
     click.echo(f"backend {editor.backend}; first run {cold:.3f} s (cold){shown}")
-    _show_notes(last.notes)
+    _show_notes(notes)
 
 
 @main.command()
@@ -589,7 +600,7 @@ def info(model: str, as_json: bool) -> None:
 
     described = describe(model)
     if "problem" not in described:
-        described["engines"] = describe_engines(read_digests(model)[0])
+        described["engines"] = describe_engines(read_digests(model).weights)
     found: dict[str, Any] = {
         "iedit": VERSION,
         "versions": versions(),

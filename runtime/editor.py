@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
@@ -125,6 +126,8 @@ class Editor:
     def mask(self, request: EditRequest, callback: Callback | None = None) -> tuple[Image.Image | None, Profile]:
         """Only the mask that `edit` would use: "L", white where the edit is allowed; None where there is none."""
         result = self._run([check_request(self.model, request)], callback, only_mask=True)[0]
+        for note in result.notes:  # the profile is this one request's
+            result.profile.note(note)
         return result.mask, result.profile
 
     @torch.no_grad()
@@ -227,7 +230,7 @@ class Editor:
                 # Copies: what the caller does with them must not reach the cache.
                 latent, source = (j.found[s]["value"].cpu().clone() for s in (stage, "encode"))
                 guidance = j.found["guidance"]["value"].cpu().clone() if "guidance" in j.found else None
-                receipt, draw = self._receipt(j, profile), partial(self._draw, size=j.size)
+                receipt, draw = self._receipt(j, mask, profile), partial(self._draw, size=j.size)
                 results.append(EditResult(image, mask, guidance, latent, source, profile, receipt, draw))
         return results
 
@@ -236,15 +239,18 @@ class Editor:
         return pictures.crop_back(pictures.to_image(self.model.decode(latent.unsqueeze(0))[0]), size)
 
     def _mask_picture(self, job: Job) -> Image.Image | None:
+        """Where the edit was allowed, at the size of the picture; see `EditResult.mask`."""
         if job.mask is None:
             return None
+        if job.mask_picture is not None and job.request.options.composite == "pixel":
+            return job.mask_picture
         cells = (job.mask[0, 0].cpu() * 255).round().byte()
         large = Image.fromarray(cells.numpy()).resize(
             (job.pixels.shape[-1], job.pixels.shape[-2]), Image.Resampling.NEAREST
         )
         return pictures.crop_back(large, job.size)
 
-    def _receipt(self, job: Job, profile: Profile) -> dict[str, Any]:
+    def _receipt(self, job: Job, mask: Image.Image | None, profile: Profile) -> dict[str, Any]:
         r = job.request
         receipt: dict[str, Any] = {
             "iedit": VERSION,
@@ -259,23 +265,36 @@ class Editor:
                         "modules": profile.ran(), "engines": profile.engines(), "steps_down": profile.why_down()},
             "versions": versions(),
             "mask": None,
-            "notes": profile.notes,
+            "notes": [*job.notes, *profile.notes],
         }  # fmt: skip
-        if job.mask is not None:
-            receipt["mask"] = {"area": round(float(job.mask.mean()), 6), "estimated": job.given_mask is None}
+        if mask is not None:
+            area = round(pictures.mask_coverage(mask), 6)
+            receipt["mask"] = {"area": area, "estimated": job.given_mask is None}
         return receipts.without_paths(receipt, *self.folders)
 
 
 def paste(source: Image.Image, edited: Image.Image, mask: Image.Image, feather: float) -> Image.Image:
     """The edited picture inside the mask, the source outside it, with a soft edge that lies inside the mask.
 
-    Pixels outside the mask are the source's, bit for bit. `feather`: width of the edge in pixels.
+    Pixels outside the mask are the source's, bit for bit. The edge is a ramp over `feather` pixels, or over as many as the
+    mask is deep where that is less; parts of a mask that are thinner than its edge get a hard one, for they would fade away.
+
+    Args:
+        source, edited: RGB of one size.
+        mask: "L" of that size, 0 or 255.
+        feather: width of the edge in pixels; up to 1 it is hard.
     """
-    if feather > 0:
-        radius = max(1, round(feather))
-        inner = mask.filter(ImageFilter.MinFilter(2 * (radius // 2) + 1)).filter(ImageFilter.GaussianBlur(feather / 2))
-        mask = ImageChops.darker(mask, inner)
-    return Image.composite(edited, source, mask)
+    weight, inner, depth = np.asarray(mask, np.uint32), mask, 1
+    while depth < round(feather):
+        smaller = inner.filter(ImageFilter.MinFilter(3))
+        if smaller.getbbox() is None:
+            break
+        inner, depth = smaller, depth + 1
+        weight = weight + np.asarray(inner)
+    ramp = Image.fromarray((weight / depth).round().astype(np.uint8))
+    # Grown back by a pixel more than it was shrunk by: the corners of a thick part are not thin.
+    thick = inner.filter(ImageFilter.MaxFilter(2 * depth + 1)) if depth > 1 else mask
+    return Image.composite(edited, source, ImageChops.lighter(ramp, ImageChops.subtract(mask, thick)))
 
 
 def picture_digest(image: Image.Image) -> str:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import os
 import re
 import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from iedit.kernels.dispatch import on_device_of
 
 triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
@@ -41,16 +48,18 @@ def _kernels() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
                   "n": "i32", "hw": "i32", "channels": "i32"}  # fmt: skip
         scratch = {"value_ptr": "*fp64", "first": "i32", "k": "i32"}
         for on in (True, False):
-            constants = {"GUIDED": on, "KEPT": on, "BLOCK": ito.BLOCK}
-            found.append((f"once-{kind}-{on}", ito.ito_step_once, shared, constants, ito.WARPS))
-            for carried, state in ((True, "*fp32"), (False, "*fp64")):
+            for clipped in (True, False):
+                constants = {"GUIDED": on, "KEPT": on, "CLIPPED": clipped, "BLOCK": ito.BLOCK}
+                found.append((f"once-{kind}-{on}-{clipped}", ito.ito_step_once, shared, constants, ito.WARPS))
+            for rule, clipped, carried, state in (("carried", False, True, "*fp32"), ("adam", False, False, "*fp64"),
+                                                  ("clipped", True, False, "*fp64")):  # fmt: skip
                 names = shared | scratch | {"mean_ptr": state, "square_ptr": state}
-                constants = {"GUIDED": on, "KEPT": on, "CARRIED": carried, "BLOCK": ito.BLOCK_MANY}
-                found.append((f"many-{kind}-{on}-{carried}", ito.ito_step_many, names, constants, ito.WARPS))
+                constants = {"GUIDED": on, "KEPT": on, "CLIPPED": clipped, "CARRIED": carried, "BLOCK": ito.BLOCK_MANY}
+                found.append((f"many-{kind}-{on}-{rule}", ito.ito_step_many, names, constants, ito.WARPS))
         names = dict.fromkeys(("x_ptr", "cond_ptr", "uncond_ptr", "ref_ptr", "noise_ptr", "out_ptr"), p)
-        names |= dict.fromkeys(("cx_ptr", "ceps_ptr", "abar_ptr", "m_ptr", "target_ptr"), "*fp32")
+        names |= dict.fromkeys(("cx_ptr", "cout_ptr", "m_ptr", "target_ptr"), "*fp32")
         names |= {"scale": "fp32", "n": "i32", "hw": "i32"}
-        constants = {"GUIDED": True, "PREDICTION": 1, "MASKED": True, "NOISED": True, "BLOCK": guided.BLOCK}
+        constants = {"GUIDED": True, "MASKED": True, "NOISED": True, "BLOCK": guided.BLOCK}
         found.append((f"guided-{kind}", guided.guided_step_kernel, names, constants, 4))
     names = {"a_ptr": "*fp32", "b_ptr": "*fp32", "out_ptr": "*fp32", "planes": "i32", "hw": "i32"}
     found.append(("difference", mask.difference_kernel, names, {"BLOCK": mask.BLOCK}, 4))
@@ -90,7 +99,33 @@ def test_every_kernel_compiles_for_the_chip_without_a_spill(chip: int) -> None:
         if int(found[2]):
             spills[label] = int(found[2])
         assert made.metadata.shared <= SHARED[chip], label
-        if label.startswith("many"):
+        if label.startswith("many") and not label.endswith("clipped"):
             # Adam's betas as doubles: a constant of Triton's is float32 unless it stands beside a float64
             assert all(f"0x{value:016X}" in made.asm["ptx"].upper().replace("0D", "0x") for value in BETAS), label
     assert not spills
+
+
+def _launches(node: ast.AST, guarded: bool = False) -> Iterator[tuple[int, bool]]:
+    """Line of every `kernel[grid](...)` and whether it stands inside `with on_device_of(...)`."""
+    if isinstance(node, ast.With):
+        calls = [item.context_expr for item in node.items]
+        guarded |= any(isinstance(c, ast.Call) and getattr(c.func, "id", "") == "on_device_of" for c in calls)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+        yield node.lineno, guarded
+    for child in ast.iter_child_nodes(node):
+        yield from _launches(child, guarded)
+
+
+def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device: tensors of a second GPU would be read through the first one's context."""
+    found = {}
+    for path in sorted((HERE.parent / "kernels").glob("*_triton.py")):
+        launches = list(_launches(ast.parse(path.read_text())))
+        assert launches, path
+        found |= {f"{path.name}:{line}": guarded for line, guarded in launches}
+    assert all(found.values()), found
+    entered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    second: Any = SimpleNamespace(device=torch.device("cuda:1"))
+    with on_device_of(second), on_device_of(torch.zeros(1)):
+        assert entered == [torch.device("cuda:1")]
