@@ -297,7 +297,7 @@ def _time_left(seconds: float) -> str:
     default=None,
     help="Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts.",
 )
-@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Inner steps at each.")
+@click.option("--k", type=click.IntRange(1, 1000), default=1, show_default=True, help="Inner steps at each.")
 @click.option("--update", type=click.Choice(["clipped", "adam"]), default="clipped", show_default=True,
               help="How ITO moves the latent: by a Newton step of bounded length, or by Adam as in the paper.")  # fmt: skip
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), default=None,
@@ -305,7 +305,9 @@ def _time_left(seconds: float) -> str:
 @click.option("--refine", is_flag=True, help="Refine the guidance image with the input (ITO A.5).")
 @click.option("--composite", type=click.Choice(["none", "latent", "pixel"]), default="none", show_default=True,
               help="pixel leaves everything outside the mask exactly as it was.")  # fmt: skip
-@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ...")
+@click.option(
+    "--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ..."
+)
 @click.option("--output", type=click.Path(), default=None, help="PNG. Default: NAME-edited.png in this folder.")
 @_overwrite
 @click.option(

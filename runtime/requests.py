@@ -147,8 +147,8 @@ class Options:
             if not 0 < ratio <= 1:
                 raise UsageError(f"{name} is {ratio}, expected a number above 0 and at most 1")
         for phase in (self.guidance, self.final, self.refinement):
-            if phase.k < 1 or (phase.t_u is not None and phase.t_u < 0) or not 0 < phase.lr < math.inf:
-                raise UsageError(f"{phase}: expected t_u >= 0, k >= 1 and lr > 0")
+            if not 1 <= phase.k <= 1000 or (phase.t_u is not None and phase.t_u < 0) or not 0 < phase.lr < math.inf:
+                raise UsageError(f"{phase}: expected t_u >= 0, k of 1 to 1000 and lr > 0")
             one_of("update", phase.update, UPDATES)
             if phase.carry and phase.update != "adam":
                 raise UsageError(f"carry keeps Adam's state, and update {phase.update!r} has none; use update='adam'")
