@@ -18,6 +18,7 @@ from .errors import RunError, UsageError
 from .module_io import CONTROLNET_PREFIX, HINT_PREFIX
 from .module_io import layouts as layouts_of
 from .schedule import Schedule
+from .untrusted import parse_json
 
 PICTUREBOOK = "picturebook"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -277,7 +278,7 @@ def _check_files(folder: Path, part: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"model: {path} cannot be read ({_first_line(error)}); fetch it again") from error
     if not isinstance(found, dict):
