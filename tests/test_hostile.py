@@ -331,7 +331,7 @@ def test_paths(sandbox: Sandbox) -> None:
             )
         if (
             "--profile" in words
-            and path not in ("", ".", "..", "-", "--")
+            and path not in ("", ".", "..")
             and "\0" not in path
             and not os.path.lexists(path)
         ):
