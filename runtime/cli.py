@@ -122,7 +122,7 @@ _model_options = _apply([
     click.option("--channels-last", is_flag=True, help="Memory format that convolutions on a GPU prefer; torch only."),
     click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one."),
     click.option("--dtype", default=None, type=click.Choice(["float32", "float16", "bfloat16"]),
-                 help="Default: float16 on a GPU, float32 on a CPU."),
+                 help="Default: float16 on a GPU, float32 on a CPU; a half that a CPU has no arithmetic for becomes float32, with a note."),
 ])  # fmt: skip
 
 _request_options = _apply([
@@ -653,6 +653,7 @@ def info(model: str, as_json: bool) -> None:
     _quiet_libraries()
     import torch
 
+    from . import cpu
     from .backends import reasons
     from .editor import versions
     from .engine_spec import describe_engines
@@ -666,6 +667,7 @@ def info(model: str, as_json: bool) -> None:
         "versions": versions(),
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
         "no_gpu": _why_no_gpu(),
+        "processor": cpu.describe(),
         "threads": torch.get_num_threads(),
         "backends": reasons(),
         "model": described,
@@ -681,6 +683,7 @@ def info(model: str, as_json: bool) -> None:
     table.add_row("iedit", VERSION)
     table.add_row("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
     table.add_row("devices", f"{', '.join(found['devices'])}; {found['threads']} thread{'s' * (found['threads'] != 1)}")
+    table.add_row("processor", found["processor"])
     if found["no_gpu"]:
         table.add_row("", f"no GPU: {found['no_gpu']}")
     for name, why in found["backends"].items():

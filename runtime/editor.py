@@ -193,7 +193,7 @@ class Editor:
                     self.backend,
                     members,
                     self.cache,
-                    Profile(callback=callback),
+                    Profile(callback=callback, notes=list(self.model.notes)),
                     self.max_batch(shape),
                     self.share,
                 )

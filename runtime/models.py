@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import cpu
 from .errors import RunError, UsageError
 from .module_io import CONTROLNET_PREFIX, HINT_PREFIX
 from .module_io import layouts as layouts_of
@@ -62,6 +63,7 @@ class Model:
         controlnets: layout name -> ControlNetModel.
         digest: sha256 over the weights of every part in use, 16 hex digits.
         modules: the backend that runs VAE and text encoder; None is eager torch.
+        notes: what was settled otherwise than asked while it was loaded; every result of an edit repeats them.
         part_digests: the same over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
         guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
         mask_strength, mask_threshold: of `MaskOptions`, where the checkpoint's `iedit.json` recommends them.
@@ -84,6 +86,7 @@ class Model:
     mask_threshold: float | None = None
     text_update_share: float | None = None
     part_digests: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     modules: Modules | None = None
 
     def module_digest(self, module: str) -> str:
@@ -340,6 +343,7 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    emulate: bool = False,
 ) -> Model:
     """Load a checkpoint.
 
@@ -348,7 +352,9 @@ def load_model(
         layouts: ControlNets: a mapping of layout name to folder or hub id, or names of those that lie in the checkpoint
             as `controlnet-NAME`. None takes all that lie there.
         device: default the GPU if there is one.
-        dtype: default float16 on a GPU and float32 on a CPU.
+        dtype: default float16 on a GPU and float32 on a CPU. A half that the CPU has no arithmetic for becomes float32, with
+            a note in the model.
+        emulate: keep such a half all the same; it is tens of times slower than float32.
 
     Raises:
         UsageError: a part is missing, unreadable or does not fit the others.
@@ -366,6 +372,12 @@ def load_model(
             raise UsageError(f"dtype is {dtype!r}, expected one of {', '.join(names)}")
         dtype = names[dtype]
     kind = dtype or (torch.float16 if where.type == "cuda" else torch.float32)
+    notes: list[str] = []
+    if where.type == "cpu" and not emulate and not cpu.has_arithmetic(kind):
+        notes.append(
+            f"this processor has no arithmetic for {str(kind).removeprefix('torch.')}: float32 was used, which is faster"
+        )
+        kind = torch.float32
 
     inside = {
         p.name.removeprefix(CONTROLNET_PREFIX): p for p in sorted(folder.glob(CONTROLNET_PREFIX + "*")) if p.is_dir()
@@ -448,6 +460,7 @@ def load_model(
         dtype=kind,
         digest=digest,
         part_digests=parts,
+        notes=tuple(notes),
         guidance_scale=float(hints.get("guidance_scale", 7.5)),
         mask_strength=hints.get("mask_strength"),
         mask_threshold=hints.get("mask_threshold"),

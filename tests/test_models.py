@@ -99,7 +99,7 @@ def test_the_layouts_to_load_can_be_named(tiny_checkpoint_cli: Path) -> None:
 
 def test_the_digest_is_of_the_weights_in_use(tiny_checkpoint_cli: Path) -> None:
     whole, pose = load_model(str(tiny_checkpoint_cli)), load_model(str(tiny_checkpoint_cli), ["pose"])
-    assert whole.digest == load_model(str(tiny_checkpoint_cli), dtype="bfloat16").digest
+    assert whole.digest == load_model(str(tiny_checkpoint_cli), dtype="bfloat16", emulate=True).digest
     assert whole.digest != pose.digest
 
 
