@@ -32,9 +32,10 @@ from .ito import ito_pass, masked_sampling
 from .mask import estimate
 from .models import Model
 from .profile import Profile
-from .requests import RATIOS, UNMASKED, Job, estimates_mask
+from .requests import RATIOS, Job, estimates_mask
 from .schedule import add_noise, seeded_noise
 from .stages import Result, StageCache, key_of, tensor_digest
+from .uses import UNMASKED
 
 
 @dataclass(frozen=True)

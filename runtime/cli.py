@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import BACKENDS, METHODS, VERSION
+from . import BACKENDS, METHODS, VERSION, uses
 from .errors import IeditError, UsageError
 
 if TYPE_CHECKING:
@@ -108,6 +108,33 @@ def _apply(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     return wrap
 
 
+def _told(option: str, text: str) -> str:
+    """An option's help with the methods that use it."""
+    return f"{text} {uses.who(option)}"
+
+
+def _check_uses(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> None:
+    """Refuse what was given on the command line, at whatever value, and would not be used."""
+    source, context = click.core.ParameterSource, click.get_current_context()
+    given = {
+        name
+        for parameter in context.command.params
+        if context.get_parameter_source(str(parameter.name)) not in (source.DEFAULT, source.DEFAULT_MAP, None)
+        for name in parameter.opts
+    }
+    asked = uses.Asked(
+        values["method"],
+        lambdas=tuple(lambdas),
+        mask_given=bool(values.get("mask")),
+        mask_mode=values["mask_mode"],
+        layouts=bool(values["layout"]),
+        composite=values.get("composite", "none"),
+        refine=values.get("refine", False),
+        guidance_scale=values["guidance_scale"],
+    )
+    uses.check(asked, [use for use in uses.USES if use.option in given])
+
+
 _model_options = _apply([
     click.option("--model", default="picturebook", show_default=True,
                  help="The embedded model, a diffusers folder, or a hub id (owner/name)."),
@@ -137,16 +164,16 @@ _request_options = _apply([
     click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
     click.option("--guidance-scale", type=float, default=None,
                  help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5."),
-    click.option("--negative-prompt", default="", help="Text of the unconditional half."),
-    click.option("--control-scale", type=float, default=1.0, show_default=True, help="Weight of the layouts."),
+    click.option("--negative-prompt", default="", help=_told("--negative-prompt", "Text of the unconditional half.")),
+    click.option("--control-scale", type=float, default=1.0, show_default=True, help=_told("--control-scale", "Weight of the layouts.")),
     click.option("--mask-mode", type=click.Choice(["single", "trajectory", "none"]), default="single", show_default=True,
-                 help="How the mask is estimated: one evaluation per seed, whole trajectories, or not at all."),
+                 help=_told("--mask-mode", "How the mask is estimated: one evaluation per seed, whole trajectories, or not at all.")),
     click.option("--mask-threshold", type=click.FloatRange(0, 1), default=None,
-                 help="Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1."),
+                 help=_told("--mask-threshold", "Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1.")),
     click.option("--mask-strength", type=click.FloatRange(0, 1, min_open=True), default=None,
-                 help="Noise that the mask is estimated at, as a share of the steps. Default: the checkpoint's, else 0.5."),
+                 help=_told("--mask-strength", "Noise that the mask is estimated at, as a share of the steps. Default: the checkpoint's, else 0.5.")),
     click.option("--mask-seeds", type=click.IntRange(1, 1000), default=10, show_default=True,
-                 help="Noises that the mask is averaged over."),
+                 help=_told("--mask-seeds", "Noises that the mask is averaged over.")),
 ])  # fmt: skip
 
 
@@ -271,22 +298,30 @@ def _time_left(seconds: float) -> str:
 @main.command()
 @click.argument("image", type=click.Path())
 @_request_options
-@click.option("--mask", type=click.Path(), default=None, help="White is edited, black is kept; estimated if not given.")
+@click.option(
+    "--mask",
+    type=click.Path(),
+    default=None,
+    help=_told("--mask", "White is edited, black is kept; estimated if not given."),
+)
 @click.option("--lambda", "lambdas", multiple=True, type=click.FloatRange(0, 1), default=(0.6,), show_default=True,
-              help="Weight of preservation against guidance; 1 makes no guidance image. Repeat for a sweep.")  # fmt: skip
+              help=_told("--lambda", "Weight of preservation against guidance; 1 makes no guidance image. Repeat for a sweep."))  # fmt: skip
 @click.option(
     "--t-u",
     "t_u",
     type=click.IntRange(0),
     default=None,
-    help="Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts.",
+    help=_told(
+        "--t-u",
+        "Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts.",
+    ),
 )
-@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Adam steps at each.")
+@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help=_told("--k", "Adam steps at each."))
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), default=None,
-              help="Share of the steps that the other methods noise the picture by. Default: the method's own.")  # fmt: skip
-@click.option("--refine", is_flag=True, help="Refine the guidance image with the input (ITO A.5).")
+              help=_told("--ratio", "Share of the steps that the other methods noise the picture by. Default: the method's own."))  # fmt: skip
+@click.option("--refine", is_flag=True, help=_told("--refine", "Refine the guidance image with the input (ITO A.5)."))
 @click.option("--composite", type=click.Choice(["none", "latent", "pixel"]), default="none", show_default=True,
-              help="pixel leaves everything outside the mask exactly as it was.")  # fmt: skip
+              help=_told("--composite", "pixel leaves everything outside the mask exactly as it was."))  # fmt: skip
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ...")
 @click.option("--output", type=click.Path(), default=None, help="PNG. Default: NAME-edited.png in this folder.")
 @click.option("--stages", type=click.Path(), default=None, help="Also a sheet: input, layout, mask, guidance, result.")
@@ -331,6 +366,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         else [first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(len(wanted))]
     )
     read = [image, *values["layout"].values(), *values["source_layout"].values(), *filter(None, [values["mask"]])]
+    _check_uses(values, lambdas)
     _check_targets([*targets, *([Path(stages)] if stages else [])], read, [Path(profile)] if profile else [])
     inputs = _inputs(image, values)
     requests = [_request(inputs, values, seed, _options(values, lam)) for seed, lam in wanted]
@@ -433,10 +469,11 @@ def mask_command(image: str, output: str | None, **values: Any) -> None:
 
     target = Path(output or f"{Path(image).stem}-mask.png")
     _check_targets([target], [image, *values["layout"].values(), *values["source_layout"].values()])
-    if values["method"] in ("sdedit", "controlnet"):
+    if values["method"] in uses.UNMASKED:
         raise UsageError(f"method {values['method']} uses no mask; name one that does, such as --method ito")
     if values["mask_mode"] == "none":
         raise UsageError("--mask-mode none estimates no mask; use single or trajectory")
+    _check_uses(values)
     request = _request(_inputs(image, values), values, values["seed"], _options(values))
     with _live() as tell:
         mask, profile = _editor(values).mask(request, tell)
@@ -606,6 +643,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     """
     from .images import write_png, write_whole
 
+    _check_uses(values)
     _check_targets([Path(plot)] if plot else [], [image], [Path(p) for p in (output, trace) if p])
     request = _request(_inputs(image, values), values, values["seed"], _options(values))
     with _live() as tell:

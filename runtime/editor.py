@@ -115,7 +115,8 @@ class Editor:
 
         Each result equals its single run, up to the network's own rounding between batch sizes.
         """
-        return self._run([check_request(self.model, r) for r in requests], callback)
+        lambdas = [r.options.lam for r in requests]
+        return self._run([check_request(self.model, r, lambdas) for r in requests], callback)
 
     def mask(self, request: EditRequest, callback: Callback | None = None) -> tuple[Image.Image | None, Profile]:
         """Only the mask that `edit` would use: "L", white where the edit is allowed; None where there is none."""
@@ -200,6 +201,8 @@ class Editor:
             )
         ahead, behind, results = sum(b.expected() for b in batches), 0, {}
         for batch in batches:
+            for note in (n for j in batch.jobs for n in j.notes):
+                batch.profile.note(note)
             # The bar runs over all batches: what is done before this one, and what is expected in all.
             batch.profile.before, batch.profile.expected = behind, behind + ahead
             ahead -= batch.expected()

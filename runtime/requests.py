@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from . import METHODS
+from . import METHODS, uses
 from . import images as pictures
 from . import layouts as layout_maps
 from .errors import UsageError
@@ -24,7 +24,6 @@ from .stages import Result, key_of
 
 # METHOD section 3, row 3 for iEdit; DiffEdit's own 0.8; ITO's section 4 uses 1.0 for ControlNet + DiffEdit.
 RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.8, "controlnet-diffedit": 1.0}
-UNMASKED = ("sdedit", "controlnet")
 
 
 @dataclass(frozen=True)
@@ -198,14 +197,19 @@ class EditResult:
     receipt: dict[str, Any]
     draw: Callable[[Tensor], Image.Image] = field(repr=False, compare=False)
 
-    @cached_property
+    @functools.cached_property
     def guidance(self) -> Image.Image | None:
         return None if self.guidance_latent is None else self.draw(self.guidance_latent)
 
 
 @dataclass
 class Job:
-    """A checked request with its tensors on the device; `found` holds stage results by stage name."""
+    """A checked request with its tensors on the device.
+
+    Attributes:
+        found: stage results by stage name.
+        notes: what of the request is not used as its author may expect.
+    """
 
     request: EditRequest
     size: tuple[int, int]
@@ -216,6 +220,7 @@ class Job:
     given_mask: Tensor | None
     chunks: int
     source_prompt: str
+    notes: list[str] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
     found: dict[str, Result] = field(default_factory=dict)
     mask: Tensor | None = None
@@ -223,11 +228,56 @@ class Job:
 
 def estimates_mask(request: EditRequest) -> bool:
     """Whether the method uses a mask and the options let it be estimated where none is given."""
-    return request.method not in UNMASKED and request.options.mask.mode != "none"
+    return request.method not in uses.UNMASKED and request.options.mask.mode != "none"
 
 
-def check_request(model: Model, request: EditRequest) -> Job:
+def asked_of(
+    request: EditRequest, guidance_scale: float | None = None, lambdas: Sequence[float] | None = None
+) -> uses.Asked:
+    """What of a request decides which options matter.
+
+    Args:
+        guidance_scale: where the request leaves it to the checkpoint.
+        lambdas: of all requests that are asked for together; by default its own.
+    """
+    o = request.options
+    return uses.Asked(
+        request.method,
+        lambdas=(o.lam,) if lambdas is None else tuple(lambdas),
+        mask_given=request.mask is not None,
+        mask_mode=o.mask.mode,
+        layouts=bool(request.layouts),
+        composite=o.composite,
+        refine=o.refine,
+        guidance_scale=guidance_scale if o.guidance_scale is None else o.guidance_scale,
+        other_uses_of_negative=o.inversion == "unconditional" or o.inversion_scale != 1,
+    )
+
+
+def set_fields(request: EditRequest) -> list[uses.Use]:
+    """The rows of `uses.USES` whose field differs from its default."""
+    default = EditRequest(request.image, request.prompt)
+
+    def value(of: EditRequest, path: str) -> Any:
+        return functools.reduce(getattr, path.split("."), of)
+
+    return [use for use in uses.USES if value(request, use.field) != value(default, use.field)]
+
+
+def _settled(model: Model, request: EditRequest, asked: uses.Asked) -> Options:
+    """A request's options with a number for what was left to the checkpoint, where the edit uses it: a receipt says what ran."""
+    o = request.options
+    found = o.settled(model, request.steps, asked.layouts)
+    mask = found.mask if asked.estimates_mask else o.mask
+    guidance, final = (found.guidance, found.final) if asked.method in uses.ITO else (o.guidance, o.final)
+    return dataclasses.replace(found, mask=mask, guidance=guidance, final=final)
+
+
+def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] | None = None) -> Job:
     """Everything that can be wrong with a request, before anything is run.
+
+    Args:
+        lambdas: of all requests that are asked for together; by default its own.
 
     Raises:
         UsageError: the request cannot be run as asked.
@@ -239,16 +289,18 @@ def check_request(model: Model, request: EditRequest) -> Job:
     if request.method.startswith("controlnet") and not request.layouts:
         raise UsageError(f"method {request.method} needs at least one layout (--layout pose=FILE)")
     request.options.check()
-    request = dataclasses.replace(request, options=request.options.settled(model, request.steps, bool(request.layouts)))
+    for name, _ in request.options.control_scales:
+        if name not in model.controlnets:
+            known = ", ".join(model.controlnets) or "none"
+            raise UsageError(f"control_scales: {model.name} has no ControlNet {name!r}; it has {known}")
+    asked = asked_of(request, model.guidance_scale, lambdas)
+    uses.check(asked, set_fields(request))
+    request = dataclasses.replace(request, options=_settled(model, request, asked))
     model.schedule.levels(request.steps)
     for name in {**request.layouts, **request.source_layouts}:
         if name not in model.controlnets:
             known = ", ".join(model.controlnets) or "none"
             raise UsageError(f"layout {name!r}: {model.name} has no ControlNet of that name; it has {known}")
-    for name, _ in request.options.control_scales:
-        if name not in model.controlnets:
-            known = ", ".join(model.controlnets) or "none"
-            raise UsageError(f"control_scales: {model.name} has no ControlNet {name!r}; it has {known}")
     extra = sorted(set(request.source_layouts) - set(request.layouts))
     if extra:
         raise UsageError(f"source layout {extra[0]!r} has no layout to go with it: give layouts[{extra[0]!r}] too")
@@ -264,7 +316,7 @@ def check_request(model: Model, request: EditRequest) -> Job:
 
     maps = {name: tensor_of(name, picture) for name, picture in request.layouts.items()}
     source_maps = {}
-    if request.mask is None and estimates_mask(request):
+    if asked.estimates_mask:
         for name in maps:
             given = request.source_layouts.get(name)
             source_maps[name] = tensor_of(name, layout_maps.annotate(image, name) if given is None else given)
@@ -285,6 +337,7 @@ def check_request(model: Model, request: EditRequest) -> Job:
         given_mask=given_mask,
         chunks=max(len(model.token_chunks(t)) for t in texts),
         source_prompt=source_prompt,
+        notes=uses.notes(asked, bool(request.source_prompt), bool(request.source_layouts)),
     )
 
 
