@@ -55,8 +55,11 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def autograd_update(y: Tensor, x: Tensor, g: Tensor, mask: Tensor, lam: Tensor, k: int = 1) -> Tensor:
-    """k steps of the ITO update as one would write it first: autograd and torch.optim.Adam. Shapes as in `ito_step`."""
+def autograd_update(
+    y: Tensor, x: Tensor, g: Tensor, mask: Tensor, lam: Tensor, k: int = 1, update: str = "clipped"
+) -> Tensor:
+    """k steps of the ITO update as one would write it first: autograd, then a clipped step or torch.optim.Adam. Shapes as in
+    `ito_step`."""
     leaf = y.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([leaf], lr=0.1, foreach=False)
     for _ in range(k):
@@ -64,7 +67,12 @@ def autograd_update(y: Tensor, x: Tensor, g: Tensor, mask: Tensor, lam: Tensor, 
         rec = (((1 - mask) * (leaf - x)) ** 2).mean((1, 2, 3))
         cosine = 1 - F.cosine_similarity(leaf.flatten(1), g.flatten(1), eps=0)
         ((1 - lam) * cosine + lam * rec).sum().backward()
-        optimiser.step()
+        if update == "adam":
+            optimiser.step()
+        else:
+            assert leaf.grad is not None
+            with torch.no_grad():
+                leaf -= (leaf.grad * (leaf[0].numel() / 2)).clamp(-0.1, 0.1)
     return leaf.detach()
 
 
@@ -97,27 +105,28 @@ def cases(device: torch.device, kind: torch.dtype, batch: int, side: int) -> lis
     label, latent, masks = "x".join(map(str, shape)), y.numel() * y.element_size(), mask.numel() * 4
     wide = [t.double() for t in (y, x, g, u, r, mask, lam, half)]
     found = []
-    for k in (1, 30):
-        # k=1: y and g twice, x, mask, result. More: the float64 value and moments, read and written every step (the first
-        # step reads no moments), value and g again for the sums, x and the mask.
-        scratch = 8 * y.numel()
-        many = latent * 3 + scratch + k * (scratch * 7 + latent * 3 + masks) - 2 * scratch
+    for update, k in (("clipped", 1), ("clipped", 30), ("adam", 1), ("adam", 30)):
+        # k=1: y and g twice, x, mask, result. More: the float64 value, and Adam's moments, read and written every step (the
+        # first step reads no moments), value and g again for the sums, x and the mask.
+        scratch, moments = 8 * y.numel(), 4 if update == "adam" else 0
+        many = latent * 3 + scratch + k * (scratch * (3 + moments) + latent * 3 + masks) - scratch * (moments // 2)
+        rule: dict[str, Any] = {"update": update, "k": k}
         found.append(
             Case(
-                f"ito_step k={k}",
+                f"ito_step {update} k={k}",
                 label,
-                lambda k=k: ito_step(y, x, g, mask, lam, k=k),  # type: ignore[misc]
-                lambda k=k: ito_step(*wide[:3], *wide[5:7], k=k),  # type: ignore[misc]
+                lambda rule=rule: ito_step(y, x, g, mask, lam, **rule),  # type: ignore[misc]
+                lambda rule=rule: ito_step(*wide[:3], *wide[5:7], **rule),  # type: ignore[misc]
                 6 * latent + masks if k == 1 else many,
-                lambda k=k: autograd_update(y.float(), x.float(), g.float(), mask, lam, k),  # type: ignore[misc]
+                lambda rule=rule: autograd_update(y.float(), x.float(), g.float(), mask, lam, **rule),  # type: ignore[misc]
             )
         )
     found.append(
         Case(
             "guided_step",
             label,
-            lambda: guided_step(y, x, g, 7.5, half, half, abar=half, mask=mask, reference=r),
-            lambda: guided_step(*wide[:3], 7.5, wide[7], wide[7], abar=wide[7], mask=wide[5], reference=wide[4]),
+            lambda: guided_step(y, x, g, 7.5, half, half, mask=mask, reference=r),
+            lambda: guided_step(*wide[:3], 7.5, wide[7], wide[7], mask=wide[5], reference=wide[4]),
             5 * latent + masks,
         )
     )
@@ -171,7 +180,7 @@ def measure(
     Raises:
         SystemExit: a kernel's result is not within twice the error of rounding the exact one once.
     """
-    run = case.eager if variant == "autograd + Adam" and case.eager is not None else case.run
+    run = case.eager if variant == "autograd" and case.eager is not None else case.run
     exact, got = case.exact(), run()
     error = float((got.double() - exact).abs().max())
     bound = 2 * float((exact.to(got.dtype).double() - exact).abs().max())
@@ -228,8 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
     for kind in kinds:
         for batch, side in sizes:
             for case in cases(device, kind, batch, side):
-                for variant in (*(("Triton",) if on_gpu else ()), "eager closed form", "autograd + Adam"):
-                    if variant == "autograd + Adam" and case.eager is None:
+                for variant in (*(("Triton",) if on_gpu else ()), "eager closed form", "autograd"):
+                    if variant == "autograd" and case.eager is None:
                         continue
                     os.environ[VARIABLE] = "triton" if variant == "Triton" else "reference"
                     row = measure(case, variant, kind, device, repeats, ceiling)

@@ -1,6 +1,6 @@
 """The plain composition: an ITO text edit put together from diffusers' parts, as one would write it the first time.
 
-DiffEdit-style mask a seed at a time with guidance, `DDIMInverseScheduler`, autograd and `torch.optim.Adam` for the update, one
+DiffEdit-style mask a seed at a time with guidance, `DDIMInverseScheduler`, autograd for the update, one
 stage after the other, nothing shared and nothing kept. Same weights, noise and method as `Editor.edit`, whose result it
 must reproduce; `bench/edit.py` pairs the two. It uses nothing of the runtime but the seeds' noise, so that both start alike.
 """
@@ -78,23 +78,26 @@ class Naive:
             found.append(self.inverse.step(self.predict(found[-1], t, text, None), t, found[-1]).prev_sample)
         return found[::-1]
 
-    def update(self, y: Tensor, x: Tensor, g: Tensor | None, mask: Tensor, lam: float) -> Tensor:
-        """One Adam step on (1 - lam) * L_G + lam * L_rec by autograd."""
+    def update(self, y: Tensor, x: Tensor, g: Tensor | None, mask: Tensor, lam: float, rule: str) -> Tensor:
+        """One step on (1 - lam) * L_G + lam * L_rec by autograd: clipped at 0.1, or Adam's."""
         y = y.detach().clone().requires_grad_(True)
         adam = torch.optim.Adam([y], lr=0.1)
         loss = lam * ((1 - mask) * (y - x)).pow(2).mean()
         if g is not None:
             loss = loss + (1 - lam) * (1 - F.cosine_similarity(y.flatten(1), g.flatten(1)).mean())
         loss.backward()
+        if rule == "clipped":
+            assert y.grad is not None
+            return y.detach() - (y.grad * (y[0].numel() / 2)).clamp(-0.1, 0.1)
         adam.step()
         return y.detach()
 
     def sample(self, y: Tensor, edit: Tensor, empty: Tensor, source: Any, guidance: Any, mask: Tensor, lam: float,
-               updates: int) -> Tensor:  # fmt: skip
+               phase: Any) -> Tensor:  # fmt: skip
         for i, t in enumerate(self.forward.timesteps):
             y = self.forward.step(self.predict(y, t, edit, empty), t, y, eta=0.0).prev_sample
-            if i < updates:
-                y = self.update(y, source(i + 1), guidance(i + 1) if guidance else None, mask, lam)
+            if i < phase.updates(self.steps):
+                y = self.update(y, source(i + 1), guidance(i + 1) if guidance else None, mask, lam, phase.update)
         return y
 
     def edit(self, image: Tensor, prompt: str, source_prompt: str, options: Any, seed: int = 0) -> dict[str, Tensor]:
@@ -102,7 +105,7 @@ class Naive:
 
         Args:
             image: (1, 3, H, W) in [-1, 1].
-            options: `runtime.requests.Options`; lam, mask and t_u of its phases are used.
+            options: `runtime.requests.Options`; lam, mask, t_u and update of its phases are used.
 
         Returns:
             image (1, 3, H, W), mask (1, 1, h, w) and latent (1, C, h, w).
@@ -119,10 +122,10 @@ class Naive:
         def noised(i: int) -> Tensor:
             return x0 if i == self.steps else self.forward.add_noise(x0, noise, self.forward.timesteps[i])
 
-        y = self.sample(noised(0), edit, empty, noised, None, mask, 1.0, options.guidance.updates(self.steps))
+        y = self.sample(noised(0), edit, empty, noised, None, mask, 1.0, options.guidance)
         gs = self.invert(y, edit)
         y = self.sample(xs[0], edit, empty, xs.__getitem__, gs.__getitem__, mask, options.lam,
-                        options.final.updates(self.steps))  # fmt: skip
+                        options.final)  # fmt: skip
         with torch.no_grad():
             picture = vae.decode((y / vae.config.scaling_factor).to(self.dtype)).sample.float()
         return {"image": picture, "mask": mask, "latent": y}

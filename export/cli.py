@@ -108,7 +108,7 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
 
     with _line(f"loading {model}") as tell:
         loaded = load_model(model, device=device, dtype="float32")
-        target = engines_folder(loaded.digest) if out is None else out
+        target = engines_folder(loaded.weights_digest) if out is None else out
 
         def told(step: Told) -> None:
             if step.done or step.text.startswith("warning"):
@@ -147,7 +147,7 @@ def verify(model: str, edits: int, as_json: bool, out: Path | None, device: str 
 
     with _line(f"loading {model}") as tell:
         loaded = load_model(model, device=device, dtype="float32")
-        reports = verify_onnx(loaded, engines_folder(loaded.digest) if out is None else out, edits, tell)
+        reports = verify_onnx(loaded, engines_folder(loaded.weights_digest) if out is None else out, edits, tell)
     if as_json:
         click.echo(json.dumps(reports, indent=1))
     else:
@@ -207,7 +207,7 @@ def find_all(folder: Path, model: str | None = None, digests: bool = True) -> li
     from ..runtime.engine_spec import SPEC_FILE, damaged, find_engines
     from ..runtime.models import module_digest, read_digests
 
-    parts = read_digests(model)[1] if model else {}
+    parts = read_digests(model).parts if model else {}
     found = []
     for where, spec in find_engines(folder):
         if isinstance(spec, UsageError):

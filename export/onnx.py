@@ -461,7 +461,7 @@ def export_onnx(
     """Export the modules of a model. What is there already and valid is kept.
 
     Args:
-        out: folder; the default of the command is `engine_spec.engines_folder(model.digest)`.
+        out: folder; the default of the command is `engine_spec.engines_folder(model.weights_digest)`.
         layouts: see `module_names`.
         modules: these only, in place of `module_names(model, layouts)`; "controlnet-NAME" is one too.
         shapes: recorded for whoever builds an engine of fixed ranges from the graph; the graph itself takes any.

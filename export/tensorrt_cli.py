@@ -44,7 +44,7 @@ def tensorrt(
 
     loaded = load_model(model)
     shapes = parse_shapes(sizes, batch, loaded.multiple)
-    folder = engines_folder(loaded.digest) if out is None else out
+    folder = engines_folder(loaded.weights_digest) if out is None else out
     names = [n.strip() for n in layouts.split(",") if n.strip()] if layouts else None
     from .tensorrt import build_all
 

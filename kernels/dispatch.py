@@ -9,6 +9,7 @@ edit, and compiling takes 3 to 9 s. For many edits, or large ones (eight 4x64x64
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -69,6 +70,16 @@ def why_not_triton(*tensors: Tensor | None) -> list[str]:
 
 def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not interpreted()
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's CUDA device the current one: Triton launches on the current device, whatever its arguments lie on,
+    and a kernel on another device reads memory that is not its own. Every launch stands inside it; on a CPU it does nothing."""
+    if tensor.device.type != "cuda":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.cuda.device(tensor.device)
 
 
 def use_triton(operation: str, *tensors: Tensor | None) -> bool:

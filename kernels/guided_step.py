@@ -1,10 +1,7 @@
 """Guidance + DDIM step + masked blend: everything elementwise between two calls of the network, in one pass.
 
     out   = uncond + scale (cond - uncond)
-    eps   = out                                      epsilon prediction
-          = sqrt(abar) out + sqrt(1 - abar) x        v prediction
-          = (x - sqrt(abar) out) / sqrt(1 - abar)    sample prediction
-    x_r   = c_x x_s + c_eps eps                      ITO Eqs. 1 and 2; only the levels differ
+    x_r   = c_x x_s + c_out out                      ITO Eqs. 1 and 2; levels and prediction type are in the coefficients
     ref   = sqrt(a_r) reference + sqrt(1 - a_r) noise, or the reference itself
     x_r   = m x_r + (1 - m) ref                      DiffEdit's and iEdit's blend (iEdit Eq. 13), at the level x_r is now at
 
@@ -19,8 +16,6 @@ from torch import Tensor
 
 from .dispatch import use_triton
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
@@ -32,10 +27,8 @@ def guided_step(
     uncond: Tensor | None,
     scale: float,
     c_x: Tensor,
-    c_eps: Tensor,
+    c_out: Tensor,
     *,
-    abar: Tensor,
-    prediction: str = "epsilon",
     mask: Tensor | None = None,
     reference: Tensor | None = None,
     noise: Tensor | None = None,
@@ -46,9 +39,7 @@ def guided_step(
     Args:
         x, cond, uncond: (B, C, h, w): latent and the network's outputs; `uncond` None for no guidance.
         scale: guidance scale.
-        c_x, c_eps: (B,) coefficients of `schedule.ddim_coefficients`.
-        abar: (B,) cumulative alpha of x's level.
-        prediction: epsilon, v_prediction or sample.
+        c_x, c_out: (B,) coefficients of `schedule.ddim_coefficients`, for what the network predicts.
         mask: (B, 1, h, w) in [0, 1]; 1 edits, 0 keeps; None for no blend.
         reference: (B, C, h, w) what is kept; with `noise` the clean latent, noised to `reference_abar` (B,).
 
@@ -56,14 +47,12 @@ def guided_step(
         (B, C, h, w), dtype of x; computed in float32 (float64 if x is, and in the Triton kernel).
 
     Raises:
-        ValueError: a shape or the prediction is not as above.
+        ValueError: a shape is not as above.
     """
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"guided_step: prediction is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
     for name, value in (("cond", cond), ("uncond", uncond), ("reference", reference), ("noise", noise)):
         if value is not None and value.shape != x.shape:
             raise ValueError(f"guided_step: {name} is {tuple(value.shape)}, expected {tuple(x.shape)} as x")
-    for name, value in (("c_x", c_x), ("c_eps", c_eps), ("abar", abar), ("reference_abar", reference_abar)):
+    for name, value in (("c_x", c_x), ("c_out", c_out), ("reference_abar", reference_abar)):
         if value is not None and value.shape != (len(x),):
             raise ValueError(f"guided_step: {name} is {tuple(value.shape)}, expected {(len(x),)}")
     if mask is not None and (reference is None or mask.shape != (x.shape[0], 1, *x.shape[2:])):
@@ -75,13 +64,13 @@ def guided_step(
     if use_triton("guided_step", x, cond, uncond, mask, reference, noise):
         from .guided_step_triton import guided_step as fused
 
-        return fused(x, cond, uncond, scale, c_x, c_eps, abar, prediction, mask, reference, noise, reference_abar)
+        return fused(x, cond, uncond, scale, c_x, c_out, mask, reference, noise, reference_abar)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     value, out = x.to(kind), cond.to(kind)
     if uncond is not None:
         low = uncond.to(kind)
         out = low + scale * (out - low)
-    result = _per_sample(c_x, value) * value + _per_sample(c_eps, value) * to_epsilon(out, value, abar, prediction)
+    result = _per_sample(c_x, value) * value + _per_sample(c_out, value) * out
     if mask is not None and reference is not None:
         kept = reference.to(kind)
         if noise is not None and reference_abar is not None:
@@ -90,24 +79,6 @@ def guided_step(
             ) * noise.to(kind)
         result = blend(mask.to(kind), result, kept)
     return result.to(x.dtype)
-
-
-def to_epsilon(output: Tensor, x: Tensor, abar: Tensor, prediction: str) -> Tensor:
-    """The noise that a network's output means for latents x at level abar.
-
-    Args:
-        output, x: (B, C, h, w).
-        abar: (B,) cumulative alpha of x's level.
-    """
-    if prediction == "epsilon":
-        return output
-    root, rest = _per_sample(abar.sqrt(), x), _per_sample((1 - abar).sqrt(), x)
-    if prediction == "v_prediction":
-        return root * output + rest * x
-    if prediction == "sample":
-        # The clean level of a schedule with set_alpha_to_one has no noise to speak of.
-        return (x - root * output) / rest.clamp(min=1e-8)
-    raise ValueError(f"to_epsilon: prediction is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
 
 
 def blend(mask: Tensor, edited: Tensor, kept: Tensor) -> Tensor:

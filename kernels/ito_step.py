@@ -1,12 +1,21 @@
-"""ITO update: k Adam steps on `(1 - lambda) * L_G + lambda * L_rec` with closed-form gradients (ITO Eqs. 3-6).
+"""ITO update: k steps on `(1 - lambda) * L_G + lambda * L_rec` with closed-form gradients (ITO Eqs. 3-6).
 
-Per sample, over n = C*h*w values of the latent y, with x the source latent and g the guidance latent at the same level:
+Per sample, over the C*h*w values of the latent y, with x the source latent and g the guidance latent at the same level:
 
-    L_rec = mean(((1 - m) (y - x))^2)          dL_rec/dy = (2/n) (1 - m)^2 (y - x)
+    L_rec = sum(((1 - m) (y - x))^2) / count   dL_rec/dy = (2/count) (1 - m)^2 (y - x)
     L_G   = 1 - y.g / (|y| |g|)                dL_G/dy   = -(g / (|y||g|) - (y.g) y / (|y|^3 |g|))
 
-Both gradients are zero where |y| or |g| is zero. Everything is at least float32 whatever the inputs are: in float16 g^2 and Adam's
-eps underflow. With k=1 and a fresh state Adam is exactly `lr * grad / (|grad| + eps)`.
+`count` is C*h*w, or with `kept_area` the kept values, C * sum(1 - m). Both gradients are zero where |y| or |g| is zero.
+Everything is at least float32 whatever the inputs are: in float16 g^2 and Adam's eps underflow.
+
+Two updates (METHOD section 2, rows 5 and 6):
+
+    clipped    y <- y - clip(gradient * count / 2, -lr, lr)
+    adam       torch.optim.Adam; with k=1 and a fresh state exactly y <- y - lr * gradient / (|gradient| + eps)
+
+`count / 2` is the inverse curvature of L_rec where all is kept, so the clipped step is its Newton step, never longer than lr: it
+ends at x where it is near. Adam's first step has length lr however small the gradient is: it throws y off where y is at x
+already, and turns rounding (a gradient of 1e-9 in place of -1e-9) into a difference of 2 lr.
 """
 
 from __future__ import annotations
@@ -18,6 +27,7 @@ from torch import Tensor
 
 from .dispatch import definition, use_triton
 
+UPDATES = ("clipped", "adam")
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 
@@ -44,7 +54,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 @definition
 def ito_gradient(
-    y: Tensor, x: Tensor, g: Tensor | None, mask: Tensor, lam: Tensor, *, kept_area: bool = False
+    y: Tensor, x: Tensor, g: Tensor | None, mask: Tensor, lam: Tensor, *, kept_area: bool = False, newton: bool = False
 ) -> Tensor:
     """Gradient of `(1 - lam) * L_G + lam * L_rec` with respect to y.
 
@@ -54,6 +64,7 @@ def ito_gradient(
         mask: (B, 1, h, w) in [0, 1]; 1 edits, 0 keeps.
         lam: (B,) in [0, 1].
         kept_area: normalise L_rec by the kept values, C * sum(1 - m), in place of n.
+        newton: times `count / 2`, the direction of the clipped update.
 
     Returns:
         (B, C, h, w) float32 (float64 if y is).
@@ -61,10 +72,11 @@ def ito_gradient(
     kind = torch.float64 if y.dtype == torch.float64 else torch.float32
     y, x, mask, lam = y.to(kind), x.to(kind), mask.to(kind), lam.to(kind)
     keep = 1 - mask
-    count: Tensor | int = y.numel() // len(y)
+    count: Tensor | float = y.numel() / len(y)
     if kept_area:
         count = torch.stack([k.sum() for k in keep]).clamp(min=1) * y.shape[1]
-    gradient = _per_sample(lam * 2 / count, y) * keep * keep * (y - x)
+    preserve, guide = (lam, (1 - lam) * count / 2) if newton else (lam * 2 / count, 1 - lam)
+    gradient = _per_sample(preserve, y) * keep * keep * (y - x)
     if g is None:
         return gradient
     g = g.to(kind)
@@ -73,7 +85,7 @@ def ito_gradient(
     along_g = torch.where(live, 1 / (yy * gg), 0)
     along_y = torch.where(live, yg / (yy**3 * gg), 0)
     cosine = _per_sample(along_y, y) * y - _per_sample(along_g, y) * g
-    return gradient + _per_sample(1 - lam, y) * cosine
+    return gradient + _per_sample(guide, y) * cosine
 
 
 def ito_step(
@@ -83,19 +95,25 @@ def ito_step(
     mask: Tensor,
     lam: Tensor,
     *,
+    update: str = "clipped",
     k: int = 1,
     lr: float = 0.1,
     kept_area: bool = False,
     state: AdamState | None = None,
 ) -> Tensor:
-    """k Adam steps (lr, betas 0.9 / 0.999, eps 1e-8) on y; shapes as in `ito_gradient`.
+    """k steps on y, clipped or Adam's (betas 0.9 / 0.999, eps 1e-8); shapes as in `ito_gradient`.
 
     Args:
+        update: "clipped" or "adam"; see the formulas above.
         k: inner steps, at least 0.
-        state: None starts fresh (METHOD section 2, row 6); otherwise it is used and updated in place (`carry`).
+        lr: the longest step of a value (clipped), Adam's learning rate.
+        state: of Adam; None starts fresh (METHOD section 2, row 6); otherwise it is used and updated in place (`carry`).
 
     Returns:
         (B, C, h, w), dtype of y; computed in float32 (the Triton kernels: in float64 and rounded once).
+
+    Raises:
+        ValueError: a shape is not as above, another update, or a state that Adam cannot go on with.
     """
     for name, value in (("x", x), ("g", g)):
         if value is not None and value.shape != y.shape:
@@ -104,12 +122,28 @@ def ito_step(
         raise ValueError(f"ito_step: mask is {tuple(mask.shape)}, expected {(y.shape[0], 1, *y.shape[2:])}")
     if lam.shape != (y.shape[0],):
         raise ValueError(f"ito_step: lam is {tuple(lam.shape)}, expected {(y.shape[0],)}")
+    if update not in UPDATES:
+        raise ValueError(f"ito_step: update is {update!r}, expected {' or '.join(UPDATES)}")
+    if state is not None:
+        if update != "adam":
+            raise ValueError(f"ito_step: update {update} has no state to carry; use update='adam', or no state")
+        for name, value in (("mean", state.mean), ("square", state.square)):
+            if value.shape != y.shape or value.device != y.device:
+                raise ValueError(
+                    f"ito_step: the state's {name} is {tuple(value.shape)} on {value.device}, expected {tuple(y.shape)} "
+                    f"on {y.device} as y; start a fresh one for another batch"
+                )
     if use_triton("ito_step", y, x, g, mask, lam):
         from .ito_step_triton import ito_step as fused
 
-        return fused(y, x, g, mask, lam, k=k, lr=lr, kept_area=kept_area, state=state)
+        return fused(y, x, g, mask, lam, update=update, k=k, lr=lr, kept_area=kept_area, state=state)
     kind = torch.float64 if y.dtype == torch.float64 else torch.float32
     value = y.to(kind)
+    if update == "clipped":
+        for _ in range(k):
+            step = ito_gradient(value, x, g, mask, lam, kept_area=kept_area, newton=True)
+            value = value - step.clamp(-lr, lr)
+        return value.to(y.dtype)
     if state is None and k == 1:
         gradient = ito_gradient(value, x, g, mask, lam, kept_area=kept_area)
         return (value - lr * gradient / (gradient.abs() + EPS)).to(y.dtype)

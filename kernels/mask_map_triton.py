@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import on_device_of
+
 BLOCK = 1024
 
 
@@ -82,7 +84,8 @@ def difference(edited: Tensor, source: Tensor) -> Tensor:
     edited, source = edited.contiguous(), source.contiguous()
     batch, seeds, channels, h, w = edited.shape
     out = torch.empty(batch, 1, h, w, dtype=torch.float32, device=edited.device)
-    difference_kernel[(batch, triton.cdiv(h * w, BLOCK))](edited, source, out, seeds * channels, h * w, BLOCK=BLOCK)
+    with on_device_of(edited):
+        difference_kernel[(batch, triton.cdiv(h * w, BLOCK))](edited, source, out, seeds * channels, h * w, BLOCK=BLOCK)
     return out
 
 
@@ -94,7 +97,8 @@ def mask_map(heat: Tensor, sigma: float, norm: str, threshold: float) -> Tensor:
     weights = torch.tensor([v / sum(raw) for v in raw], dtype=torch.float32, device=heat.device)
     batch, _, h, w = heat.shape
     out, scratch = torch.empty_like(heat), torch.empty_like(heat)
-    threshold_kernel[(batch,)](
-        heat, weights, scratch, out, threshold, h, w, RADIUS=radius, CLAMP=norm == "clamp", BLOCK=BLOCK
-    )
+    with on_device_of(heat):
+        threshold_kernel[(batch,)](
+            heat, weights, scratch, out, threshold, h, w, RADIUS=radius, CLAMP=norm == "clamp", BLOCK=BLOCK
+        )
     return out

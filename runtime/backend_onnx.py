@@ -60,7 +60,7 @@ class OnnxBackend:
         threads: int | None = None,
     ):
         self.model, self.device, self.threads = model, model.device, threads
-        self.folder = engines_folder(model.digest) if engines is None else engines
+        self.folder = engines_folder(model.weights_digest) if engines is None else engines
         self.providers = _providers(model.device, providers)
         self.refused: dict[str, list[str]] = {}  # module, or a folder that names none -> reasons
         self._found: dict[str, list[tuple[Path, EngineSpec]]] = {}  # best first, until one turns out damaged

@@ -152,7 +152,7 @@ class TensorrtBackend:
         import tensorrt as trt
 
         self.model, self.device, self.graphs, self._trt = model, model.device, graphs, trt
-        self.folder = engines_folder(model.digest) if engines is None else engines
+        self.folder = engines_folder(model.weights_digest) if engines is None else engines
         self.no_graphs = ""  # why recording failed
         self.refused: dict[str, list[str]] = {}  # module, or the name of a folder that names none -> reasons
         self._found: dict[str, list[tuple[Path, EngineSpec]]] = {}

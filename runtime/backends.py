@@ -141,7 +141,7 @@ def load_backend(name: str, model: Model, engines: Path | None = None, **options
     """A backend of a loaded model, or for "auto" the ladder.
 
     Args:
-        engines: folder of exported engines; None is `engine_spec.engines_folder(model.digest)`.
+        engines: folder of exported engines; None is `engine_spec.engines_folder(model.weights_digest)`.
         options: `attention` ("sdpa" or "xformers") and `channels_last`, of the backends that run torch modules.
 
     Raises:

@@ -29,7 +29,7 @@ from .denoiser import (
 )
 from .errors import RunError
 from .ito import ito_pass, masked_sampling
-from .mask import estimate
+from .mask import estimate, rounding_level
 from .models import Model
 from .profile import Profile
 from .requests import RATIOS, Job, estimates_mask
@@ -82,8 +82,9 @@ class Batch:
         self.request = jobs[0].request
         self.options = o = self.request.options
         self.network = Network(denoiser, model.schedule.prediction, max_batch, profile)
-        self.levels = model.schedule.levels(self.request.steps)
-        self.scale = model.guidance_scale if o.guidance_scale is None else o.guidance_scale
+        self.levels = model.schedule.levels(jobs[0].steps)
+        assert o.guidance_scale is not None  # `requests.check_request` has settled what was left to the checkpoint
+        self.scale = o.guidance_scale
         height, width = jobs[0].pixels.shape[-2:]
         self.shape = (model.channels, height // model.factor, width // model.factor)
         ratio = RATIOS.get(self.request.method, 1.0) if o.ratio is None else o.ratio
@@ -91,7 +92,7 @@ class Batch:
         self.guided = [j for j in jobs if j.request.options.lam < 1] if self.request.method == "ito" else []
         self.base = [model.digest, backend, str(model.dtype), model.device.type, model.schedule.digest]
         self.states: dict[str, Tensor] = {}
-        mask = o.mask.settled(model)
+        mask = o.mask.settled(model)  # a request settles it only where it estimates a mask
         assert mask.strength is not None and mask.threshold is not None
         self.strength, self.threshold = mask.strength, mask.threshold
 
@@ -149,10 +150,10 @@ class Batch:
 
             def compare(members: list[Job]) -> Tensor:
                 noise = torch.stack([self._noise(members, f"mask-{i}") for i in range(o.seeds)], dim=1)
-                uncond = self.states[self.options.negative_prompt] if o.guided else None
                 return self.network.drive(estimate(
                     self.network, self._found(members, "encode"), noise, self.levels, self._told(members),
-                    self._told(members, source=True), uncond=uncond, scale=self.scale, strength=self.strength, mode=o.mode,
+                    self._told(members, source=True), uncond=self.states[self.options.negative_prompt], scale=self.scale,
+                    strength=self.strength, mode=o.mode, guided=o.guided, rounding=rounding_level(self.model.dtype),
                 ))  # fmt: skip
 
             how = [self.levels.steps, self.scale, o.mode, o.seeds, self.strength, o.guided]
@@ -343,11 +344,14 @@ class Batch:
         if job.mask is None:
             return
         area = float((job.mask > 0).float().mean())
-        if not 0.01 <= area <= 0.8:
-            what = "almost nothing can change" if area < 0.01 else "almost nothing is kept"
-            self.profile.note(
-                f"the mask covers {area:.1%} of the picture: {what}; change the mask threshold, or give a mask"
+        if job.given_mask is None and not job.found["mask"]["value"].any():
+            job.note(
+                "the mask is empty: to the network both prompts say the same, so nothing is to change; say in the prompt what "
+                "the edited picture shows and in the source prompt what it shows now, or give a mask"
             )
+        elif not 0.01 <= area <= 0.8:
+            what = "almost nothing can change" if area < 0.01 else "almost nothing is kept"
+            job.note(f"the mask covers {area:.1%} of the picture: {what}; change the mask threshold, or give a mask")
 
     def _stage(self, name: str, parts: Callable[[Job], list[Any]], compute: Callable[[list[Job]], Tensor]) -> None:
         """A stage of one call in place of a loop."""
@@ -410,10 +414,15 @@ class Batch:
         both, inversion = 1 if self.scale == 1 else 2, 1 if o.inversion_scale == 1 else 2
         run, costs = self.levels.steps - self.start, {}
         if self.jobs[0].given_mask is None and estimates_mask(self.request):
-            # The halves without a condition cancel in a single comparison of two texts (see `mask.estimate`).
-            halves = both if o.mask.guided and (self.jobs[0].maps or o.mask.mode == "trajectory") else 1
-            steps = 1 if o.mask.mode == "single" else self.levels.steps - self.levels.start(self.strength)
-            costs["mask"] = o.mask.seeds * 2 * halves * steps
+            if (
+                o.mask.mode == "single"
+            ):  # where the halves without a condition cancel for two texts (see `mask.estimate`)
+                each = both if o.mask.guided and self.jobs[0].maps else 1
+            else:
+                each = (self.levels.steps - self.levels.start(self.strength)) * both - (
+                    0 if o.mask.guided else both - 1
+                )
+            costs["mask"] = o.mask.seeds * 2 * each
         if method != "ito":
             return costs | {"sample": run * both} | ({"invert": run * inversion} if self.inverts else {})
         costs |= {"invert": run * inversion, "final": run * both}

@@ -160,7 +160,8 @@ _request_options = _apply([
     click.option("--source-layout", multiple=True, callback=_pairs, metavar="NAME=FILE",
                  help="The same for the picture as it is; edge, line and scribble are annotated if not given."),
     click.option("--method", default="ito", show_default=True, type=click.Choice(METHODS), help="How to edit."),
-    click.option("--steps", default=25, show_default=True, type=click.IntRange(1, 1000), help="Sampling steps."),
+    click.option("--steps", default=None, type=click.IntRange(1, 1000),
+                 help="Sampling steps. Default: 50 for iedit, 25 for the other methods."),
     click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
     click.option("--guidance-scale", type=float, default=None,
                  help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5."),
@@ -181,7 +182,7 @@ def _options(values: dict[str, Any], lam: float = 0.6) -> Options:
     from .editor import MaskOptions, Options
     from .ito import Phase
 
-    phase = Phase(t_u=values.get("t_u"), k=values.get("k", 1))
+    phase = Phase(t_u=values.get("t_u"), k=values.get("k", 1), update=values.get("update", "clipped"))
     return Options(
         lam=lam,
         guidance_scale=values["guidance_scale"],
@@ -219,7 +220,8 @@ def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(f"{values['mask']}: the mask is empty, nothing could change; paint what to edit in white")
         if covered == 1:
             raise UsageError(
-                f"{values['mask']}: the mask covers everything, nothing is kept; use --mask-mode none instead"
+                f"{values['mask']}: the mask covers everything, nothing is kept; leave --mask out to have one estimated, or "
+                "repaint the whole picture with --method sdedit"
             )
     return found
 
@@ -316,7 +318,9 @@ def _time_left(seconds: float) -> str:
         "Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts.",
     ),
 )
-@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help=_told("--k", "Adam steps at each."))
+@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help=_told("--k", "Inner steps at each."))
+@click.option("--update", type=click.Choice(["clipped", "adam"]), default="clipped", show_default=True,
+              help=_told("--update", "How ITO moves the latent: by a Newton step of bounded length, or by Adam as in the paper."))  # fmt: skip
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), default=None,
               help=_told("--ratio", "Share of the steps that the other methods noise the picture by. Default: the method's own."))  # fmt: skip
 @click.option("--refine", is_flag=True, help=_told("--refine", "Refine the guidance image with the input (ITO A.5)."))
@@ -386,11 +390,11 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     if profile:
         write_whole(profile, (json.dumps(results[0].profile.as_dict(), indent=1) + "\n").encode())
     if as_json:
-        rows = [{"output": str(t), "seed": s, "lambda": lam, "mask": r.receipt["mask"], "notes": r.profile.notes}
+        rows = [{"output": str(t), "seed": s, "lambda": lam, "mask": r.receipt["mask"], "notes": r.notes}
                 for t, (s, lam), r in zip(targets, wanted, results, strict=True)]  # fmt: skip
         click.echo(json.dumps({"results": rows, "profile": results[0].profile.as_dict()}, indent=1))
         return
-    for note in results[0].profile.notes:
+    for note in dict.fromkeys(note for r in results for note in r.notes):
         click.echo(f"note: {note}", err=True)
     spent = sum(results[0].profile.seconds.values())
     for target, result in zip(targets, results, strict=True):
@@ -699,7 +703,7 @@ def info(model: str, as_json: bool) -> None:
 
     described = describe(model)
     if "problem" not in described:
-        described["engines"] = describe_engines(read_digests(model)[0])
+        described["engines"] = describe_engines(read_digests(model).weights)
     found: dict[str, Any] = {
         "iedit": VERSION,
         "versions": versions(),

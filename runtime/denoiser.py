@@ -48,15 +48,22 @@ class Condition:
         """The samples of `index`."""
         return Condition(self.text[index], tuple((name, maps[index], scale) for name, maps, scale in self.layouts))
 
-    def repeat(self, times: int) -> Condition:
-        """Each sample `times` times in a row."""
+    def repeat(self, times: int, block: int = 1) -> Condition:
+        """Each block of `block` samples `times` times in a row."""
         return Condition(
-            _repeat(self.text, times), tuple((name, _repeat(maps, times), scale) for name, maps, scale in self.layouts)
+            repeat(self.text, times, block),
+            tuple((name, repeat(maps, times, block), scale) for name, maps, scale in self.layouts),
         )
 
     def with_text(self, text: Tensor) -> Condition:
         """The same layouts under another text; `text` may be (1, L, D)."""
         return replace(self, text=text.expand(len(self), -1, -1) if text.shape[0] == 1 else text)
+
+    @staticmethod
+    def interleave(a: Condition, b: Condition) -> Condition:
+        """(2B, ...): the samples of the two in turn; both must have the same layouts, text length and number."""
+        both, index = Condition.cat([a, b]), torch.arange(2 * len(a)).view(2, len(a)).T.flatten()
+        return both.take(index.to(both.text.device))
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
@@ -71,13 +78,14 @@ class Condition:
         )
 
 
-def _repeat(values: Tensor, times: int) -> Tensor:
-    """`repeat_interleave` of dimension 0. Copies of a text's size stay in this thread: to wake torch's others, while those of
-    ONNX Runtime wait for their next call, takes 8 ms."""
-    out = values.new_empty((len(values), times, *values.shape[1:]))
+def repeat(values: Tensor, times: int, block: int = 1) -> Tensor:
+    """Each block of `block` samples of dimension 0 `times` times in a row. Copies of a text's size stay in this thread: to wake
+    torch's others, while those of ONNX Runtime wait for their next call, takes 8 ms."""
+    blocks = values.unflatten(0, (-1, block))
+    out = values.new_empty((len(blocks), times, *blocks.shape[1:]))
     for i in range(times):
-        out[:, i] = values
-    return out.flatten(0, 1)
+        out[:, i] = blocks
+    return out.flatten(0, 2)
 
 
 class OncePerCondition(Generic[T]):
@@ -183,6 +191,11 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def _even(samples: int) -> int:
+    """The largest even number up to `samples`; 1 below 2."""
+    return samples - samples % 2 or 1
+
+
 @dataclass(frozen=True)
 class Ask:
     """What a loop needs of the network next.
@@ -224,7 +237,7 @@ class Network:
         self._made: dict[tuple[Any, ...], tuple[Any, Condition]] = {}
         self._constants: dict[
             tuple[Any, ...], Any
-        ] = {}  # timesteps and coefficients as tensors, three for each level and batch
+        ] = {}  # timesteps and coefficients as tensors, two for each level and batch
 
     def drive(self, loop: Loop[T]) -> T:
         """Run one loop in the running stage."""
@@ -343,11 +356,13 @@ class Network:
         return self._made[key][1]
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, owners: Sequence[str]) -> Tensor:
-        """In calls of at most `max_batch` samples, each of which counts for its owner's stage."""
+        """In calls of at most `max_batch` samples, each of which counts for its owner's stage; of an even number where they are
+        split, so that two samples that are compared (see `mask.estimate`) are in one call and rounded alike."""
         parts: list[Tensor] = []
         start = 0
         while start < len(x):
-            stop = min(len(x), start + self.max_batch)
+            left = len(x) - start
+            stop = len(x) if left <= self.max_batch else start + _even(self.max_batch)
             piece = slice(start, stop)
             told = condition if stop - start == len(x) else self._cut(condition, start, stop)
             try:
@@ -360,7 +375,7 @@ class Network:
                         f"out of memory in {self.profile.where}: one sample of {tuple(x.shape[1:])} does not fit; "
                         "use a smaller image, a smaller dtype or another device"
                     ) from error
-                self.max_batch = max(1, min(self.max_batch, len(x[piece])) // 2)
+                self.max_batch = _even(len(x[piece]) // 2)
                 self.profile.note(f"out of memory in {self.profile.where}: going on with batches of {self.max_batch}")
                 continue
             self.profile.count(Counter(owners[piece]))
@@ -419,10 +434,11 @@ class Network:
               kept: Mapping[str, Tensor] | None = None, update: Update | None = None) -> Move:  # fmt: skip
         key = (abar_from, abar_to, len(x), x.dtype, x.device)
         if key not in self._constants:
-            values = torch.tensor([*ddim_coefficients(abar_from, abar_to), abar_from], dtype=x.dtype, device=x.device)
-            self._constants[key] = values.unsqueeze(1).expand(3, len(x)).contiguous().unbind()
-        c_x, c_eps, abar = self._constants[key]
-        return Move(x, guided, scale, c_x, c_eps, abar, self.prediction, kept or {}, update)
+            coefficients = ddim_coefficients(abar_from, abar_to, self.prediction)
+            values = torch.tensor(coefficients, dtype=x.dtype, device=x.device)
+            self._constants[key] = values.unsqueeze(1).expand(2, len(x)).contiguous().unbind()
+        c_x, c_out = self._constants[key]
+        return Move(x, guided, scale, c_x, c_out, kept or {}, update)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -121,6 +121,8 @@ class Editor:
     def mask(self, request: EditRequest, callback: Callback | None = None) -> tuple[Image.Image | None, Profile]:
         """Only the mask that `edit` would use: "L", white where the edit is allowed; None where there is none."""
         result = self._run([check_request(self.model, request)], callback, only_mask=True)[0]
+        for note in result.notes:
+            result.profile.note(note)
         return result.mask, result.profile
 
     @torch.no_grad()
@@ -201,8 +203,6 @@ class Editor:
             )
         ahead, behind, results = sum(b.expected() for b in batches), 0, {}
         for batch in batches:
-            for note in (n for j in batch.jobs for n in j.notes):
-                batch.profile.note(note)
             # The bar runs over all batches: what is done before this one, and what is expected in all.
             batch.profile.before, batch.profile.expected = behind, behind + ahead
             ahead -= batch.expected()
@@ -225,7 +225,7 @@ class Editor:
                 # Copies: what the caller does with them must not reach the cache.
                 latent, source = (j.found[s]["value"].cpu().clone() for s in (stage, "encode"))
                 guidance = j.found["guidance"]["value"].cpu().clone() if "guidance" in j.found else None
-                receipt, draw = self._receipt(j, profile), partial(self._draw, size=j.size)
+                receipt, draw = self._receipt(j, mask, profile), partial(self._draw, size=j.size)
                 results.append(EditResult(image, mask, guidance, latent, source, profile, receipt, draw))
         return results
 
@@ -234,15 +234,18 @@ class Editor:
         return pictures.crop_back(pictures.to_image(self.model.decode(latent.unsqueeze(0))[0]), size)
 
     def _mask_picture(self, job: Job) -> Image.Image | None:
+        """Where the edit was allowed, at the size of the picture; see `EditResult.mask`."""
         if job.mask is None:
             return None
+        if job.mask_picture is not None and job.request.options.composite == "pixel":
+            return job.mask_picture
         cells = (job.mask[0, 0].cpu() * 255).round().byte()
         large = Image.fromarray(cells.numpy()).resize(
             (job.pixels.shape[-1], job.pixels.shape[-2]), Image.Resampling.NEAREST
         )
         return pictures.crop_back(large, job.size)
 
-    def _receipt(self, job: Job, profile: Profile) -> dict[str, Any]:
+    def _receipt(self, job: Job, mask: Image.Image | None, profile: Profile) -> dict[str, Any]:
         r = job.request
         receipt: dict[str, Any] = {
             "iedit": VERSION,
@@ -257,22 +260,32 @@ class Editor:
                         "modules": profile.ran(), "steps_down": profile.why_down()},
             "versions": versions(),
             "mask": None,
-            "notes": profile.notes,
+            "notes": [*job.notes, *profile.notes],
         }  # fmt: skip
-        if job.mask is not None:
-            receipt["mask"] = {"area": round(float(job.mask.mean()), 6), "estimated": job.given_mask is None}
+        if mask is not None:
+            area = round(pictures.mask_coverage(mask), 6)
+            receipt["mask"] = {"area": area, "estimated": job.given_mask is None}
         return receipt
 
 
 def paste(source: Image.Image, edited: Image.Image, mask: Image.Image, feather: float) -> Image.Image:
     """The edited picture inside the mask, the source outside it, with a soft edge that lies inside the mask.
 
-    Pixels outside the mask are the source's, bit for bit. `feather`: width of the edge in pixels.
+    Pixels outside the mask are the source's, bit for bit. Parts of the mask that are too thin for a soft edge get a hard one:
+    they would fade away.
+
+    Args:
+        source, edited: RGB of one size.
+        mask: "L" of that size, 0 or 255.
+        feather: width of the edge in pixels; 0 is a hard edge.
     """
     if feather > 0:
-        radius = max(1, round(feather))
-        inner = mask.filter(ImageFilter.MinFilter(2 * (radius // 2) + 1)).filter(ImageFilter.GaussianBlur(feather / 2))
-        mask = ImageChops.darker(mask, inner)
+        core = mask.filter(ImageFilter.MinFilter(2 * (max(1, round(feather)) // 2) + 1))
+        # Grown back by one pixel more than it was shrunk, for the corners of thick parts are not thin.
+        thick = core.filter(ImageFilter.MaxFilter(2 * (max(1, round(feather)) // 2) + 3))
+        thin = ImageChops.subtract(mask, thick)
+        soft = ImageChops.darker(mask, core.filter(ImageFilter.GaussianBlur(feather / 2)))
+        mask = ImageChops.lighter(soft, thin)
     return Image.composite(edited, source, mask)
 
 

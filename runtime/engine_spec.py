@@ -171,10 +171,10 @@ def damaged(folder: Path, spec: EngineSpec) -> list[str]:
     return found
 
 
-def engines_folder(model_digest: str) -> Path:
-    """Where engines of a model are kept unless told otherwise: the user's cache, by the digest of the weights."""
+def engines_folder(weights_digest: str) -> Path:
+    """Where engines of a model are kept unless told otherwise: the user's cache, by `Model.weights_digest`."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "iedit" / "engines" / model_digest
+    return Path(base).expanduser() / "iedit" / "engines" / weights_digest
 
 
 def find_engines(folder: Path) -> Iterator[tuple[Path, EngineSpec | UsageError]]:
@@ -191,9 +191,9 @@ def find_engines(folder: Path) -> Iterator[tuple[Path, EngineSpec | UsageError]]
             yield path.parent, error
 
 
-def describe_engines(model_digest: str) -> str:
+def describe_engines(weights_digest: str) -> str:
     """What lies in a model's default folder of engines, in a line; their files are not read."""
-    folder = engines_folder(model_digest)
+    folder = engines_folder(weights_digest)
     count: dict[str, int] = {}
     for _, spec in find_engines(folder):
         kind = "unreadable" if isinstance(spec, UsageError) else f"{spec.format} {spec.precision}"

@@ -20,14 +20,16 @@ class Phase:
 
     Attributes:
         t_u: steps that are updated, the noisiest first; None is 15 of 25, or what the checkpoint recommends for edits without layouts.
-        k: Adam steps at each.
-        lr: Adam's learning rate.
+        k: inner steps at each.
+        lr: the longest step of a value (clipped), or Adam's learning rate.
+        update: "clipped", the Newton step of the preservation loss, never longer than lr; or "adam", the papers' letter.
         carry: keep Adam's state across timesteps in place of a fresh one at each.
     """
 
     t_u: int | None = None
     k: int = 1
     lr: float = 0.1
+    update: str = "clipped"
     carry: bool = False
 
     def updates(self, steps: int, share: float | None = None) -> int:
@@ -71,7 +73,7 @@ def ito_pass(
         update = None
         if i - start < updates:
             g = guidance(i + 1) if guidance else None
-            update = Update(source(i + 1), g, mask, lam, phase.k, phase.lr, kept_area, state)
+            update = Update(source(i + 1), g, mask, lam, phase.k, phase.lr, kept_area, phase.update, state)
         y = yield from network.guided_move(y, levels, i, i + 1, condition, uncond, scale, update=update)
     return y
 

@@ -61,10 +61,12 @@ class Model:
     Attributes:
         name, folder: as asked for, and where it was found.
         controlnets: layout name -> ControlNetModel.
-        digest: sha256 over the weights of every part in use, 16 hex digits.
+        digest: sha256 over everything of the checkpoint that a result depends on beside the noise schedule: weights and configs
+            of every part in use, the tokenizer, and which ControlNet goes by which name; 16 hex digits.
+        weights_digest: over the weights alone; names the folder that engines are kept in.
         modules: the backend that runs VAE and text encoder; None is eager torch.
         notes: what was settled otherwise than asked while it was loaded; every result of an edit repeats them.
-        part_digests: the same over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
+        part_digests: over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
         guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
         mask_strength, mask_threshold: of `MaskOptions`, where the checkpoint's `iedit.json` recommends them.
         text_update_share: share of the steps that ITO updates (`Phase.t_u`) in an edit without layouts, likewise.
@@ -81,6 +83,7 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     digest: str
+    weights_digest: str
     guidance_scale: float = 7.5
     mask_strength: float | None = None
     mask_threshold: float | None = None
@@ -190,13 +193,22 @@ def module_digest(part_digests: Mapping[str, str], module: str) -> str:
     return hashlib.sha256("".join(part_digests[p] for p in parts).encode()).hexdigest()[:16]
 
 
-def read_digests(model: str) -> tuple[str, dict[str, str]]:
-    """`Model.digest` and `Model.part_digests` of a checkpoint with the ControlNets inside it; its weights are not loaded."""
+@dataclass(frozen=True)
+class Digests:
+    """`Model.digest`, `Model.weights_digest` and `Model.part_digests` of a checkpoint."""
+
+    whole: str
+    weights: str
+    parts: Mapping[str, str]
+
+
+def read_digests(model: str) -> Digests:
+    """Of a checkpoint with the ControlNets inside it; its weights are not loaded."""
     folder = find_folder(model)
     for part in PARTS:
         _check_files(folder, part)
-    controls = [p.name for p in sorted(folder.glob(CONTROLNET_PREFIX + "*")) if p.is_dir()]
-    return _digests({part: folder / part for part in ("unet", "vae", "text_encoder", *controls)})
+    inside = {p.name: p for p in sorted(folder.glob(CONTROLNET_PREFIX + "*")) if p.is_dir()}
+    return _digests(folder, inside)
 
 
 def picturebook_folder() -> Path:
@@ -306,18 +318,31 @@ def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     return part.eval().requires_grad_(False)
 
 
-def _digests(folders: Mapping[str, Path]) -> tuple[str, dict[str, str]]:
-    """Of all weights together, and of each part's weights and config; 16 hex digits each."""
-    total, parts = hashlib.sha256(), {}
-    for name, folder in folders.items():
-        part = hashlib.sha256((folder / "config.json").read_bytes())
-        for path in _weights(folder):
+# What a config carries of where it came from; nothing is computed from it.
+_ORIGIN = ("_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype", "architectures")
+
+
+def _config_bytes(path: Path) -> bytes:
+    """A part's config in one spelling, so that the same settings saved by another version of a library are the same."""
+    return json.dumps({k: v for k, v in _read_json(path).items() if k not in _ORIGIN}, sort_keys=True).encode()
+
+
+def _digests(folder: Path, controlnets: Mapping[str, Path]) -> Digests:
+    """Of the checkpoint in `folder` with `controlnets`, from `controlnet-NAME` to the folder of each; 16 hex digits each."""
+    whole, weights, parts = hashlib.sha256(), hashlib.sha256(), {}
+    for name, where in ({p: folder / p for p in ("unet", "vae", "text_encoder")} | dict(controlnets)).items():
+        part = hashlib.sha256(_config_bytes(where / "config.json"))
+        for path in _weights(where):
             with path.open("rb") as handle:
                 found = hashlib.file_digest(handle, "sha256").digest()
-            total.update(f"{folder.name}/{path.name}".encode() + found)
+            weights.update(f"{where.name}/{path.name}".encode() + found)
             part.update(found)
         parts[name] = part.hexdigest()[:16]
-    return total.hexdigest()[:16], parts
+        whole.update(f"{name}={part.hexdigest()};".encode())
+    for path in sorted(p for p in (folder / "tokenizer").iterdir() if p.is_file()):
+        content = _config_bytes(path) if path.name == "tokenizer_config.json" else path.read_bytes()
+        whole.update(f"tokenizer/{path.name}={hashlib.sha256(content).hexdigest()};".encode())
+    return Digests(whole.hexdigest()[:16], weights.hexdigest()[:16], parts)
 
 
 def _device(asked: str | torch.device | None) -> torch.device:
@@ -443,10 +468,7 @@ def load_model(
 
     for part in (unet, vae, text_encoder, *controlnets.values()):
         part.to(where)
-    digest, parts = _digests(
-        {"unet": folder / "unet", "vae": folder / "vae", "text_encoder": folder / "text_encoder"}
-        | {CONTROLNET_PREFIX + name: path for name, path in control_folders.items()}
-    )
+    digests = _digests(folder, {CONTROLNET_PREFIX + name: path for name, path in control_folders.items()})
     return Model(
         name=model,
         folder=folder,
@@ -458,8 +480,9 @@ def load_model(
         controlnets=controlnets,
         device=where,
         dtype=kind,
-        digest=digest,
-        part_digests=parts,
+        digest=digests.whole,
+        weights_digest=digests.weights,
+        part_digests=digests.parts,
         notes=tuple(notes),
         guidance_scale=float(hints.get("guidance_scale", 7.5)),
         mask_strength=hints.get("mask_strength"),

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from ..kernels.ito_step import UPDATES
 from . import METHODS, uses
 from . import images as pictures
 from . import layouts as layout_maps
@@ -22,8 +23,9 @@ from .models import Model
 from .profile import Profile
 from .stages import Result, key_of
 
-# METHOD section 3, row 3 for iEdit; DiffEdit's own 0.8; ITO's section 4 uses 1.0 for ControlNet + DiffEdit.
-RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.8, "controlnet-diffedit": 1.0}
+# METHOD section 3, row 3; ITO's section 4 compares with DiffEdit at 0.7 and with ControlNet + DiffEdit at 1.0.
+RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "controlnet-diffedit": 1.0}
+STEPS = {"iedit": 50}  # METHOD section 3, row 3; ITO's section 4 uses 25 for all that it compares
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,7 @@ class Options:
         control_scale: of every ControlNet's residuals.
         control_scales: (name, scale) pairs that differ from `control_scale`.
         encoding_ratio: share of the steps that ITO encodes, t_E / N.
-        ratio: share of the steps that the other methods encode; None is 0.7 (SDEdit, iEdit, ControlNet), 0.8 (DiffEdit),
-            1.0 (ControlNet + DiffEdit).
+        ratio: share of the steps that the other methods encode; None is 0.7, and 1.0 for ControlNet + DiffEdit.
         mask: how the mask is estimated.
         guidance, final: ITO's updates while the guidance image is made and in the final pass.
         refine: refine the guidance image with the input (ITO A.5).
@@ -106,10 +107,13 @@ class Options:
     feather: float = 4.0
 
     def settled(self, model: Model, steps: int, layouts: bool = False) -> Options:
-        """With a number for what was left to the checkpoint, but the guidance scale; `layouts`: the edit has some."""
+        """With a number for what was left to the checkpoint; `layouts`: the edit has some."""
         share = None if layouts else model.text_update_share
         guidance, final = (dataclasses.replace(p, t_u=p.updates(steps, share)) for p in (self.guidance, self.final))
-        return dataclasses.replace(self, mask=self.mask.settled(model), guidance=guidance, final=final)
+        scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return dataclasses.replace(
+            self, guidance_scale=scale, mask=self.mask.settled(model), guidance=guidance, final=final
+        )
 
     def check(self) -> None:
         """Raises UsageError for a value that no stage could use."""
@@ -144,6 +148,9 @@ class Options:
         for phase in (self.guidance, self.final, self.refinement):
             if phase.k < 1 or (phase.t_u is not None and phase.t_u < 0) or not 0 < phase.lr < math.inf:
                 raise UsageError(f"{phase}: expected t_u >= 0, k >= 1 and lr > 0")
+            one_of("update", phase.update, UPDATES)
+            if phase.carry and phase.update != "adam":
+                raise UsageError(f"carry keeps Adam's state, and update {phase.update!r} has none; use update='adam'")
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ class EditRequest:
         source_layouts: the same for the picture as it is; those not given are annotated from it where that can be done.
         mask: "L" picture of the same size, white edits; None estimates one.
         seed: of every noise; 0 is a seed.
-        steps: sampling steps.
+        steps: sampling steps; None is 50 for iedit and 25 for the others.
     """
 
     image: Image.Image
@@ -170,7 +177,7 @@ class EditRequest:
     source_layouts: Mapping[str, Image.Image] = field(default_factory=dict)
     mask: Image.Image | None = None
     seed: int = 0
-    steps: int = 25
+    steps: int | None = None
     options: Options = Options()
 
 
@@ -180,12 +187,14 @@ class EditResult:
 
     Attributes:
         image: RGB, the size of the input.
-        mask: "L", white where the edit was allowed; None without a mask.
+        mask: "L", white where the edit was allowed: the latent cells that it was made in or, with `composite="pixel"` and a given
+            mask, that mask; None without a mask.
         guidance: RGB guidance image, None where it was skipped; decoded when it is first asked for.
         guidance_latent: (C, h, w) float32 on the CPU, what it is decoded from.
         latent, source_latent: (C, h, w) float32 on the CPU, of the result and of the input (padded size).
         profile: what the batch cost that this edit was part of.
         receipt: JSON-ready: the request, model digest, versions, backend, mask statistics, notes.
+        notes: what a user should know of this edit, and of the run that it was part of.
     """
 
     image: Image.Image
@@ -196,6 +205,10 @@ class EditResult:
     profile: Profile
     receipt: dict[str, Any]
     draw: Callable[[Tensor], Image.Image] = field(repr=False, compare=False)
+
+    @property
+    def notes(self) -> list[str]:
+        return list(self.receipt["notes"])
 
     @functools.cached_property
     def guidance(self) -> Image.Image | None:
@@ -218,12 +231,23 @@ class Job:
     maps: dict[str, Tensor]
     source_maps: dict[str, Tensor]
     given_mask: Tensor | None
+    mask_picture: Image.Image | None
     chunks: int
     source_prompt: str
     notes: list[str] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
     found: dict[str, Result] = field(default_factory=dict)
     mask: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        assert self.request.steps is not None  # settled by `check_request`
+        return self.request.steps
+
+    def note(self, text: str) -> None:
+        """Something that the user should know of this edit, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 def estimates_mask(request: EditRequest) -> bool:
@@ -264,10 +288,10 @@ def set_fields(request: EditRequest) -> list[uses.Use]:
     return [use for use in uses.USES if value(request, use.field) != value(default, use.field)]
 
 
-def _settled(model: Model, request: EditRequest, asked: uses.Asked) -> Options:
+def _settled(model: Model, request: EditRequest, steps: int, asked: uses.Asked) -> Options:
     """A request's options with a number for what was left to the checkpoint, where the edit uses it: a receipt says what ran."""
     o = request.options
-    found = o.settled(model, request.steps, asked.layouts)
+    found = o.settled(model, steps, asked.layouts)
     mask = found.mask if asked.estimates_mask else o.mask
     guidance, final = (found.guidance, found.final) if asked.method in uses.ITO else (o.guidance, o.final)
     return dataclasses.replace(found, mask=mask, guidance=guidance, final=final)
@@ -295,8 +319,9 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
             raise UsageError(f"control_scales: {model.name} has no ControlNet {name!r}; it has {known}")
     asked = asked_of(request, model.guidance_scale, lambdas)
     uses.check(asked, set_fields(request))
-    request = dataclasses.replace(request, options=_settled(model, request, asked))
-    model.schedule.levels(request.steps)
+    steps = STEPS.get(request.method, 25) if request.steps is None else request.steps
+    model.schedule.levels(steps)
+    request = dataclasses.replace(request, steps=steps, options=_settled(model, request, steps, asked))
     for name in {**request.layouts, **request.source_layouts}:
         if name not in model.controlnets:
             known = ", ".join(model.controlnets) or "none"
@@ -320,7 +345,7 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         for name in maps:
             given = request.source_layouts.get(name)
             source_maps[name] = tensor_of(name, layout_maps.annotate(image, name) if given is None else given)
-    given_mask = None
+    given_mask, mask = None, None
     if request.mask is not None:
         mask = pictures.load_mask(request.mask, size)
         latent = (padded.height // model.factor, padded.width // model.factor)
@@ -335,6 +360,7 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         maps=maps,
         source_maps=source_maps,
         given_mask=given_mask,
+        mask_picture=mask,
         chunks=max(len(model.token_chunks(t)) for t in texts),
         source_prompt=source_prompt,
         notes=uses.notes(asked, bool(request.source_prompt), bool(request.source_layouts)),

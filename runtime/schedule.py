@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.guided_step import PREDICTIONS
 from .errors import UsageError
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,17 @@ class Schedule:
         )
 
     def levels(self, steps: int) -> Levels:
-        """The levels of a run of `steps` steps, as diffusers' DDIMScheduler places them."""
+        """The levels of a run of `steps` steps: the timesteps of diffusers' DDIMScheduler.
+
+        Every step ends at the level that the next one starts from. diffusers' DDIM instead subtracts `T // steps` from the timestep,
+        whatever the spacing. With "leading" that is the same. With "linspace" and, where `steps` does not divide T, with
+        "trailing" it is not: at 48 steps of 1000 trailing timesteps lie 20 or 21 apart and diffusers always goes 20 back, so
+        the latent is noisier than the network is told at the next step. An inversion that retraces the steps needs levels
+        that agree.
+
+        Raises:
+            UsageError: steps out of range, or a level of pure noise that the prediction type cannot start from.
+        """
         total = len(self.alphas_cumprod)
         if not 1 <= steps <= total:
             raise UsageError(f"steps is {steps}, expected 1 to {total}")
@@ -108,13 +119,49 @@ class Schedule:
         else:
             raise UsageError(f"scheduler: timestep_spacing is {self.spacing!r}, expected leading, linspace or trailing")
         times = [min(t, total - 1) for t in times]
+        if self.prediction == "epsilon" and any(self.alphas_cumprod[t] <= 0 for t in times):
+            raise UsageError(
+                "scheduler: its last timestep is pure noise (rescale_betas_zero_snr), from which a network that predicts noise "
+                "tells nothing of the picture; set prediction_type to v_prediction if the checkpoint was trained so, or "
+                "timestep_spacing to leading"
+            )
         return Levels((*times, 0), (*(self.alphas_cumprod[t] for t in times), self.final_abar))
 
 
-def ddim_coefficients(abar_from: float, abar_to: float) -> tuple[float, float]:
-    """`(c_x, c_eps)` of `x_to = c_x * x_from + c_eps * eps` (ITO Eqs. 1 and 2), in float64."""
-    c_x = math.sqrt(abar_to / abar_from)
-    return c_x, math.sqrt(1 - abar_to) - c_x * math.sqrt(1 - abar_from)
+def ddim_coefficients(abar_from: float, abar_to: float, prediction: str = "epsilon") -> tuple[float, float]:
+    """`(c_x, c_out)` of the DDIM step `x_to = c_x * x_from + c_out * output` (ITO Eqs. 1 and 2), in float64.
+
+    With x_from = a x0 + b eps and x_to = A x0 + B eps (a, A: roots of abar; b, B: of 1 - abar) both are linear in what the
+    network predicts. For v and sample no term divides by a, so they also start from pure noise (abar_from 0).
+
+    Raises:
+        ValueError: another prediction type.
+    """
+    a, b, to_a, to_b = math.sqrt(abar_from), math.sqrt(1 - abar_from), math.sqrt(abar_to), math.sqrt(1 - abar_to)
+    if prediction == "epsilon":
+        c_x = math.sqrt(abar_to / abar_from)
+        return c_x, to_b - c_x * b
+    if prediction == "v_prediction":  # x0 = a x - b v, eps = b x + a v
+        return to_a * a + to_b * b, to_b * a - to_a * b
+    if prediction == "sample":  # eps = (x - a x0) / b
+        return to_b / b, to_a - to_b * a / b
+    raise ValueError(f"ddim_coefficients: prediction is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+
+
+def to_epsilon(output: Tensor, x: Tensor, abar: float, prediction: str) -> Tensor:
+    """The noise that a network's output means for latents x at level `abar` (below 1 for "sample"); shapes as given.
+
+    Raises:
+        ValueError: another prediction type.
+    """
+    if prediction == "epsilon":
+        return output
+    a, b = math.sqrt(abar), math.sqrt(1 - abar)
+    if prediction == "v_prediction":
+        return a * output + b * x
+    if prediction == "sample":
+        return (x - a * output) / b
+    raise ValueError(f"to_epsilon: prediction is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
 
 
 def add_noise(x0: Tensor, noise: Tensor, abar: float) -> Tensor:
@@ -127,8 +174,6 @@ def seeded_noise(seed: int, purpose: str, shape: tuple[int, ...]) -> Tensor:
 
     Derived from the seed and the purpose alone, so it does not depend on the batch, the device or the backend.
     """
-    import hashlib
-
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randn(shape, generator=generator)

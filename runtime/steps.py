@@ -16,7 +16,7 @@ from ..kernels.ito_step import AdamState, ito_step
 
 @dataclass(frozen=True)
 class Update:
-    """An ITO update; all fields as the arguments of `kernels.ito_step.ito_step`."""
+    """An ITO update; all fields as the arguments of `kernels.ito_step.ito_step`, `rule` as its `update`."""
 
     source: Tensor
     guidance: Tensor | None
@@ -25,10 +25,11 @@ class Update:
     k: int
     lr: float
     kept_area: bool
+    rule: str
     state: AdamState | None = None
 
     def __call__(self, y: Tensor) -> Tensor:
-        return ito_step(y, self.source, self.guidance, self.mask, self.lam, k=self.k, lr=self.lr,
+        return ito_step(y, self.source, self.guidance, self.mask, self.lam, update=self.rule, k=self.k, lr=self.lr,
                         kept_area=self.kept_area, state=self.state)  # fmt: skip
 
 
@@ -40,7 +41,7 @@ class Move:
         x: (B, C, h, w) at the level that is left.
         guided: the network answers for `x` twice, the unconditional half first.
         scale: of the guidance.
-        c_x, c_eps, abar: (B,) as of `kernels.guided_step.guided_step`, with `prediction`.
+        c_x, c_out: (B,) as of `kernels.guided_step.guided_step`.
         kept: `mask`, `reference`, `noise` and `reference_abar` of the same, or nothing.
         update: what is done to the latent at the level that is reached.
     """
@@ -49,17 +50,14 @@ class Move:
     guided: bool
     scale: float
     c_x: Tensor
-    c_eps: Tensor
-    abar: Tensor
-    prediction: str
+    c_out: Tensor
     kept: Mapping[str, Tensor]
     update: Update | None = None
 
     def __call__(self, output: Tensor) -> Tensor:
         """(B or 2B, C, h, w) of the network -> (B, C, h, w) at the level that is reached."""
         low, cond = output.chunk(2) if self.guided else (None, output)
-        y = guided_step(self.x, cond, low, self.scale, self.c_x, self.c_eps, abar=self.abar, prediction=self.prediction,
-                        **self.kept)  # fmt: skip
+        y = guided_step(self.x, cond, low, self.scale, self.c_x, self.c_out, **self.kept)
         return y if self.update is None else self.update(y)
 
     @property

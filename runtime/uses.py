@@ -101,6 +101,7 @@ USES = (
     Use("options.final", ITO),
     Use("options.final.t_u", ITO, "--t-u"),
     Use("options.final.k", ITO, "--k"),
+    Use("options.final.update", ITO, "--update"),
     Use("options.refine", ITO, "--refine", "a guidance image"),
     Use("options.refinement", ITO, needs="refinement"),
     Use("options.round_trip", ITO, needs="a guidance image"),

@@ -15,7 +15,7 @@ from iedit.kernels import guided_step as guided_definition
 from iedit.kernels import ito_step as ito_definition
 from iedit.kernels import mask_map as mask_definition
 from iedit.kernels.dispatch import use_triton
-from iedit.kernels.ito_step import AdamState
+from iedit.kernels.ito_step import UPDATES, AdamState
 
 # Round and ragged, several samples and one, 16 channels, the latent of 512x512, more than one block of BLOCK_MANY.
 SHAPES = [(3, 4, 16, 16), (3, 4, 9, 13), (3, 16, 8, 8), (3, 4, 17, 19), (1, 4, 64, 64)]
@@ -53,10 +53,14 @@ def sensitivity(*args: torch.Tensor | None, **kwargs: object) -> float:
     return 4 * moved
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("k", [1, 3, 30])
-@pytest.mark.parametrize("kind", ["empty", "full", "binary", "soft"])
-def test_ito_step_matches_float64_on_every_lambda(shape: tuple[int, ...], k: int, kind: str) -> None:
+KS, MASKS = (1, 3, 30), ("empty", "full", "binary", "soft")
+# The clipped update shares its sums and passes with Adam's: the round shapes, and 30 steps on soft masks, tell of its own lines.
+ITO_CASES = [("adam", shape, k, kind) for shape in SHAPES for k in KS for kind in MASKS]
+ITO_CASES += [("clipped", s, k, m) for s in SHAPES[:4] for k in KS for m in MASKS if k < 30 or m == "soft"]
+
+
+@pytest.mark.parametrize(("update", "shape", "k", "kind"), ITO_CASES)
+def test_ito_step_matches_float64_on_every_lambda(update: str, shape: tuple[int, ...], k: int, kind: str) -> None:
     """No value is exempt, also not those whose gradient cancels to less than 1e-8."""
     if k == 30 and shape[-1] == 64:
         shape = (1, 4, 24, 28)  # 30 passes of the interpreter over 16 384 values take 20 s
@@ -71,29 +75,32 @@ def test_ito_step_matches_float64_on_every_lambda(shape: tuple[int, ...], k: int
             guide = g if not kept or lam[0] < 1 else None
             weight = lam if guide is not None else torch.ones(shape[0])
             parts = [t.double() if t is not None else None for t in (y, x, guide, mask, weight)]
-            exact = ito_definition.ito_step(*parts, k=k, kept_area=kept)  # type: ignore[arg-type]
-            got = ito_definition.ito_step(y, x, guide, mask, weight, k=k, kept_area=kept)
+            exact = ito_definition.ito_step(*parts, update=update, k=k, kept_area=kept)  # type: ignore[arg-type]
+            got = ito_definition.ito_step(y, x, guide, mask, weight, update=update, k=k, kept_area=kept)
             assert_rounded_once(got, exact)
 
 
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("k", [1, 3, 30])
-def test_ito_step_without_guidance_matches_float64(k: int) -> None:
+def test_ito_step_without_guidance_matches_float64(k: int, update: str) -> None:
     torch.manual_seed(7)
     y, x = torch.randn(2, 4, 9, 13), torch.randn(2, 4, 9, 13)
     mask, lam = torch.rand(2, 1, 9, 13), torch.tensor([1.0, 0.7])
     for kept in (False, True):
-        exact = ito_definition.ito_step(y.double(), x.double(), None, mask.double(), lam.double(), k=k, kept_area=kept)
-        assert_rounded_once(ito_definition.ito_step(y, x, None, mask, lam, k=k, kept_area=kept), exact)
+        more: dict[str, Any] = {"update": update, "k": k, "kept_area": kept}
+        exact = ito_definition.ito_step(y.double(), x.double(), None, mask.double(), lam.double(), **more)
+        assert_rounded_once(ito_definition.ito_step(y, x, None, mask, lam, **more), exact)
 
 
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("k", [1, 3, 30])
-def test_ito_step_matches_float64_where_latents_are_zero(k: int) -> None:
+def test_ito_step_matches_float64_where_latents_are_zero(k: int, update: str) -> None:
     torch.manual_seed(8)
     y, x, g = (torch.randn(3, 4, 9, 13) for _ in range(3))
     y[0], g[1], y[2], g[2], x[2] = 0, 0, 0, 0, 0
     mask, lam = torch.rand(3, 1, 9, 13), torch.full((3,), 0.6)
-    exact = ito_definition.ito_step(*(t.double() for t in (y, x, g, mask, lam)), k=k)
-    got = ito_definition.ito_step(y, x, g, mask, lam, k=k)
+    exact = ito_definition.ito_step(*(t.double() for t in (y, x, g, mask, lam)), update=update, k=k)
+    got = ito_definition.ito_step(y, x, g, mask, lam, update=update, k=k)
     assert_rounded_once(got, exact)
     assert torch.equal(got[2], y[2])
 
@@ -104,53 +111,59 @@ def test_cancelled_gradients_are_what_the_float64_sums_are_for() -> None:
     y, x, g = (torch.randn(1, 4, 64, 64) for _ in range(3))
     mask, lam = torch.rand(1, 1, 64, 64), torch.tensor([0.6])
     parts = [t.double() for t in (y, x, g, mask, lam)]
-    exact, gradient = ito_definition.ito_step(*parts), ito_definition.ito_gradient(*parts)
+    exact, gradient = ito_definition.ito_step(*parts, update="adam"), ito_definition.ito_gradient(*parts)
     plain = ito_definition.ito_gradient(y, x, g, mask, lam)
     plain = y - 0.1 * plain / (plain.abs() + ito_definition.EPS)
     wrong = (plain.double() - exact).abs() > once(exact)
     assert 0 < wrong.double().mean() < 1e-2 and (gradient[wrong].abs() < 1e-6).all()
-    assert_rounded_once(ito_definition.ito_step(y, x, g, mask, lam), exact)
+    assert_rounded_once(ito_definition.ito_step(y, x, g, mask, lam, update="adam"), exact)
 
 
-def test_ito_step_rounds_a_float16_result_once() -> None:
+@pytest.mark.parametrize("update", UPDATES)
+def test_ito_step_rounds_a_float16_result_once(update: str) -> None:
     torch.manual_seed(1)
     y, x, g = (torch.randn(2, 4, 16, 16).half() for _ in range(3))
     mask, lam = torch.rand(2, 1, 16, 16), torch.tensor([0.6, 0.3])
     for k in (1, 3, 30):
-        exact = ito_definition.ito_step(y.double(), x.double(), g.double(), mask.double(), lam.double(), k=k)
-        got = ito_definition.ito_step(y, x, g, mask, lam, k=k)
+        exact = ito_definition.ito_step(*(t.double() for t in (y, x, g, mask, lam)), update=update, k=k)
+        got = ito_definition.ito_step(y, x, g, mask, lam, update=update, k=k)
         assert got.dtype == torch.float16
         assert_rounded_once(got, exact)
 
 
-def test_ito_step_of_zero_latents_stays_finite_and_still() -> None:
+@pytest.mark.parametrize("update", UPDATES)
+def test_ito_step_of_zero_latents_stays_finite_and_still(update: str) -> None:
     zero, mask, lam = torch.zeros(1, 4, 16, 16), torch.zeros(1, 1, 16, 16), torch.tensor([0.6])
-    assert torch.equal(ito_definition.ito_step(zero, zero, zero, mask, lam), zero)
+    assert torch.equal(ito_definition.ito_step(zero, zero, zero, mask, lam, update=update), zero)
 
 
-def test_ito_step_carries_the_state_from_call_to_call() -> None:
+def transposed(values: torch.Tensor) -> torch.Tensor:
+    """The same values in another order of memory, as a latent in channels-last has them."""
+    return values.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("memory", [torch.Tensor.contiguous, transposed])
+def test_ito_step_carries_the_state_from_call_to_call(memory: Any) -> None:
     torch.manual_seed(2)
     y, x, g = (torch.randn(1, 4, 16, 16) for _ in range(3))
     mask, lam = torch.rand(1, 1, 16, 16), torch.tensor([0.6])
-    state = AdamState(torch.zeros_like(y), torch.zeros_like(y))
-    twice = y
+    state = AdamState(memory(torch.zeros_like(y)), memory(torch.zeros_like(y)))
+    twice = memory(y)
     for _ in range(2):
-        twice = ito_definition.ito_step(twice, x, g, mask, lam, k=2, state=state)
+        twice = ito_definition.ito_step(twice, x, g, mask, lam, update="adam", k=2, state=state)
     assert state.steps == 4
     parts = [t.double() for t in (y, x, g, mask, lam)]
-    exact = ito_definition.ito_step(*parts, k=4)
-    assert (twice.double() - exact).abs().max() <= sensitivity(*parts, k=4) + once(exact)
+    exact = ito_definition.ito_step(*parts, update="adam", k=4)
+    assert (twice.double() - exact).abs().max() <= sensitivity(*parts, update="adam", k=4) + once(exact)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("blend", ["none", "trajectory", "noise"])
 @pytest.mark.parametrize("shape", [(2, 4, 9, 13), (2, 4, 16, 16)])
-def test_guided_step_matches_float64(prediction: str, blend: str, shape: tuple[int, ...]) -> None:
+def test_guided_step_matches_float64(blend: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(3)
     x, cond, uncond, reference, noise = (torch.randn(shape) for _ in range(5))
     mask = torch.rand(2, 1, *shape[2:])
-    c_x, c_eps, abar, target = (torch.tensor([0.9, 1.1]), torch.tensor([-0.1, 0.2]), torch.tensor([0.5, 0.1]),
-                                torch.tensor([0.7, 0.2]))  # fmt: skip
+    c_x, c_out, target = torch.tensor([0.9, 1.1]), torch.tensor([-0.1, 0.2]), torch.tensor([0.7, 0.2])
     more: dict[str, torch.Tensor] = {}
     if blend != "none":
         more = {"mask": mask, "reference": reference}
@@ -159,8 +172,8 @@ def test_guided_step_matches_float64(prediction: str, blend: str, shape: tuple[i
 
     def run(kind: torch.dtype) -> torch.Tensor:
         return guided_definition.guided_step(
-            x.to(kind), cond.to(kind), uncond.to(kind), 7.5, c_x.to(kind), c_eps.to(kind), abar=abar.to(kind),
-            prediction=prediction, **{k: v.to(kind) for k, v in more.items()},
+            x.to(kind), cond.to(kind), uncond.to(kind), 7.5, c_x.to(kind), c_out.to(kind),
+            **{k: v.to(kind) for k, v in more.items()},
         )  # fmt: skip
 
     assert_rounded_once(run(torch.float32), run(torch.float64))
@@ -169,10 +182,7 @@ def test_guided_step_matches_float64(prediction: str, blend: str, shape: tuple[i
     more |= {name: value for name, value in (("reference", reference), ("noise", noise)) if name in more}
     exact = run(torch.float64)
     more |= {name: value for name, value in (("reference", halves[3]), ("noise", halves[4])) if name in more}
-    got = guided_definition.guided_step(
-        halves[0], halves[1], halves[2], 7.5, c_x, c_eps, abar=abar, prediction=prediction,
-        **more,
-    )  # fmt: skip
+    got = guided_definition.guided_step(halves[0], halves[1], halves[2], 7.5, c_x, c_out, **more)
     assert got.dtype == torch.float16
     assert_rounded_once(got, exact)
 
@@ -182,7 +192,7 @@ def test_guided_step_keeps_the_reference_bit_for_bit_where_the_mask_is_empty() -
     x, cond, reference = (torch.randn(1, 4, 16, 16) for _ in range(3))
     one = torch.tensor([0.5])
     got = guided_definition.guided_step(
-        x, cond, None, 1.0, one, one, abar=one, mask=torch.zeros(1, 1, 16, 16), reference=reference
+        x, cond, None, 1.0, one, one, mask=torch.zeros(1, 1, 16, 16), reference=reference
     )
     assert torch.equal(got, reference)
 
@@ -258,16 +268,18 @@ def test_an_update_is_one_launch_where_eager_takes_dozens(monkeypatch: pytest.Mo
 
     bench = _bench()
     with bench.Launches() as autograd:
-        eager = bench.autograd_update(y, x, g, mask, lam)
+        eager = bench.autograd_update(y, x, g, mask, lam, update="adam")
     with bench.Launches() as closed:
         monkeypatch.setenv("IEDIT_KERNELS", "reference")
-        reference = ito_definition.ito_step(y[:1], x[:1], g[:1], mask[:1], lam[:1])
+        reference = ito_definition.ito_step(y[:1], x[:1], g[:1], mask[:1], lam[:1], update="adam")
     monkeypatch.setenv("IEDIT_KERNELS", "auto")
-    ours = ito_definition.ito_step(y, x, g, mask, lam)
+    ours = ito_definition.ito_step(y, x, g, mask, lam, update="adam")
     seen = launches(monkeypatch)
-    with bench.Launches() as around:
-        ito_definition.ito_step(y, x, g, mask, lam)
-    assert (seen, around.names) == (["ito_step_once"], [])  # torch is asked for nothing around the kernel
+    for update in UPDATES:
+        with bench.Launches() as around:
+            ito_definition.ito_step(y, x, g, mask, lam, update=update)
+        assert (seen, around.names) == (["ito_step_once"], [])  # torch is asked for nothing around the kernel
+        seen.clear()
     torch.testing.assert_close(eager, ours, rtol=0, atol=1e-4)
     torch.testing.assert_close(reference, ours[:1], rtol=0, atol=1e-4)
     print(
@@ -275,25 +287,24 @@ def test_an_update_is_one_launch_where_eager_takes_dozens(monkeypatch: pytest.Mo
     )
     assert len(autograd.names) >= 20
     assert len(closed.names) >= 20
-    seen.clear()
-    with bench.Launches() as around:
-        ito_definition.ito_step(y, x, g, mask, lam, k=30)
-    assert (seen, around.names) == (["ito_step_many"], [])
+    for update in UPDATES:
+        with bench.Launches() as around:
+            ito_definition.ito_step(y, x, g, mask, lam, update=update, k=30)
+        assert (seen, around.names) == (["ito_step_many"], [])
+        seen.clear()
 
 
 def test_a_guided_step_is_one_launch_and_a_mask_two(monkeypatch: pytest.MonkeyPatch) -> None:
     x, cond, uncond, reference, noise = (torch.randn(2, 4, 16, 16) for _ in range(5))
     half = torch.full((2,), 0.5)
     bench, seen = _bench(), launches(monkeypatch)
-    for prediction in guided_definition.PREDICTIONS:
-        mask = torch.rand(2, 1, 16, 16)
-        with bench.Launches() as around:
-            guided_definition.guided_step(
-                x, cond, uncond, 7.5, half, half, abar=half, prediction=prediction, mask=mask,
-                reference=reference, noise=noise, reference_abar=half,
-            )  # fmt: skip
-        assert seen == ["guided_step_kernel"] and around.names == []
-        seen.clear()
+    mask = torch.rand(2, 1, 16, 16)
+    with bench.Launches() as around:
+        guided_definition.guided_step(
+            x, cond, uncond, 7.5, half, half, mask=mask, reference=reference, noise=noise, reference_abar=half
+        )
+    assert seen == ["guided_step_kernel"] and around.names == []
+    seen.clear()
     heat = mask_definition.difference(torch.rand(1, 10, 4, 16, 16), torch.rand(1, 10, 4, 16, 16))
     mask_definition.mask_map(heat, sigma=1.0, norm="minmax", threshold=0.5)
     assert seen == ["difference_kernel", "threshold_kernel"]

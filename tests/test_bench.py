@@ -25,7 +25,11 @@ def test_the_kernel_benchmark_runs_on_a_cpu_and_writes_whole_rows(root: Path, tm
     rows = list(csv.DictReader(table.open(newline="")))
     assert tuple(rows[0]) == COLUMNS
     found = {(r["name"], r["variant"]) for r in rows}
-    assert {("kernels/ito_step k=1", "autograd + Adam"), ("kernels/guided_step", "eager closed form")} <= found
+    assert {
+        ("kernels/ito_step clipped k=1", "autograd"),
+        ("kernels/ito_step adam k=1", "autograd"),
+        ("kernels/guided_step", "eager closed form"),
+    } <= found
     for row in rows:
         assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
         quality = re.fullmatch(

@@ -32,14 +32,14 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def move(batch: int = 1, *, guided: bool = True, seed: int = 0, scale: float = 5.0) -> Move:
     x, source, guidance = draw(3, batch, 4, 8, 8, seed=seed)
     one = torch.ones(batch)
-    update = Update(source, guidance, torch.zeros(batch, 1, 8, 8), one * 0.5, 1, 0.1, False)
-    return Move(x, guided, scale, one, one * 0.1, one * 0.5, "epsilon", {}, update)
+    update = Update(source, guidance, torch.zeros(batch, 1, 8, 8), one * 0.5, 1, 0.1, False, "clipped")
+    return Move(x, guided, scale, one, one * 0.1, {}, update)
 
 
 def test_a_tree_is_taken_apart_and_put_together_again() -> None:
     tree = (move(), [torch.zeros(2), None], {"b": torch.ones(1), "a": 3})
     parts = list(tensors_of(tree))
-    assert len(parts) == 4 + 4 + 2  # of the move, of its update, the rest
+    assert len(parts) == 3 + 4 + 2  # of the move, of its update, the rest
     again = with_tensors(tree, iter([p + 1 for p in parts]))
     assert torch.equal(again[0].update.lam, torch.full((1,), 1.5)) and torch.equal(again[2]["b"], torch.full((1,), 2.0))
     assert again[1][1] is None and again[2]["a"] == 3 and again[0].scale == 5.0
@@ -133,7 +133,8 @@ def _request(picture: Any, how: str) -> EditRequest:
     options = {
         "ito": Options(),
         "k": Options(final=Phase(k=3, t_u=4), guidance=Phase(t_u=6)),
-        "carry": Options(final=Phase(carry=True, t_u=6)),
+        "adam": Options(final=Phase(update="adam"), guidance=Phase(update="adam", k=2)),
+        "carry": Options(final=Phase(update="adam", carry=True, t_u=6)),
         "iedit": Options(),
         "diffedit": Options(),
     }[how]
@@ -141,7 +142,7 @@ def _request(picture: Any, how: str) -> EditRequest:
     return EditRequest(scene, "a blue house on sand", "a red car on grass", method, steps=6, options=options)
 
 
-@pytest.mark.parametrize("how", ["ito", "k", "layouts", "iedit", "diffedit", "carry"])
+@pytest.mark.parametrize("how", ["ito", "k", "layouts", "iedit", "diffedit", "adam", "carry"])
 def test_a_whole_edit_from_recordings_is_the_edit(
     tiny: Any, picture: Any, how: str, monkeypatch: Any, taped: Any
 ) -> None:

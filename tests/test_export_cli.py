@@ -174,8 +174,9 @@ def test_bad_options_are_one_line_and_write_nothing(tiny_folder: Path, tmp_path:
 
 
 def test_digests_are_read_without_loading_the_weights(tiny_folder: Path, tiny: Any) -> None:
-    digest, parts = read_digests(str(tiny_folder))
-    assert (digest, parts) == (tiny.digest, dict(tiny.part_digests))
+    found = read_digests(str(tiny_folder))
+    assert (found.whole, found.weights) == (tiny.digest, tiny.weights_digest)
+    assert dict(found.parts) == dict(tiny.part_digests)
 
 
 @pytest.mark.slow
@@ -192,7 +193,7 @@ def test_the_embedded_model_exports_within_two_minutes_and_passes(
     assert time.perf_counter() - began < 120
     checked = call("export", "verify", "picturebook")
     assert checked.exit_code == 0, checked.output
-    folder = engines_folder(load_model("picturebook", device="cpu").digest)
+    folder = engines_folder(load_model("picturebook", device="cpu").weights_digest)
     assert len([f for f in commands.find_all(folder, "picturebook") if not f.problems]) == 8
 
 

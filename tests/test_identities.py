@@ -18,7 +18,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from iedit.kernels.guided_step import PREDICTIONS
 from iedit.kernels.mask_map import difference, mask_map, normalise
 from iedit.runtime.backend_compile import CompileBackend
 from iedit.runtime.backend_onnx import OnnxBackend
@@ -31,7 +30,7 @@ from iedit.runtime.ito import Phase, ito_pass, masked_sampling
 from iedit.runtime.mask import estimate
 from iedit.runtime.models import load_model
 from iedit.runtime.profile import Profile
-from iedit.runtime.schedule import add_noise, seeded_noise
+from iedit.runtime.schedule import PREDICTIONS, add_noise, seeded_noise
 from iedit.runtime.stages import StageCache
 
 SOURCE, PROMPT = "a red car on grass at noon", "a blue house on sand at sunset"
@@ -171,7 +170,7 @@ def test_2_masked_sdedit_with_a_full_mask_is_sdedit(model: Any, picture: Picture
 # --- 3 and 4: lambda 1, no updates --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", [Phase(), Phase(k=3), Phase(k=2, carry=True)])
+@pytest.mark.parametrize("phase", [Phase(), Phase(k=3), Phase(update="adam"), Phase(k=2, update="adam", carry=True)])
 def test_3_lambda_one_is_the_guided_path_with_guidance_of_weight_zero(model: Any, phase: Phase) -> None:
     levels = model.schedule.levels(6)
     y, x, g = torch.randn(3, 7, 2, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -243,7 +242,10 @@ def batch_of(picture: Picture, method: str, options: Options) -> list[EditReques
 
 BATCHED = [
     ("ito", Options(mask=MaskOptions(seeds=3))),
-    ("ito", Options(mask=MaskOptions(mode="trajectory", seeds=2), refine=True, final=Phase(k=3, carry=True))),
+    (
+        "ito",
+        Options(mask=MaskOptions(mode="trajectory", seeds=2), refine=True, final=Phase(k=3, update="adam", carry=True)),
+    ),
     ("ito", Options(mask=MaskOptions(norm="clamp", seeds=3), kept_area=True, composite="latent", inversion_scale=2.0)),
     ("iedit", Options(mask=MaskOptions(norm="clamp", sigma=0.5, seeds=3))),
     ("sdedit", Options()),
@@ -476,16 +478,18 @@ def test_9_the_blend_is_inpaints(model: Any, picture: Picture, monkeypatch: pyte
     assert torch.equal(want[0][:, ~cells], result.source_latent[:, ~cells])
 
 
+@pytest.mark.parametrize("update", ["clipped", "adam"])
 @pytest.mark.parametrize(("k", "refine"), [(1, False), (3, False), (1, True)])
-def test_9_an_ito_edit_is_the_equations_with_diffusers_autograd_and_adam(
-    model: Any, picture: Picture, k: int, refine: bool
+def test_9_an_ito_edit_is_the_equations_with_diffusers_and_autograd(
+    model: Any, picture: Picture, k: int, refine: bool, update: str
 ) -> None:
-    """The whole of ITO written a second time from the paper's equations. Measured 7e-6; unlike the other identities it
-    could be missed without a fault, as Adam makes a step of full size also out of a gradient that is rounding."""
+    """The whole of ITO written a second time from the paper's equations. Measured 3e-6 with the clipped update and 7e-6 with
+    Adam's, which could be missed without a fault: it makes a step of full size also out of a gradient that is rounding."""
     from diffusers import DDIMInverseScheduler
 
-    steps, lam, phase, mask = 8, 0.6, Phase(t_u=5, k=k), square()
-    options = Options(lam=lam, guidance_scale=7.5, guidance=phase, final=phase, refine=refine)
+    steps, lam, phase, mask = 8, 0.6, Phase(t_u=5, k=k, update=update), square()
+    options = Options(lam=lam, guidance_scale=7.5, guidance=phase, final=phase, refine=refine,
+                      refinement=Phase(t_u=6, update=update))  # fmt: skip
     result = editor_of(model).edit(request(picture, steps=steps, mask=mask, options=options))
     scheduler = parts_of(model, model.schedule.prediction)["scheduler"]
     inverse = DDIMInverseScheduler.from_config(scheduler.config)
@@ -524,7 +528,12 @@ def test_9_an_ito_edit_is_the_equations_with_diffusers_autograd_and_adam(
                         near = torch.nn.functional.cosine_similarity(leaf.flatten(), guide[i + 1].flatten(), dim=0)
                         loss = loss + (1 - weight) * (1 - near)
                     loss.backward()
-                    adam.step()
+                    if update == "adam":
+                        adam.step()
+                    else:
+                        assert leaf.grad is not None
+                        with torch.no_grad():
+                            leaf -= (leaf.grad * (leaf.numel() / 2)).clamp(-0.1, 0.1)
                 y = leaf.detach()
         return y
 
@@ -536,7 +545,7 @@ def test_9_an_ito_edit_is_the_equations_with_diffusers_autograd_and_adam(
         g = inverted(optimised(g[0], g, x, 0.0, t_u=6, k=1), PROMPT)
     want = optimised(x[0], x, g, lam)
     differences = (result.latent[None] - want).abs() / want.abs().max()
-    assert differences.max() < 1e-4
+    assert differences.max() < (1e-5 if update == "clipped" else 1e-4)
 
 
 # --- the mask's shortcut ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The ITO update: closed forms against autograd, fused steps against torch.optim.Adam, both in float64."""
+"""The ITO update: closed forms against autograd, clipped steps against their formula, Adam's against torch.optim.Adam, in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iedit.kernels.ito_step import EPS, AdamState, ito_gradient, ito_step
+from iedit.kernels.ito_step import EPS, UPDATES, AdamState, ito_gradient, ito_step
 
 LAMBDAS = (0.0, 0.6, 1.0)
 MASKS = ("empty", "full", "binary", "soft")
@@ -75,7 +75,7 @@ def test_k_steps_are_k_steps_of_adam(kind: str, lam: float, k: int) -> None:
         optimiser.zero_grad()
         loss(leaf, x, g, mask, lam).backward()
         optimiser.step()
-    got = ito_step(y, x, g, mask, lam_of(lam, 2), k=k)
+    got = ito_step(y, x, g, mask, lam_of(lam, 2), update="adam", k=k)
     # Adam divides by |gradient|: where that is tiny its last bits weigh more, and 30 steps add them up
     torch.testing.assert_close(got, leaf.detach(), rtol=0, atol=1e-12 if k == 1 else 1e-9)
 
@@ -93,8 +93,8 @@ def test_carried_state_is_one_adam_across_timesteps() -> None:
             optimiser.zero_grad()
             loss(leaf, x, g, mask, 0.6).backward()
             optimiser.step()
-        got = ito_step(got, x, g, mask, lam, k=2, state=state)
-        fresh = ito_step(got, x, g, mask, lam, k=2)
+        got = ito_step(got, x, g, mask, lam, update="adam", k=2, state=state)
+        fresh = ito_step(got, x, g, mask, lam, update="adam", k=2)
         moved = got * 0.5 + 0.1  # as a DDIM step between two timesteps does
         with torch.no_grad():
             leaf.copy_(leaf * 0.5 + 0.1)
@@ -109,7 +109,52 @@ def test_one_step_is_lr_g_over_abs_g_plus_eps(dtype: torch.dtype) -> None:
     y, x, g = latents((2, 4, 8, 8), seed=3, dtype=dtype)
     mask, lam = mask_of("soft", y.shape).to(dtype), lam_of(0.6, 2).to(dtype)
     gradient = ito_gradient(y, x, g, mask, lam)
-    assert torch.equal(ito_step(y, x, g, mask, lam, lr=0.05), y - 0.05 * gradient / (gradient.abs() + EPS))
+    want = y - 0.05 * gradient / (gradient.abs() + EPS)
+    assert torch.equal(ito_step(y, x, g, mask, lam, update="adam", lr=0.05), want)
+
+
+@pytest.mark.parametrize("k", [1, 3, 30])
+@pytest.mark.parametrize("kept_area", [False, True])
+@pytest.mark.parametrize("lam", LAMBDAS)
+@pytest.mark.parametrize("kind", MASKS)
+def test_k_clipped_steps_are_those_of_the_formula(kind: str, lam: float, kept_area: bool, k: int) -> None:
+    """METHOD section 2, row 5, by autograd: y <- y - clip(gradient * count / 2, -lr, lr)."""
+    y, x, g = latents((2, 4, 8, 8), seed=7)
+    mask = mask_of(kind, y.shape)
+    count = torch.tensor(
+        [float(4 * (1 - m).sum().clamp(min=1)) if kept_area else 4.0 * 64 for m in mask], dtype=y.dtype
+    )
+    want = y
+    for _ in range(k):
+        leaf = want.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf, x, g, mask, lam, kept_area), leaf)
+        want = want - (gradient * count.view(2, 1, 1, 1) / 2).clamp(-0.1, 0.1)
+    got = ito_step(y, x, g, mask, lam_of(lam, 2), k=k, kept_area=kept_area)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_the_clipped_step_of_the_kept_area_ends_at_the_source_and_does_not_leave_it() -> None:
+    """With lambda 1: nearer than lr it arrives, farther it comes lr nearer; Adam's step throws it off by lr."""
+    y, x, _ = latents((2, 4, 8, 8), seed=8)
+    mask = mask_of("empty", y.shape)
+    near = x + 0.05 * (y - x).sign()
+    torch.testing.assert_close(ito_step(near, x, None, mask, lam_of(1.0, 2)), x, rtol=0, atol=1e-15)
+    moved = ito_step(y, x, None, mask, lam_of(1.0, 2))
+    torch.testing.assert_close((moved - x).abs(), ((y - x).abs() - 0.1).clamp(min=0), rtol=0, atol=1e-12)
+    almost = x + 1e-4  # a gradient of 1e-6: a hundred times Adam's eps
+    assert (ito_step(almost, x, None, mask, lam_of(1.0, 2)) - x).abs().max() < 1e-12
+    assert (ito_step(almost, x, None, mask, lam_of(1.0, 2), update="adam") - x).abs().min() > 0.09
+
+
+def test_rounding_of_the_input_stays_rounding_with_the_clipped_update() -> None:
+    y, x, g = latents((2, 4, 8, 8), seed=9)
+    y = x + 1e-9 * y  # the kept area has arrived
+    mask, lam = mask_of("binary", y.shape), lam_of(0.6, 2)
+    off = y + 1e-6 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
+    clipped = (ito_step(off, x, g, mask, lam) - ito_step(y, x, g, mask, lam)).abs().max()
+    assert clipped < 1e-5
+    adam = [ito_step(v, x, None, mask, lam_of(1.0, 2), update="adam") for v in (off, y)]
+    assert (adam[0] - adam[1]).abs().max() > 0.05  # what the papers' update makes of it
 
 
 def test_the_full_mask_with_lambda_one_moves_nothing() -> None:
@@ -133,34 +178,37 @@ def test_moves_toward_source_outside_and_toward_guidance_inside() -> None:
     outside = (1 - mask).expand_as(y).bool()
     assert ((kept - x).abs() < (y - x).abs())[outside & ((y - x).abs() > 0.1)].all()
     assert torch.equal(kept[~outside], y[~outside])
+    assert ((kept - x).abs() <= (y - x).abs())[outside].all()  # nothing that was near is thrown off
     led = ito_step(y, x, g, mask, lam_of(0.0, 1), k=5)
     assert F.cosine_similarity(led.flatten(), g.flatten(), dim=0) > F.cosine_similarity(y.flatten(), g.flatten(), dim=0)
 
 
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("k", [1, 3])
-def test_zero_latents_have_no_direction_and_no_nan(k: int) -> None:
+def test_zero_latents_have_no_direction_and_no_nan(k: int, update: str) -> None:
     y, x, g = latents((3, 4, 8, 8), dtype=torch.float32)
     y[0], g[1], y[2], g[2] = 0, 0, 0, 0
     mask = mask_of("soft", y.shape).float()
     gradient = ito_gradient(y, x, g, mask, torch.zeros(3))
     assert torch.count_nonzero(gradient) == 0  # lambda 0 leaves the cosine alone, and it has no gradient there
-    got = ito_step(y, x, g, mask, torch.full((3,), 0.6), k=k)
+    got = ito_step(y, x, g, mask, torch.full((3,), 0.6), update=update, k=k)
     assert torch.isfinite(got).all()
-    plain = ito_step(y, x, None, mask, torch.full((3,), 0.6), k=k)
+    plain = ito_step(y, x, None, mask, torch.full((3,), 0.6), update=update, k=k)
     assert torch.equal(got[1:], plain[1:])
     if k == 1:  # after its first step the zero latent has a direction
         assert torch.equal(got[0], plain[0])
 
 
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("k", [1, 3])
-def test_halves_are_computed_in_float32(dtype: torch.dtype, k: int) -> None:
+def test_halves_are_computed_in_float32(dtype: torch.dtype, k: int, update: str) -> None:
     y, x, g = latents((2, 4, 8, 8), seed=5, dtype=dtype)
     mask, lam = mask_of("soft", y.shape).to(dtype), torch.full((2,), 0.6)
-    got = ito_step(y, x, g, mask, lam, k=k)
+    got = ito_step(y, x, g, mask, lam, update=update, k=k)
     assert got.dtype == dtype
     assert ito_gradient(y, x, g, mask, lam).dtype == torch.float32
-    exact = ito_step(y.float(), x.float(), g.float(), mask.float(), lam, k=k)
+    exact = ito_step(y.float(), x.float(), g.float(), mask.float(), lam, update=update, k=k)
     assert torch.equal(got, exact.to(dtype))  # one rounding, of the result
 
 
@@ -168,19 +216,22 @@ def test_tiny_gradients_survive_in_half_precision() -> None:
     """In float16 g^2 is zero for a gradient of 1e-4 and eps is zero: the step would be 0/0."""
     y = torch.full((1, 4, 8, 8), 0.5, dtype=torch.float16)
     x = y + 0.01
-    got = ito_step(y, x, None, torch.zeros(1, 1, 8, 8), torch.ones(1), k=2)
-    assert torch.isfinite(got).all() and (got > y).all()
+    for update in UPDATES:
+        got = ito_step(y, x, None, torch.zeros(1, 1, 8, 8), torch.ones(1), update=update, k=2)
+        assert torch.isfinite(got).all() and (got > y).all()
 
 
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("k", [1, 3])
-def test_a_batch_is_its_samples_bit_for_bit(k: int) -> None:
+def test_a_batch_is_its_samples_bit_for_bit(k: int, update: str) -> None:
     y, x, g = latents((5, 4, 16, 16), seed=6, dtype=torch.float32)
     mask, lam = mask_of("soft", y.shape).float(), torch.tensor([0.0, 0.3, 0.6, 0.9, 1.0])
     for kept_area in (False, True):
-        together = ito_step(y, x, g, mask, lam, k=k, kept_area=kept_area)
+        together = ito_step(y, x, g, mask, lam, update=update, k=k, kept_area=kept_area)
         for i in range(5):
             s = slice(i, i + 1)
-            assert torch.equal(together[s], ito_step(y[s], x[s], g[s], mask[s], lam[s], k=k, kept_area=kept_area))
+            one = ito_step(y[s], x[s], g[s], mask[s], lam[s], update=update, k=k, kept_area=kept_area)
+            assert torch.equal(together[s], one)
 
 
 def test_inputs_are_left_alone() -> None:
@@ -204,6 +255,13 @@ def test_shape_errors_name_the_tensor_what_came_and_what_was_wanted() -> None:
         ito_step(y, x, g, mask.expand(-1, 4, -1, -1), lam)
     with pytest.raises(ValueError, match=r"ito_step: lam is \(\), expected \(2,\)"):
         ito_step(y, x, g, mask, torch.tensor(0.6))
+    with pytest.raises(ValueError, match=r"ito_step: update is 'sgd', expected clipped or adam"):
+        ito_step(y, x, g, mask, lam, update="sgd")
+    state = AdamState(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"the state's mean is \(1, 4, 8, 8\) on cpu, expected \(2, 4, 8, 8\)"):
+        ito_step(y, x, g, mask, lam, update="adam", state=state)
+    with pytest.raises(ValueError, match="update clipped has no state to carry"):
+        ito_step(y, x, g, mask, lam, state=AdamState(torch.zeros_like(y), torch.zeros_like(y)))
 
 
 def test_the_definition_may_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,9 @@ class FakeVae(nn.Module):
 
 def model_with(vae: FakeVae, dtype: torch.dtype) -> Model:
     nothing: Any = None
-    return Model("fake", Path(), nothing, vae, nothing, nothing, nothing, {}, torch.device("cpu"), dtype, "0" * 16)
+    return Model(
+        "fake", Path(), nothing, vae, nothing, nothing, nothing, {}, torch.device("cpu"), dtype, "0" * 16, "0" * 16
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

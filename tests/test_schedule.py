@@ -11,20 +11,10 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
-from iedit.kernels.guided_step import PREDICTIONS, to_epsilon
 from iedit.runtime.errors import UsageError
-from iedit.runtime.schedule import (
-    Schedule,
-    add_noise,
-    ddim_coefficients,
-    seeded_noise,
-)
+from iedit.runtime.schedule import PREDICTIONS, Schedule, add_noise, ddim_coefficients, seeded_noise, to_epsilon
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-
-
-def epsilon(output: torch.Tensor, x: torch.Tensor, abar: float, prediction: str) -> torch.Tensor:
-    return to_epsilon(output, x, torch.full((len(x),), abar, dtype=x.dtype), prediction)
 
 
 def ddim(spacing: str = "leading", prediction: str = "epsilon", **more: Any) -> Any:
@@ -74,20 +64,55 @@ def test_a_step_is_that_of_ddim(spacing: str, steps: int, prediction: str) -> No
     generator = torch.Generator().manual_seed(0)
     x, output = torch.randn(2, 2, 4, 8, 8, generator=generator, dtype=torch.float64)
     for i in range(steps):
-        eps = epsilon(output, x, levels.abar[i], schedule.prediction)
-        c_x, c_eps = ddim_coefficients(levels.abar[i], levels.abar[i + 1])
+        c_x, c_out = ddim_coefficients(levels.abar[i], levels.abar[i + 1], prediction)
         want = scheduler.step(output, int(scheduler.timesteps[i]), x).prev_sample
-        # c_eps is a difference that cancels: 1 - abar has lost up to 10 bits at the cleanest level
-        torch.testing.assert_close(c_x * x + c_eps * eps, want, rtol=1e-12, atol=1e-12)
+        # c_out is a difference that cancels: 1 - abar has lost up to 10 bits at the cleanest level
+        torch.testing.assert_close(c_x * x + c_out * output, want, rtol=1e-12, atol=1e-12)
 
 
-def test_linspace_steps_go_to_the_next_timestep_not_past_it() -> None:
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_step_from_pure_noise_is_that_of_ddim(prediction: str) -> None:
+    """Zero terminal SNR with trailing spacing: the first level has abar 0, where dividing by its root is NaN."""
+    scheduler = ddim("trailing", prediction, rescale_betas_zero_snr=True)
+    schedule = Schedule.from_config(scheduler.config)
+    levels = schedule.levels(10)
+    assert levels.abar[0] == 0
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(10)
+    x, output = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for i in range(9):
+        c_x, c_out = ddim_coefficients(levels.abar[i], levels.abar[i + 1], prediction)
+        want = scheduler.step(output, levels.timesteps[i], x).prev_sample
+        torch.testing.assert_close(c_x * x + c_out * output, want, rtol=1e-12, atol=1e-12)
+
+
+def test_noise_prediction_from_pure_noise_is_refused_in_one_line() -> None:
+    schedule = Schedule.from_config(ddim("trailing", rescale_betas_zero_snr=True).config)
+    with pytest.raises(UsageError, match=r"last timestep is pure noise .* set prediction_type to v_prediction"):
+        schedule.levels(25)
+    leading = Schedule.from_config(ddim("leading", rescale_betas_zero_snr=True).config)
+    assert leading.levels(25).abar[0] > 0  # it never goes there
+
+
+def test_coefficients_of_every_prediction_move_the_same_latent() -> None:
+    """In float64, whatever is predicted: x0 and eps are the same, and so is where they lead."""
+    x0, eps = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for abar, to in ((0.005, 0.02), (0.4, 0.3), (0.99, 0.9995), (0.9, 0.0)):
+        x, want = add_noise(x0, eps, abar), add_noise(x0, eps, to)
+        v = math.sqrt(abar) * eps - math.sqrt(1 - abar) * x0
+        for prediction, said in (("epsilon", eps), ("v_prediction", v), ("sample", x0)):
+            c_x, c_out = ddim_coefficients(abar, to, prediction)
+            torch.testing.assert_close(c_x * x + c_out * said, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 25), ("trailing", 48)])
+def test_steps_go_to_the_next_timestep_not_past_it(spacing: str, steps: int) -> None:
     """diffusers' DDIM steps back by T // N whatever the spacing is, and so misses the level that it is next told of."""
-    scheduler = ddim("linspace")
-    levels = Schedule.from_config(scheduler.config).levels(25)
-    for i in range(24):
+    scheduler = ddim(spacing)
+    levels = Schedule.from_config(scheduler.config).levels(steps)
+    for i in range(steps - 1):
         assert levels.abar[i + 1] == float(scheduler.alphas_cumprod[levels.timesteps[i + 1]])
-    assert levels.timesteps[0] - levels.timesteps[1] != 1000 // 25
+    assert any(a - b != 1000 // steps for a, b in zip(levels.timesteps[: steps - 1], levels.timesteps[1:]))
 
 
 @pytest.mark.parametrize("one", [False, True])
@@ -103,10 +128,9 @@ def test_inversion_coefficients_are_those_of_the_inverse_scheduler(prediction: s
     x, output = torch.randn(2, 1, 4, 8, 8, generator=generator, dtype=torch.float64)
     for i, t in zip(range(25, 0, -1), inverse.timesteps.tolist(), strict=True):
         assert levels.timesteps[i - 1] == t  # told the target timestep
-        eps = epsilon(output, x, levels.abar[i], prediction)
-        c_x, c_eps = ddim_coefficients(levels.abar[i], levels.abar[i - 1])
+        c_x, c_out = ddim_coefficients(levels.abar[i], levels.abar[i - 1], prediction)
         torch.testing.assert_close(
-            c_x * x + c_eps * eps, inverse.step(output, t, x).prev_sample, rtol=1e-12, atol=1e-12
+            c_x * x + c_out * output, inverse.step(output, t, x).prev_sample, rtol=1e-12, atol=1e-12
         )
 
 
@@ -138,7 +162,7 @@ def test_every_prediction_type_names_the_same_noise(prediction: str) -> None:
         said = {"epsilon": eps, "v_prediction": math.sqrt(abar) * eps - math.sqrt(1 - abar) * x0, "sample": x0}[
             prediction
         ]
-        torch.testing.assert_close(epsilon(said, x, abar, prediction), eps, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(to_epsilon(said, x, abar, prediction), eps, rtol=1e-12, atol=1e-12)
 
 
 def test_start_counts_whole_steps_from_the_end() -> None:
@@ -159,7 +183,9 @@ def test_what_cannot_be_scheduled_is_refused() -> None:
     with pytest.raises(UsageError, match="prediction_type is 'score'"):
         Schedule.from_config(dict(ddim().config) | {"prediction_type": "score"})
     with pytest.raises(ValueError, match="prediction is 'score'"):
-        epsilon(torch.zeros(1), torch.zeros(1), 0.5, "score")
+        to_epsilon(torch.zeros(1), torch.zeros(1), 0.5, "score")
+    with pytest.raises(ValueError, match="prediction is 'score'"):
+        ddim_coefficients(0.5, 0.6, "score")
 
 
 def test_seeded_noise_depends_on_seed_and_purpose_alone() -> None:

@@ -105,10 +105,10 @@ def test_a_source_prompt_and_source_layouts_that_are_not_used_are_a_note(
 
     editor, maps = Editor(tiny, TorchBackend(tiny)), {"pose": picture(1)}
     request = EditRequest(picture(0), "a red car", "a tree", "controlnet", maps, maps, steps=1)
-    notes = editor.edit(request).profile.notes
+    notes = editor.edit(request).notes
     assert [n.split(" not used")[0] for n in notes] == ["the source prompt is", "the source layouts are"]
     request = EditRequest(picture(0), "a red car", "a tree", steps=1, options=Options(mask=MaskOptions(seeds=1)))
-    assert not [n for n in editor.edit(request).profile.notes if "not used" in n]
+    assert not [n for n in editor.edit(request).notes if "not used" in n]
 
 
 def test_the_table_has_every_field_of_the_options_that_a_method_could_leave_out() -> None:
