@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import BACKENDS, METHODS, VERSION, uses
+from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS
 from .errors import IeditError, UsageError
 
 if TYPE_CHECKING:
@@ -82,6 +84,16 @@ def main() -> None:
     With no --model the embedded picture-book model is used: it draws its own small world and nothing else. Give a folder
     of a Stable Diffusion 1.x checkpoint (diffusers layout) or a hub id for photographs.
     """
+
+
+class _Between(click.FloatRange):
+    """click's range of numbers, in which "nan" lies in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return number
 
 
 # --- shared options ---------------------------------------------------------------------------------------------
@@ -163,15 +175,15 @@ _request_options = _apply([
     click.option("--steps", default=None, type=click.IntRange(1, 1000),
                  help="Sampling steps. Default: 50 for iedit, 25 for the other methods."),
     click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
-    click.option("--guidance-scale", type=float, default=None,
+    click.option("--guidance-scale", type=_Between(0, MAX_GUIDANCE), default=None,
                  help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5."),
     click.option("--negative-prompt", default="", help=_told("--negative-prompt", "Text of the unconditional half.")),
-    click.option("--control-scale", type=float, default=1.0, show_default=True, help=_told("--control-scale", "Weight of the layouts.")),
+    click.option("--control-scale", type=_Between(0, MAX_CONTROL), default=1.0, show_default=True, help=_told("--control-scale", "Weight of the layouts.")),
     click.option("--mask-mode", type=click.Choice(["single", "trajectory", "none"]), default="single", show_default=True,
                  help=_told("--mask-mode", "How the mask is estimated: one evaluation per seed, whole trajectories, or not at all.")),
-    click.option("--mask-threshold", type=click.FloatRange(0, 1), default=None,
+    click.option("--mask-threshold", type=_Between(0, 1), default=None,
                  help=_told("--mask-threshold", "Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1.")),
-    click.option("--mask-strength", type=click.FloatRange(0, 1, min_open=True), default=None,
+    click.option("--mask-strength", type=_Between(0, 1, min_open=True), default=None,
                  help=_told("--mask-strength", "Noise that the mask is estimated at, as a share of the steps. Default: the checkpoint's, else 0.5.")),
     click.option("--mask-seeds", type=click.IntRange(1, 1000), default=10, show_default=True,
                  help=_told("--mask-seeds", "Noises that the mask is averaged over.")),
@@ -306,7 +318,7 @@ def _time_left(seconds: float) -> str:
     default=None,
     help=_told("--mask", "White is edited, black is kept; estimated if not given."),
 )
-@click.option("--lambda", "lambdas", multiple=True, type=click.FloatRange(0, 1), default=(0.6,), show_default=True,
+@click.option("--lambda", "lambdas", multiple=True, type=_Between(0, 1), default=(0.6,), show_default=True,
               help=_told("--lambda", "Weight of preservation against guidance; 1 makes no guidance image. Repeat for a sweep."))  # fmt: skip
 @click.option(
     "--t-u",
@@ -318,10 +330,16 @@ def _time_left(seconds: float) -> str:
         "Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts.",
     ),
 )
-@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help=_told("--k", "Inner steps at each."))
+@click.option(
+    "--k",
+    type=click.IntRange(1, MAX_INNER_STEPS),
+    default=1,
+    show_default=True,
+    help=_told("--k", "Inner steps at each."),
+)
 @click.option("--update", type=click.Choice(["clipped", "adam"]), default="clipped", show_default=True,
               help=_told("--update", "How ITO moves the latent: by a Newton step of bounded length, or by Adam as in the paper."))  # fmt: skip
-@click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), default=None,
+@click.option("--ratio", type=_Between(0, 1, min_open=True), default=None,
               help=_told("--ratio", "Share of the steps that the other methods noise the picture by. Default: the method's own."))  # fmt: skip
 @click.option("--refine", is_flag=True, help=_told("--refine", "Refine the guidance image with the input (ITO A.5)."))
 @click.option("--composite", type=click.Choice(["none", "latent", "pixel"]), default="none", show_default=True,

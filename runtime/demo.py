@@ -11,10 +11,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import picturebook_folder
 from .editor import Editor, EditRequest, Options, versions
 from .errors import UsageError
 from .images import contact_sheet, load_image, load_layout, write_png, write_whole
-from .models import picturebook_folder
 from .profile import Callback
 
 

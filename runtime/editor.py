@@ -28,9 +28,10 @@ from . import METHODS, VERSION
 from . import images as pictures
 from .backends import Backend, check_backend, load_backend
 from .batch import Batch, vae_batches
+from .checkpoint import PICTUREBOOK
 from .denoiser import Condition, Denoiser, Network
 from .ito import Phase, masked_sampling
-from .models import PICTUREBOOK, Model, load_model
+from .models import Model, load_model
 from .profile import Callback, Profile
 from .requests import RATIOS, EditRequest, EditResult, Job, MaskOptions, Options, check_request, group_key
 from .schedule import seeded_noise

@@ -17,6 +17,7 @@ from ..kernels.ito_step import UPDATES
 from . import METHODS, uses
 from . import images as pictures
 from . import layouts as layout_maps
+from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS
 from .errors import UsageError
 from .ito import Phase
 from .models import Model
@@ -116,7 +117,7 @@ class Options:
         )
 
     def check(self) -> None:
-        """Raises UsageError for a value that no stage could use."""
+        """Raises UsageError for a value that no stage could use, TypeError for one of another type than declared."""
 
         def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
             if value not in allowed:
@@ -124,7 +125,7 @@ class Options:
 
         def within(name: str, value: float, low: float, high: float) -> None:
             if not low <= value <= high:
-                raise UsageError(f"{name} is {value}, expected {low} to {high}")
+                raise UsageError(f"{name} is {value}, expected {low:g} to {high:g}")
 
         one_of("mask mode", self.mask.mode, ("single", "trajectory", "none"))
         one_of("mask norm", self.mask.norm, ("minmax", "clamp"))
@@ -136,18 +137,22 @@ class Options:
         within("mask seeds", self.mask.seeds, 1, 1000)
         within("mask sigma", self.mask.sigma, 0, 1000)
         within("feather", self.feather, 0, 1000)
-        scales = {"guidance_scale": self.guidance_scale, "inversion_scale": self.inversion_scale,
-                  "control_scale": self.control_scale}  # fmt: skip
-        for name, value in {**scales, **{f"control_scales {n}": s for n, s in self.control_scales}}.items():
-            if value is not None and not math.isfinite(value):
-                raise UsageError(f"{name} is {value}, expected a number")
+        within("guidance_scale", 0 if self.guidance_scale is None else self.guidance_scale, 0, MAX_GUIDANCE)
+        within("inversion_scale", self.inversion_scale, 0, MAX_GUIDANCE)
+        within("control_scale", self.control_scale, 0, MAX_CONTROL)
+        for name, scale in self.control_scales:
+            within(f"control_scales {name}", scale, 0, MAX_CONTROL)
         for name, ratio in (("encoding_ratio", self.encoding_ratio), ("mask strength", 1.0 if self.mask.strength is None else self.mask.strength),
                             ("ratio", 1.0 if self.ratio is None else self.ratio)):  # fmt: skip
             if not 0 < ratio <= 1:
                 raise UsageError(f"{name} is {ratio}, expected a number above 0 and at most 1")
         for phase in (self.guidance, self.final, self.refinement):
-            if phase.k < 1 or (phase.t_u is not None and phase.t_u < 0) or not 0 < phase.lr < math.inf:
-                raise UsageError(f"{phase}: expected t_u >= 0, k >= 1 and lr > 0")
+            if (
+                not 1 <= phase.k <= MAX_INNER_STEPS
+                or (phase.t_u is not None and phase.t_u < 0)
+                or not 0 < phase.lr < math.inf
+            ):
+                raise UsageError(f"{phase}: expected t_u >= 0, k >= 1 (at most {MAX_INNER_STEPS}) and lr > 0")
             one_of("update", phase.update, UPDATES)
             if phase.carry and phase.update != "adam":
                 raise UsageError(f"carry keeps Adam's state, and update {phase.update!r} has none; use update='adam'")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from iedit.runtime.checkpoint import find_folder, picturebook_folder
 from iedit.runtime.errors import RunError, UsageError
-from iedit.runtime.models import Model, describe, find_folder, load_model, picturebook_folder
+from iedit.runtime.models import Model, describe, load_model
 
 
 class FakeVae(nn.Module):
@@ -113,7 +114,7 @@ def test_an_unknown_dtype_is_refused(tiny_checkpoint_cli: Path) -> None:
 def test_an_installation_without_the_embedded_model_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("iedit.runtime.models.picturebook_folder", lambda: tmp_path / "picturebook")
+    monkeypatch.setattr("iedit.runtime.checkpoint.picturebook_folder", lambda: tmp_path / "picturebook")
     with pytest.raises(UsageError, match="iedit train embed"):
         find_folder("picturebook")
     assert "iedit train embed" in describe("picturebook")["problem"]
@@ -123,7 +124,7 @@ def test_an_installation_without_the_embedded_model_says_how_to_get_it(
 def test_of_a_hub_repository_only_one_variant_of_the_weights_is_fetched() -> None:
     from fnmatch import fnmatch
 
-    from iedit.runtime.models import HUB_FILES
+    from iedit.runtime.checkpoint import HUB_FILES
 
     def fetched(name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in HUB_FILES)

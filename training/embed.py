@@ -756,7 +756,7 @@ that the figures below do not use, and their IoU from 0.81 to 0.85.
 
 def write_model(work: Path, log: Callable[[str], None], out: Path | None = None) -> Path:
     """The trained parts as a diffusers folder of float16 safetensors, with `iedit.json` and `model_index.json`."""
-    from ..runtime.models import picturebook_folder
+    from ..runtime.checkpoint import picturebook_folder
     from ..runtime.module_io import CONTROLNET_PREFIX
 
     out = picturebook_folder() if out is None else out
