@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,11 +198,11 @@ def find_checkpoint(model: str, layouts: Mapping[str, str] | Sequence[str] | Non
     return Checkpoint(folder, controlnets, _recommended(folder / "iedit.json"))
 
 
-def check_layouts(checkpoint: Checkpoint, model: str, names: Sequence[str]) -> None:
-    """Raises UsageError for a layout that has no ControlNet."""
+def check_layouts(model: str, controlnets: Collection[str], names: Iterable[str]) -> None:
+    """Raises UsageError for a layout that a model has no ControlNet for."""
     for name in names:
-        if name not in checkpoint.controlnets:
-            known = ", ".join(checkpoint.controlnets) or "none"
+        if name not in controlnets:
+            known = ", ".join(controlnets) or "none"
             raise UsageError(f"layout {name!r}: {model} has no ControlNet of that name; it has {known}")
 
 

@@ -60,6 +60,14 @@ class _Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for word in args:
+            try:
+                word.encode()
+            except UnicodeEncodeError:  # bytes that are no UTF-8, which could be neither printed nor kept in a receipt
+                raise click.UsageError(f"{word!a} is not UTF-8; rename the file, or type the text again") from None
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -134,7 +142,11 @@ def _check_uses(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> No
         if context.get_parameter_source(str(parameter.name)) not in (source.DEFAULT, source.DEFAULT_MAP, None)
         for name in parameter.opts
     }
-    asked = uses.Asked(
+    uses.check(_asked(values, lambdas), [use for use in uses.USES if use.option in given])
+
+
+def _asked(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> uses.Asked:
+    return uses.Asked(
         values["method"],
         lambdas=tuple(lambdas),
         mask_given=bool(values.get("mask")),
@@ -144,7 +156,6 @@ def _check_uses(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> No
         refine=values.get("refine", False),
         guidance_scale=values["guidance_scale"],
     )
-    uses.check(asked, [use for use in uses.USES if use.option in given])
 
 
 _model_options = _apply([
@@ -154,7 +165,7 @@ _model_options = _apply([
                  help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
     click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", *BACKENDS]),
                  help="What runs the networks; auto takes the first that can, per module and size, and says why not the others."),
-    click.option("--engines", type=click.Path(file_okay=False), default=None,
+    click.option("--engines", type=click.Path(file_okay=False, exists=True), default=None,
                  help="Folder of exported engines. Default: the user's cache, by the digest of the model's weights."),
     click.option("--attention", type=click.Choice(["sdpa", "xformers"]), default="sdpa", show_default=True,
                  help="Of the networks that torch runs."),
@@ -215,9 +226,11 @@ def _options(values: dict[str, Any], lam: float = 0.6) -> Options:
 
 
 def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The files of a request, read before the slow imports so that a wrong name is told at once."""
+    """The files of a request, read before the slow imports so that what is wrong with them, or with the model, is told at once."""
     from .images import load_image, load_layout, load_mask, mask_coverage
 
+    if not values["prompt"].strip():
+        raise UsageError("the prompt is empty: say what the edited picture shows")
     picture = load_image(image)
     found: dict[str, Any] = {
         "image": picture,
@@ -235,7 +248,38 @@ def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
                 f"{values['mask']}: the mask covers everything, nothing is kept; leave --mask out to have one estimated, or "
                 "repaint the whole picture with --method sdedit"
             )
+    _check_layouts(found, values)
     return found
+
+
+def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
+    """What is wrong with the layouts or with the model's files, from its configs alone."""
+    from .checkpoint import check_layouts, find_checkpoint
+    from .layouts import check_annotator, check_layout
+
+    maps, source_maps = inputs["layouts"], inputs["source_layouts"]
+    if values["method"].startswith("controlnet") and not maps:
+        raise UsageError(f"method {values['method']} needs at least one layout (--layout pose=FILE)")
+    checkpoint = find_checkpoint(values["model"], values["controlnet"] or None)
+    check_layouts(values["model"], checkpoint.controlnets, [*maps, *source_maps])
+    for name, picture in [*maps.items(), *source_maps.items()]:
+        check_layout(picture, name, inputs["image"].size)
+    for name in maps:
+        if _asked(values).estimates_mask and name not in source_maps:
+            check_annotator(name)
+
+
+def _check_outputs(paths: Sequence[Path]) -> None:
+    """Names that could not be written to are refused before the work, not after."""
+    for path in paths:
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(path)
+        except OSError as error:  # too long a name, a loop of links, a file in place of a folder
+            raise UsageError(f"{path}: cannot be written to ({error.strerror}); give another name") from error
+        folder = path.parent
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UsageError(f"{path}: the folder {folder} may not be written to; give another name")
 
 
 def _request(inputs: dict[str, Any], values: dict[str, Any], seed: int, options: Options) -> EditRequest:
@@ -423,7 +467,8 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
 
 def _check_targets(pictures: list[Path], inputs: Sequence[str], others: Sequence[Path] = ()) -> None:
     """Bad output names are refused before minutes of work, not after: `pictures` are PNGs, `others` any files."""
-    taken = {Path(i).resolve(): i for i in inputs}
+    _check_outputs([*pictures, *others])
+    taken = {os.path.realpath(i): i for i in inputs}
     for target in (*pictures, *others):
         if target in pictures and target.suffix.lower() != ".png":
             raise UsageError(f"{target}: the output is a PNG; give a name that ends in .png")
@@ -431,9 +476,9 @@ def _check_targets(pictures: list[Path], inputs: Sequence[str], others: Sequence
             raise UsageError(f"{target}: the folder {target.parent} does not exist; make it first")
         if target.is_dir():
             raise UsageError(f"{target}: this is a folder, expected a file name")
-        if target.resolve() in taken:
-            raise UsageError(f"{target}: would overwrite {taken[target.resolve()]}; choose another name")
-        taken[target.resolve()] = f"another output of this command, {target}"
+        if os.path.realpath(target) in taken:
+            raise UsageError(f"{target}: would overwrite {taken[os.path.realpath(target)]}; choose another name")
+        taken[os.path.realpath(target)] = f"another output of this command, {target}"
 
 
 def _cli_receipt(

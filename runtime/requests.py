@@ -17,7 +17,7 @@ from ..kernels.ito_step import UPDATES
 from . import METHODS, uses
 from . import images as pictures
 from . import layouts as layout_maps
-from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS
+from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, check_layouts
 from .errors import UsageError
 from .ito import Phase
 from .models import Model
@@ -327,10 +327,7 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
     steps = STEPS.get(request.method, 25) if request.steps is None else request.steps
     model.schedule.levels(steps)
     request = dataclasses.replace(request, steps=steps, options=_settled(model, request, steps, asked))
-    for name in {**request.layouts, **request.source_layouts}:
-        if name not in model.controlnets:
-            known = ", ".join(model.controlnets) or "none"
-            raise UsageError(f"layout {name!r}: {model.name} has no ControlNet of that name; it has {known}")
+    check_layouts(model.name, model.controlnets, [*request.layouts, *request.source_layouts])
     extra = sorted(set(request.source_layouts) - set(request.layouts))
     if extra:
         raise UsageError(f"source layout {extra[0]!r} has no layout to go with it: give layouts[{extra[0]!r}] too")

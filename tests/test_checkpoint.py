@@ -99,7 +99,7 @@ def test_noise_levels_outside_0_to_1_are_refused(copy: Path) -> None:
     put(SCHEDULER, beta_start=-0.5)(copy)
     with pytest.raises(UsageError, match="is not a schedule that DDIM can follow"):
         load_model(str(copy), device="cpu")
-    put(SCHEDULER, beta_start=0.5, beta_end=3.0)(copy)
+    put(SCHEDULER, beta_start=3.0, beta_end=3.5)(copy)
     with pytest.raises(UsageError, match="its betas give noise levels outside 0 to 1"):
         load_model(str(copy), device="cpu")
 
