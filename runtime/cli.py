@@ -79,6 +79,47 @@ class _Commands(click.Group):
             if error.errno == errno.EPIPE:  # the reader of the output went away: click's own business
                 raise
             raise _Failure(f"{error.filename or 'system'}: {error.strerror or error}") from error
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except (
+            Exception
+        ) as error:  # a mistake of this program's: the user gets a line, whoever repairs it gets the rest
+            if os.environ.get("IEDIT_DEBUG") == "1":
+                raise
+            raise _Failure(f"unexpected {type(error).__name__}: {_one_line(error)}; {_write_report(error)}") from error
+
+
+def _one_line(error: BaseException, longest: int = 200) -> str:
+    line = " ".join(str(error).split()) or "no message"
+    return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
+def _write_report(error: BaseException) -> str:
+    """Everything about an error in a file that only the user can read; says where it is."""
+    import platform
+    import tempfile
+    import traceback
+    from importlib import metadata
+
+    versions = {
+        d.name: d.version
+        for d in metadata.distributions()
+        if d.name in ("torch", "diffusers", "transformers", "numpy", "pillow")
+    }
+    lines = [
+        f"iedit {VERSION}, Python {platform.python_version()}, {platform.platform()}",
+        ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+        f"command: {sys.argv}",
+        "",
+        *traceback.format_exception(error),
+    ]
+    try:
+        handle, path = tempfile.mkstemp(prefix="iedit-report-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("\n".join(lines))
+    except OSError as problem:
+        return f"a report could not be written ({problem.strerror}); IEDIT_DEBUG=1 shows where it happened"
+    return f"a full report is in {path} (IEDIT_DEBUG=1 shows it here)"
 
 
 @click.group(cls=_Commands)
