@@ -497,8 +497,10 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
                 for t, (s, lam), r in zip(targets, wanted, results, strict=True)]  # fmt: skip
         click.echo(json.dumps({"results": rows, "profile": results[0].profile.as_dict()}, indent=1))
         return
-    for note in dict.fromkeys(note for r in results for note in r.notes):
-        click.echo(f"note: {note}", err=True)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        about = [t.name for t, r in zip(targets, results, strict=True) if note in r.notes]
+        where = "" if len(about) == len(targets) else f" ({', '.join(about)})"
+        click.echo(f"note: {note}{where}", err=True)
     spent = sum(results[0].profile.seconds.values())
     for target, result in zip(targets, results, strict=True):
         area = "" if result.receipt["mask"] is None else f", mask {result.receipt['mask']['area']:.0%}"
@@ -758,9 +760,13 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
         editor = _editor(values)
         from .stages import StageCache
 
+        notes: list[str] = []
+
         def run() -> Any:
             editor.cache = StageCache(memory=0)
-            return editor.edit(request, tell).profile
+            result = editor.edit(request, tell)
+            notes[:] = result.notes
+            return result.profile
 
         profiles = [run() for _ in range(runs)]
         from . import report
@@ -787,7 +793,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     cold, warm = totals[0], totals[1:]
     shown = f", then {', '.join(f'{t:.3f}' for t in warm)}" if warm else ""
     click.echo(f"backend {editor.backend}; first run {cold:.3f} s (cold){shown}")
-    for note in last.notes:
+    for note in notes:
         click.echo(f"note: {note}", err=True)
 
 

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
@@ -121,13 +122,13 @@ class Editor:
 
         Each result equals its single run, up to the network's own rounding between batch sizes.
         """
-        lambdas = [r.options.lam for r in requests]
+        lambdas = [r.options.lam for r in requests if isinstance(r.options, Options)]  # the check says who is none
         return self._run([check_request(self.model, r, lambdas) for r in requests], callback)
 
     def mask(self, request: EditRequest, callback: Callback | None = None) -> tuple[Image.Image | None, Profile]:
         """Only the mask that `edit` would use: "L", white where the edit is allowed; None where there is none."""
         result = self._run([check_request(self.model, request)], callback, only_mask=True)[0]
-        for note in result.notes:
+        for note in result.notes:  # the profile is this one request's
             result.profile.note(note)
         return result.mask, result.profile
 
@@ -277,22 +278,25 @@ class Editor:
 def paste(source: Image.Image, edited: Image.Image, mask: Image.Image, feather: float) -> Image.Image:
     """The edited picture inside the mask, the source outside it, with a soft edge that lies inside the mask.
 
-    Pixels outside the mask are the source's, bit for bit. Parts of the mask that are too thin for a soft edge get a hard one:
-    they would fade away.
+    Pixels outside the mask are the source's, bit for bit. The edge is a ramp over `feather` pixels, or over as many as the
+    mask is deep where that is less; parts of a mask that are thinner than its edge get a hard one, for they would fade away.
 
     Args:
         source, edited: RGB of one size.
         mask: "L" of that size, 0 or 255.
-        feather: width of the edge in pixels; 0 is a hard edge.
+        feather: width of the edge in pixels; up to 1 it is hard.
     """
-    if feather > 0:
-        core = mask.filter(ImageFilter.MinFilter(2 * (max(1, round(feather)) // 2) + 1))
-        # Grown back by one pixel more than it was shrunk, for the corners of thick parts are not thin.
-        thick = core.filter(ImageFilter.MaxFilter(2 * (max(1, round(feather)) // 2) + 3))
-        thin = ImageChops.subtract(mask, thick)
-        soft = ImageChops.darker(mask, core.filter(ImageFilter.GaussianBlur(feather / 2)))
-        mask = ImageChops.lighter(soft, thin)
-    return Image.composite(edited, source, mask)
+    weight, inner, depth = np.asarray(mask, np.uint32), mask, 1
+    while depth < round(feather):
+        smaller = inner.filter(ImageFilter.MinFilter(3))
+        if smaller.getbbox() is None:
+            break
+        inner, depth = smaller, depth + 1
+        weight = weight + np.asarray(inner)
+    ramp = Image.fromarray((weight / depth).round().astype(np.uint8))
+    # Grown back by a pixel more than it was shrunk by: the corners of a thick part are not thin.
+    thick = inner.filter(ImageFilter.MaxFilter(2 * depth + 1)) if depth > 1 else mask
+    return Image.composite(edited, source, ImageChops.lighter(ramp, ImageChops.subtract(mask, thick)))
 
 
 def picture_digest(image: Image.Image) -> str:

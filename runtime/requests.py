@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import hashlib
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +29,10 @@ from .stages import Result, key_of
 # METHOD section 3, row 3; ITO's section 4 compares with DiffEdit at 0.7 and with ControlNet + DiffEdit at 1.0.
 RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "controlnet-diffedit": 1.0}
 STEPS = {"iedit": 50}  # METHOD section 3, row 3; ITO's section 4 uses 25 for all that it compares
+
+
+# A PIL image, a path, or an array; in a checked request a PIL image.
+Picture: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -160,10 +166,10 @@ class Options:
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One edit.
+    """One edit. A picture may be a PIL image, a path, or an array (see `images.as_picture`).
 
     Attributes:
-        image: any PIL mode and size; it is padded to what the model takes and cropped back.
+        image: any mode and size; it is padded to what the model takes and cropped back.
         prompt: what the edited picture shows.
         source_prompt: what the picture shows now. With layouts and no source prompt, `prompt` stands for both.
         method: one of `METHODS`.
@@ -174,13 +180,13 @@ class EditRequest:
         steps: sampling steps; None is 50 for iedit and 25 for the others.
     """
 
-    image: Image.Image
+    image: Picture
     prompt: str
     source_prompt: str = ""
     method: str = "ito"
-    layouts: Mapping[str, Image.Image] = field(default_factory=dict)
-    source_layouts: Mapping[str, Image.Image] = field(default_factory=dict)
-    mask: Image.Image | None = None
+    layouts: Mapping[str, Picture] = field(default_factory=dict)
+    source_layouts: Mapping[str, Picture] = field(default_factory=dict)
+    mask: Picture | None = None
     seed: int = 0
     steps: int | None = None
     options: Options = Options()
@@ -210,6 +216,10 @@ class EditResult:
     profile: Profile
     receipt: dict[str, Any]
     draw: Callable[[Tensor], Image.Image] = field(repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: the guidance image is drawn now, as the model that draws it stays behind."""
+        return self.__dict__ | {"guidance": self.guidance, "draw": None}
 
     @property
     def notes(self) -> list[str]:
@@ -293,6 +303,49 @@ def set_fields(request: EditRequest) -> list[uses.Use]:
     return [use for use in uses.USES if value(request, use.field) != value(default, use.field)]
 
 
+def _with_pictures(request: EditRequest) -> EditRequest:
+    """Paths and arrays as PIL images."""
+    maps: dict[str, Any] = {}
+    for name in ("layouts", "source_layouts"):
+        given = getattr(request, name)
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{name} is a {type(given).__name__}, expected a mapping of layout name to picture")
+        maps[name] = {n: pictures.as_picture(p, f"{name}[{n!r}]", pictures.load_layout) for n, p in given.items()}
+    mask = None if request.mask is None else pictures.as_picture(request.mask, "mask", pictures.load_layout)
+    return dataclasses.replace(request, image=pictures.as_picture(request.image, "image"), mask=mask, **maps)
+
+
+D = TypeVar("D")
+_KINDS: dict[Any, Any] = {float: numbers.Real, int: numbers.Integral, str: str, bool: (bool, np.bool_), tuple: tuple,
+                          type(None): type(None)}  # fmt: skip
+
+
+def _plain(value: D, inside: str) -> D:
+    """A dataclass with the numbers of NumPy as Python's own, which JSON takes.
+
+    Raises:
+        TypeError: a field whose value is not of its declared type, named from `inside` on.
+    """
+    changed = {}
+    for name, hint in get_type_hints(type(value)).items():
+        held = getattr(value, name)
+        kinds: list[Any] = [
+            get_origin(k) or k for k in (get_args(hint) if get_origin(hint) is not tuple else ()) or (hint,)
+        ]
+        if dataclasses.is_dataclass(kinds[0]):
+            if not isinstance(held, kinds[0]):
+                raise TypeError(f"{inside}{name} is a {type(held).__name__}, expected {kinds[0].__name__}")
+            changed[name] = _plain(held, f"{inside}{name}.")
+        elif all(k in _KINDS for k in kinds):
+            is_truth = isinstance(held, (bool, np.bool_))
+            if not any(isinstance(held, _KINDS[k]) for k in kinds) or (is_truth and bool not in kinds):
+                wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+                raise TypeError(f"{inside}{name} is {held!r}, a {type(held).__name__}; expected {wanted}")
+            if isinstance(held, np.generic):
+                changed[name] = held.item()
+    return dataclasses.replace(value, **changed)  # type: ignore[type-var]
+
+
 def _settled(model: Model, request: EditRequest, steps: int, asked: uses.Asked) -> Options:
     """A request's options with a number for what was left to the checkpoint, where the edit uses it: a receipt says what ran."""
     o = request.options
@@ -310,7 +363,9 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
 
     Raises:
         UsageError: the request cannot be run as asked.
+        TypeError: a field is of another type than declared; it is named.
     """
+    request = _plain(_with_pictures(request), "")
     if request.method not in METHODS:
         raise UsageError(f"method is {request.method!r}, expected one of {', '.join(METHODS)}")
     if not request.prompt.strip():

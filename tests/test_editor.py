@@ -19,7 +19,7 @@ from torch import Tensor
 
 from iedit.runtime.backend_torch import TorchBackend
 from iedit.runtime.denoiser import Condition
-from iedit.runtime.editor import METHODS, EditRequest, EditResult, MaskOptions, Options
+from iedit.runtime.editor import METHODS, EditRequest, EditResult, MaskOptions, Options, paste
 from iedit.runtime.editor import Editor as RealEditor
 from iedit.runtime.errors import Cancelled, RunError, UsageError
 from iedit.runtime.ito import Phase
@@ -151,24 +151,113 @@ def test_several_threads_share_an_editor(editor: RealEditor, picture: Picture) -
         assert torch.equal(result.latent, alone.latent)
 
 
+def test_the_receipt_says_what_was_left_to_the_checkpoint(editor: RealEditor, picture: Picture) -> None:
+    """Numbers, not "as recommended": the checkpoint may recommend something else by the time of a replay."""
+    model = dataclasses.replace(editor.model, guidance_scale=3.5, mask_threshold=0.2, text_update_share=0.5)
+    receipt = RealEditor(model, editor.denoiser).edit(ask(picture(0))).receipt
+    options = receipt["request"]["options"]
+    assert options["guidance_scale"] == 3.5 and options["final"]["t_u"] == 2 and options["final"]["update"] == "clipped"
+    assert options["mask"]["threshold"] == 0.2 and options["mask"]["strength"] == 0.5
+
+
+def test_a_note_of_one_edit_is_not_in_the_receipts_of_its_batch(editor: RealEditor, picture: Picture) -> None:
+    full, part = Image.new("L", (64, 64), 255), disc()
+    results = editor.edit_many([ask(picture(0), "iedit", mask=m, steps=2) for m in (full, part)])
+    assert results[0].profile is results[1].profile  # one batch
+    assert any("the mask covers 100.0%" in note for note in results[0].notes)
+    assert results[1].notes == [] == results[1].receipt["notes"]
+
+
+def test_iedit_takes_its_own_50_steps_and_the_last_70_percent_of_them(editor: RealEditor, picture: Picture) -> None:
+    for method, steps, run in (("iedit", 50, 35), ("sdedit", 25, 17), ("diffedit", 25, 17)):
+        result = editor.edit(ask(picture(0), method, steps=None, mask=None if method == "sdedit" else disc()))
+        assert result.receipt["request"]["steps"] == steps
+        assert result.profile.evaluations["sample"] == 2 * run
+
+
+def _scheduler(folder: Path, **values: Any) -> str:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return str(folder)
+
+
+def test_zero_terminal_snr_edits_with_v_and_is_one_line_with_epsilon(copy: Path, picture: Picture) -> None:
+    more = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    editor = RealEditor.load(_scheduler(copy, prediction_type="v_prediction", **more), backend="torch", device="cpu")
+    assert editor.model.schedule.levels(4).abar[0] == 0
+    for method in ("ito", "diffedit", "iedit"):
+        result = editor.edit(ask(picture(0), method))
+        assert torch.isfinite(result.latent).all() and not torch.equal(result.latent, result.source_latent)
+    other = RealEditor.load(_scheduler(copy, prediction_type="epsilon", **more), backend="torch", device="cpu")
+    with pytest.raises(UsageError, match="last timestep is pure noise"):
+        other.edit(ask(picture(0)))
+
+
 # --- composite ----------------------------------------------------------------------------------------------------
+
+
+def drawn(kind: str, size: tuple[int, int]) -> Image.Image:
+    """A mask whose edges are not those of latent cells."""
+    mask, (width, height) = Image.new("L", size), size
+    draw = ImageDraw.Draw(mask)
+    if kind == "ellipse":
+        draw.ellipse((width * 0.4, height * 0.4, width * 0.65, height * 0.65), fill=255)
+    elif kind == "line":
+        draw.line((3, 5, width - 7, height - 9), fill=255)
+    elif kind == "dot":
+        mask.putpixel((width // 2, height // 3), 255)
+    else:
+        draw.ellipse((10, 12, 41, 45), fill=255)
+        draw.line((41, 30, width - 2, 30), fill=255)
+    return mask
 
 
 @pytest.mark.parametrize("feather", [0.0, 4.0, 30.0])
 @pytest.mark.parametrize("size", [(64, 64), (61, 50)])
-def test_pixel_composite_leaves_everything_outside_the_mask_alone(
-    editor: RealEditor, picture: Picture, feather: float, size: tuple[int, int]
+@pytest.mark.parametrize("kind", ["ellipse", "line", "dot", "disc with a line"])
+def test_pixel_composite_changes_no_pixel_outside_a_given_mask(
+    editor: RealEditor, picture: Picture, kind: str, feather: float, size: tuple[int, int]
+) -> None:
+    source, mask = picture(0, size), drawn(kind, size)
+    options = Options(composite="pixel", feather=feather)
+    result = editor.edit(ask(source, "iedit", mask=mask, options=options))
+    assert result.mask is not None and result.mask.tobytes() == mask.tobytes()
+    changed = (np.asarray(source) != np.asarray(result.image)).any(-1)
+    inside = np.asarray(mask) > 0
+    assert not changed[~inside].any()
+    assert changed[inside].any()  # a soft edge is no reason for a thin mask to edit nothing
+    assert result.receipt["mask"]["area"] == round(float(inside.mean()), 6)
+    if kind == "disc with a line":
+        assert changed[30, 48 : size[0] - 2].mean() > 0.5  # not only where the mask is thick
+
+
+@pytest.mark.parametrize("feather", [0.0, 4.0])
+@pytest.mark.parametrize("size", [(64, 64), (61, 50)])
+@pytest.mark.parametrize("method", ["ito", "diffedit"])
+def test_pixel_composite_changes_no_pixel_outside_the_estimated_mask(
+    editor: RealEditor, picture: Picture, method: str, feather: float, size: tuple[int, int]
 ) -> None:
     source = picture(0, size)
-    options = Options(composite="pixel", feather=feather)
-    result = editor.edit(ask(source, "iedit", mask=disc(size), options=options))
+    options = Options(composite="pixel", feather=feather, mask=MaskOptions(threshold=0.5))
+    result = editor.edit(ask(source, method, options=options))
     assert result.mask is not None
-    outside = np.asarray(result.mask) == 0
-    assert 0.2 < outside.mean() < 0.9
-    before, after = np.asarray(source), np.asarray(result.image)
-    assert (before[outside] == after[outside]).all()
-    if feather < 30:
-        assert (before[~outside] != after[~outside]).any()
+    changed, inside = (np.asarray(source) != np.asarray(result.image)).any(-1), np.asarray(result.mask) > 0
+    assert 0.1 < inside.mean() < 0.9
+    assert not changed[~inside].any() and changed[inside].any()
+
+
+def test_a_soft_edge_rises_to_the_edited_picture_within_its_width() -> None:
+    mask = Image.new("L", (40, 40))
+    ImageDraw.Draw(mask).rectangle((10, 10, 29, 29), fill=255)
+    black, white = Image.new("RGB", (40, 40)), Image.new("RGB", (40, 40), "white")
+    for feather, want in (
+        (0, [255] * 10),
+        (4, [64, 128, 191] + [255] * 7),
+        (30, [26, 51, 76, 102, 128, 153, 178, 204, 230, 255]),
+    ):
+        row = np.asarray(paste(black, white, mask, feather))[20, :, 0]
+        assert row[10:20].tolist() == want and row[20:30].tolist() == want[::-1]
+        assert not row[:10].any() and not row[30:].any()
 
 
 def test_latent_composite_keeps_the_source_latent_outside(editor: RealEditor, picture: Picture) -> None:
@@ -240,7 +329,9 @@ def test_changing_the_mask_threshold_repeats_neither_mask_nor_inversion(editor: 
         ({"options": Options(negative_prompt="a cat")}, {"mask", "invert", "guidance", "invert-guidance"}),
         ({"options": Options(inversion_evaluate="source")}, {"invert", "invert-guidance"}),
         ({"options": Options(guidance=Phase(k=2))}, {"guidance", "invert-guidance"}),
-        ({"options": Options(kept_area=True)}, {"guidance", "invert-guidance"}),
+        ({"options": Options(guidance=Phase(update="adam"))}, {"guidance", "invert-guidance"}),
+        # Without a guidance image the clipped step is lam (1 - m)^2 (y - x) whatever L_rec is divided by: the same image.
+        ({"options": Options(kept_area=True)}, {"guidance"}),
     ],
 )
 def test_a_change_runs_what_depends_on_it_and_gives_what_a_fresh_run_gives(
@@ -393,7 +484,7 @@ def test_a_vae_that_runs_out_of_memory_goes_on_one_by_one(
 @pytest.mark.parametrize(("fill", "said"), [(0, "0.0% of the picture: almost nothing can change"), (255, "100.0%")])
 def test_an_empty_or_full_mask_is_said(editor: RealEditor, picture: Picture, fill: int, said: str) -> None:
     result = editor.edit(ask(picture(0), "iedit", steps=2, mask=Image.new("L", (64, 64), fill)))
-    assert any(said in note for note in result.profile.notes)
+    assert any(said in note for note in result.notes)
     assert any(said in note for note in result.receipt["notes"])
 
 

@@ -32,6 +32,7 @@ from iedit.runtime.models import load_model
 from iedit.runtime.profile import Profile
 from iedit.runtime.schedule import PREDICTIONS, add_noise, seeded_noise
 from iedit.runtime.stages import StageCache
+from iedit.training import truth
 
 SOURCE, PROMPT = "a red car on grass at noon", "a blue house on sand at sunset"
 SHAPE = (4, 8, 8)
@@ -340,6 +341,52 @@ def test_8_the_same_seed_gives_the_same_bits_with_and_without_the_cache(
         assert torch.equal(other.latent, first.latent) == (other.mask.tobytes() == first.mask.tobytes())
     else:
         assert not torch.equal(other.latent, first.latent)
+
+
+WORLD_STEPS = 6  # as of all the others: each step costs as much here, 25 are in the slow test below
+
+
+def grouped_otherwise(editor: RealEditor, kind: str, count: int, steps: int, cache: StageCache) -> dict[str, list[int]]:
+    """Largest difference, of 255, of the embedded model's edits of `count` held-out scenes from those of the default settings
+    one by one: without shared calls, as one batch, and from what the batch left in the cache."""
+    asked = [truth.edit_request(c, truth.METHODS["ito"], 7, steps) for c in truth.edit_cases(kind, count, seed=31337)]
+
+    def runs(share: bool = True, held: StageCache | None = None) -> RealEditor:
+        return RealEditor(editor.model, editor.denoiser, share=share, cache=held or StageCache(memory=0))
+
+    alone = [runs().edit(a) for a in asked]
+    others = {
+        "not shared": [runs(share=False).edit(a) for a in asked],
+        "batch": runs(held=cache).edit_many(asked),
+        "cached": [runs(held=cache).edit(a) for a in asked],
+    }
+    assert all("invert" in r.profile.cached for r in others["cached"])
+    pictures = [np.asarray(r.image).astype(int) for r in alone]
+    return {
+        how: [int(np.abs(a - np.asarray(r.image)).max()) for a, r in zip(pictures, found, strict=True)]
+        for how, found in others.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def embedded() -> RealEditor:
+    model = load_model("picturebook", device="cpu")
+    return RealEditor(model, TorchBackend(model))
+
+
+@pytest.mark.parametrize("kind", truth.KINDS)
+def test_8_calls_grouped_otherwise_give_the_same_picture_within_1_of_255(embedded: RealEditor, kind: str) -> None:
+    """20 edits of each kind; the network rounds differently in another batch, and the clipped update leaves that rounding."""
+    for how, worst in grouped_otherwise(embedded, kind, 20, WORLD_STEPS, StageCache()).items():
+        assert max(worst) <= 1, (how, worst)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", truth.KINDS)
+def test_8_at_25_steps(embedded: RealEditor, kind: str) -> None:
+    for how, worst in grouped_otherwise(embedded, kind, 20, 25, StageCache()).items():
+        assert max(worst) <= 1, (how, worst)
 
 
 # --- 9: diffusers -------------------------------------------------------------------------------------------------

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import os
 import re
 import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from iedit.kernels.dispatch import on_device_of
 
 triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
@@ -96,3 +103,29 @@ def test_every_kernel_compiles_for_the_chip_without_a_spill(chip: int) -> None:
             # Adam's betas as doubles: a constant of Triton's is float32 unless it stands beside a float64
             assert all(f"0x{value:016X}" in made.asm["ptx"].upper().replace("0D", "0x") for value in BETAS), label
     assert not spills
+
+
+def _launches(node: ast.AST, guarded: bool = False) -> Iterator[tuple[int, bool]]:
+    """Line of every `kernel[grid](...)` and whether it stands inside `with on_device_of(...)`."""
+    if isinstance(node, ast.With):
+        calls = [item.context_expr for item in node.items]
+        guarded |= any(isinstance(c, ast.Call) and getattr(c.func, "id", "") == "on_device_of" for c in calls)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+        yield node.lineno, guarded
+    for child in ast.iter_child_nodes(node):
+        yield from _launches(child, guarded)
+
+
+def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device: tensors of a second GPU would be read through the first one's context."""
+    found = {}
+    for path in sorted((HERE.parent / "kernels").glob("*_triton.py")):
+        launches = list(_launches(ast.parse(path.read_text())))
+        assert launches, path
+        found |= {f"{path.name}:{line}": guarded for line, guarded in launches}
+    assert all(found.values()), found
+    entered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    second: Any = SimpleNamespace(device=torch.device("cuda:1"))
+    with on_device_of(second), on_device_of(torch.zeros(1)):
+        assert entered == [torch.device("cuda:1")]

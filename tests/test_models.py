@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from iedit.runtime.backend_torch import TorchBackend
 from iedit.runtime.checkpoint import find_folder, picturebook_folder
+from iedit.runtime.editor import Editor, EditRequest
 from iedit.runtime.errors import RunError, UsageError
-from iedit.runtime.models import Model, describe, load_model
+from iedit.runtime.models import Model, describe, load_model, read_digests
+from iedit.runtime.stages import StageCache
 
 
 class FakeVae(nn.Module):
@@ -181,3 +186,71 @@ def test_a_checkpoint_may_recommend_how_many_steps_are_updated(tiny: Model) -> N
         settled = Options(final=Phase(t_u=3)).settled(model, 20)
         assert (settled.guidance.t_u, settled.final.t_u, settled.refinement.t_u) == (wanted, 3, 6)
         assert Options().settled(model, 20, layouts=True).final.t_u == 12  # measured on text edits, said of them only
+
+
+# --- what a checkpoint's digest covers ------------------------------------------------------------------------------
+
+
+def _config(folder: Path, part: str, **values: Any) -> None:
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def _other_words(folder: Path) -> None:
+    """Two words change places in the tokenizer's vocabulary."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    words["red</w>"], words["blue</w>"] = words["blue</w>"], words["red</w>"]
+    path.write_text(json.dumps(content))
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "vae scaling_factor": lambda f: _config(f, "vae", scaling_factor=0.5),
+    "unet act_fn": lambda f: _config(f, "unet", act_fn="gelu"),
+    "unet attention_head_dim": lambda f: _config(f, "unet", attention_head_dim=4),
+    "text_encoder hidden_act": lambda f: _config(f, "text_encoder", hidden_act="gelu"),
+    "tokenizer": _other_words,
+}
+
+
+@pytest.fixture(scope="module")
+def edited(tiny: Any) -> tuple[StageCache, EditRequest]:
+    """What an edit with the random checkpoint leaves in a cache."""
+    cache, asked = StageCache(), EditRequest(Image.new("RGB", (64, 64), "red"), "a blue car", "a red car", steps=3)
+    Editor(tiny, TorchBackend(tiny), cache=cache).edit(asked)
+    return cache, asked
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_same_weights_with_another_behaviour_are_another_model(
+    change: str, tiny: Any, tiny_folder: Path, tmp_path: Path, edited: tuple[StageCache, EditRequest]
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "other")
+    CHANGES[change](folder)
+    other = load_model(str(folder), device="cpu")
+    assert other.digest != tiny.digest and other.weights_digest == tiny.weights_digest
+    assert read_digests(str(folder)).whole == other.digest
+    cache, asked = edited
+    result = Editor(other, TorchBackend(other), cache=cache).edit(asked)
+    assert result.profile.cached == []  # nothing of the other model is taken for its own
+    assert torch.equal(result.latent, Editor(other, TorchBackend(other), cache=StageCache(memory=0)).edit(asked).latent)
+
+
+def test_layouts_by_each_others_names_are_another_model(tiny: Any, tiny_folder: Path) -> None:
+    names = ("pose", "scribble")
+    swapped = load_model(
+        str(tiny_folder),
+        {a: str(tiny_folder / f"controlnet-{b}") for a, b in zip(names, reversed(names))},
+        device="cpu",
+    )
+    plain = load_model(str(tiny_folder), {n: str(tiny_folder / f"controlnet-{n}") for n in names}, device="cpu")
+    assert plain.digest == tiny.digest != swapped.digest
+
+
+def test_the_same_model_saved_by_another_version_is_the_same(tiny: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "other")
+    _config(folder, "unet", _diffusers_version="9.9", _name_or_path="elsewhere")
+    _config(folder, "text_encoder", transformers_version="9.9", dtype="float16")
+    other = load_model(str(folder), device="cpu")
+    assert (other.digest, other.part_digests) == (tiny.digest, tiny.part_digests)

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..runtime.ito import Phase
 from . import metrics, world
 from .classifier import Reading
 from .embed import images_to_tensor
@@ -62,10 +63,12 @@ class Method:
 
 
 LAMBDA_FIELD = "lam"  # the field of runtime.editor.Options that holds ITO's lambda
+_ADAM = Phase(update="adam")
 METHODS = {
     m.name: m
     for m in (
         Method("ito", "ito", KINDS),
+        Method("ito adam", "ito", KINDS, {"guidance": _ADAM, "final": _ADAM}),
         Method("ito lambda=1", "ito", TEXT_KINDS, {LAMBDA_FIELD: 1.0}),
         Method("diffedit", "diffedit", TEXT_KINDS),
         Method("sdedit", "sdedit", TEXT_KINDS),
