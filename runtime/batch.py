@@ -32,9 +32,10 @@ from .ito import ito_pass, masked_sampling
 from .mask import estimate, rounding_level
 from .models import Model
 from .profile import Profile
-from .requests import RATIOS, UNMASKED, Job, estimates_mask
+from .requests import RATIOS, Job, estimates_mask
 from .schedule import add_noise, seeded_noise
 from .stages import Result, StageCache, key_of, tensor_digest
+from .uses import UNMASKED
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ class Batch:
         self.guided = [j for j in jobs if j.request.options.lam < 1] if self.request.method == "ito" else []
         self.base = [model.digest, backend, str(model.dtype), model.device.type, model.schedule.digest]
         self.states: dict[str, Tensor] = {}
-        assert o.mask.strength is not None and o.mask.threshold is not None
-        self.strength, self.threshold = o.mask.strength, o.mask.threshold
+        mask = o.mask.settled(model)  # a request settles it only where it estimates a mask
+        assert mask.strength is not None and mask.threshold is not None
+        self.strength, self.threshold = mask.strength, mask.threshold
 
     def run(self, only_mask: bool = False) -> str:
         """All stages up to the clean latent; the name of the stage that holds it."""

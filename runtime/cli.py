@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import BACKENDS, METHODS, VERSION
+from . import BACKENDS, METHODS, VERSION, uses
+from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS
 from .errors import IeditError, UsageError
 from .files import check_outputs, write_outputs
 from .untrusted import printable
@@ -60,6 +62,14 @@ class _Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for word in args:
+            try:
+                word.encode()
+            except UnicodeEncodeError:  # bytes that are no UTF-8, which could be neither printed nor kept in a receipt
+                raise click.UsageError(f"{word!a} is not UTF-8; rename the file, or type the text again") from None
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -71,6 +81,48 @@ class _Commands(click.Group):
             if error.errno == errno.EPIPE:  # the reader of the output went away: click's own business
                 raise
             raise _Failure(printable(f"{error.filename or 'system'}: {error.strerror or error}")) from error
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except (
+            Exception
+        ) as error:  # a mistake of this program's: the user gets a line, whoever repairs it gets the rest
+            if os.environ.get("IEDIT_DEBUG") == "1":
+                raise
+            line = f"unexpected {type(error).__name__}: {_one_line(error)}; {_write_report(error)}"
+            raise _Failure(printable(line)) from error
+
+
+def _one_line(error: BaseException, longest: int = 200) -> str:
+    line = " ".join(str(error).split()) or "no message"
+    return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
+def _write_report(error: BaseException) -> str:
+    """Everything about an error in a file that only the user can read; says where it is."""
+    import platform
+    import tempfile
+    import traceback
+    from importlib import metadata
+
+    versions = {
+        d.name: d.version
+        for d in metadata.distributions()
+        if d.name in ("torch", "diffusers", "transformers", "numpy", "pillow")
+    }
+    lines = [
+        f"iedit {VERSION}, Python {platform.python_version()}, {platform.platform()}",
+        ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+        f"command: {sys.argv}",
+        "",
+        *traceback.format_exception(error),
+    ]
+    try:
+        handle, path = tempfile.mkstemp(prefix="iedit-report-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("\n".join(lines))
+    except OSError as problem:
+        return f"a report could not be written ({problem.strerror}); IEDIT_DEBUG=1 shows where it happened"
+    return f"a full report is in {path} (IEDIT_DEBUG=1 shows it here)"
 
 
 class _Path(click.Path):
@@ -93,6 +145,16 @@ def main() -> None:
     With no --model the embedded picture-book model is used: it draws its own small world and nothing else. Give a folder
     of a Stable Diffusion 1.x checkpoint (diffusers layout) or a hub id for photographs.
     """
+
+
+class _Between(click.FloatRange):
+    """click's range of numbers, in which "nan" lies in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return number
 
 
 # --- shared options ---------------------------------------------------------------------------------------------
@@ -119,6 +181,36 @@ def _apply(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     return wrap
 
 
+def _told(option: str, text: str) -> str:
+    """An option's help with the methods that use it."""
+    return f"{text} {uses.who(option)}"
+
+
+def _check_uses(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> None:
+    """Refuse what was given on the command line, at whatever value, and would not be used."""
+    source, context = click.core.ParameterSource, click.get_current_context()
+    given = {
+        name
+        for parameter in context.command.params
+        if context.get_parameter_source(str(parameter.name)) not in (source.DEFAULT, source.DEFAULT_MAP, None)
+        for name in parameter.opts
+    }
+    uses.check(_asked(values, lambdas), [use for use in uses.USES if use.option in given])
+
+
+def _asked(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> uses.Asked:
+    return uses.Asked(
+        values["method"],
+        lambdas=tuple(lambdas),
+        mask_given=bool(values.get("mask")),
+        mask_mode=values["mask_mode"],
+        layouts=bool(values["layout"]),
+        composite=values.get("composite", "none"),
+        refine=values.get("refine", False),
+        guidance_scale=values["guidance_scale"],
+    )
+
+
 _model_options = _apply([
     click.option("--model", default="picturebook", show_default=True,
                  help="The embedded model, a diffusers folder, or a hub id (owner/name)."),
@@ -126,7 +218,7 @@ _model_options = _apply([
                  help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
     click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", *BACKENDS]),
                  help="What runs the networks; auto takes the first that can, per module and size, and says why not the others."),
-    click.option("--engines", type=_Path(file_okay=False), default=None,
+    click.option("--engines", type=_Path(file_okay=False, exists=True), default=None,
                  help="Folder of exported engines. Default: the user's cache, by the digest of the model's weights."),
     click.option("--trust-engines", is_flag=True,
                  help="Use engines even if every user of this machine may change them; they run with your rights."),
@@ -135,7 +227,7 @@ _model_options = _apply([
     click.option("--channels-last", is_flag=True, help="Memory format that convolutions on a GPU prefer; torch only."),
     click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one."),
     click.option("--dtype", default=None, type=click.Choice(["float32", "float16", "bfloat16"]),
-                 help="Default: float16 on a GPU, float32 on a CPU."),
+                 help="Default: float16 on a GPU, float32 on a CPU; a half that a CPU has no arithmetic for becomes float32, with a note."),
 ])  # fmt: skip
 
 _overwrite = click.option(
@@ -153,18 +245,18 @@ _request_options = _apply([
     click.option("--steps", default=None, type=click.IntRange(1, 1000),
                  help="Sampling steps. Default: 50 for iedit, 25 for the other methods."),
     click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
-    click.option("--guidance-scale", type=float, default=None,
+    click.option("--guidance-scale", type=_Between(0, MAX_GUIDANCE), default=None,
                  help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5."),
-    click.option("--negative-prompt", default="", help="Text of the unconditional half."),
-    click.option("--control-scale", type=float, default=1.0, show_default=True, help="Weight of the layouts."),
+    click.option("--negative-prompt", default="", help=_told("--negative-prompt", "Text of the unconditional half.")),
+    click.option("--control-scale", type=_Between(0, MAX_CONTROL), default=1.0, show_default=True, help=_told("--control-scale", "Weight of the layouts.")),
     click.option("--mask-mode", type=click.Choice(["single", "trajectory", "none"]), default="single", show_default=True,
-                 help="How the mask is estimated: one evaluation per seed, whole trajectories, or not at all."),
-    click.option("--mask-threshold", type=click.FloatRange(0, 1), default=None,
-                 help="Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1."),
-    click.option("--mask-strength", type=click.FloatRange(0, 1, min_open=True), default=None,
-                 help="Noise that the mask is estimated at, as a share of the steps. Default: the checkpoint's, else 0.5."),
+                 help=_told("--mask-mode", "How the mask is estimated: one evaluation per seed, whole trajectories, or not at all.")),
+    click.option("--mask-threshold", type=_Between(0, 1), default=None,
+                 help=_told("--mask-threshold", "Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1.")),
+    click.option("--mask-strength", type=_Between(0, 1, min_open=True), default=None,
+                 help=_told("--mask-strength", "Noise that the mask is estimated at, as a share of the steps. Default: the checkpoint's, else 0.5.")),
     click.option("--mask-seeds", type=click.IntRange(1, 1000), default=10, show_default=True,
-                 help="Noises that the mask is averaged over."),
+                 help=_told("--mask-seeds", "Noises that the mask is averaged over.")),
 ])  # fmt: skip
 
 
@@ -193,9 +285,11 @@ def _options(values: dict[str, Any], lam: float = 0.6) -> Options:
 
 
 def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The files of a request, read before the slow imports so that a wrong name is told at once."""
+    """The files of a request, read before the slow imports so that what is wrong with them, or with the model, is told at once."""
     from .images import load_image, load_layout, load_mask, mask_coverage
 
+    if not values["prompt"].strip():
+        raise UsageError("the prompt is empty: say what the edited picture shows")
     picture = load_image(image)
     found: dict[str, Any] = {
         "image": picture,
@@ -213,7 +307,25 @@ def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
                 f"{values['mask']}: the mask covers everything, nothing is kept; leave --mask out to have one estimated, or "
                 "repaint the whole picture with --method sdedit"
             )
+    _check_layouts(found, values)
     return found
+
+
+def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
+    """What is wrong with the layouts or with the model's files, from its configs alone."""
+    from .checkpoint import check_layouts, find_checkpoint
+    from .layouts import check_annotator, check_layout
+
+    maps, source_maps = inputs["layouts"], inputs["source_layouts"]
+    if values["method"].startswith("controlnet") and not maps:
+        raise UsageError(f"method {values['method']} needs at least one layout (--layout pose=FILE)")
+    checkpoint = find_checkpoint(values["model"], values["controlnet"] or None)
+    check_layouts(values["model"], checkpoint.controlnets, [*maps, *source_maps])
+    for name, picture in [*maps.items(), *source_maps.items()]:
+        check_layout(picture, name, inputs["image"].size)
+    for name in maps:
+        if _asked(values).estimates_mask and name not in source_maps:
+            check_annotator(name)
 
 
 def _request(inputs: dict[str, Any], values: dict[str, Any], seed: int, options: Options) -> EditRequest:
@@ -296,24 +408,38 @@ def _time_left(seconds: float) -> str:
 @main.command()
 @click.argument("image", type=_Path())
 @_request_options
-@click.option("--mask", type=_Path(), default=None, help="White is edited, black is kept; estimated if not given.")
-@click.option("--lambda", "lambdas", multiple=True, type=click.FloatRange(0, 1), default=(0.6,), show_default=True,
-              help="Weight of preservation against guidance; 1 makes no guidance image. Repeat for a sweep.")  # fmt: skip
+@click.option(
+    "--mask",
+    type=_Path(),
+    default=None,
+    help=_told("--mask", "White is edited, black is kept; estimated if not given."),
+)
+@click.option("--lambda", "lambdas", multiple=True, type=_Between(0, 1), default=(0.6,), show_default=True,
+              help=_told("--lambda", "Weight of preservation against guidance; 1 makes no guidance image. Repeat for a sweep."))  # fmt: skip
 @click.option(
     "--t-u",
     "t_u",
     type=click.IntRange(0),
     default=None,
-    help="Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts.",
+    help=_told(
+        "--t-u",
+        "Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts.",
+    ),
 )
-@click.option("--k", type=click.IntRange(1, 1000), default=1, show_default=True, help="Inner steps at each.")
+@click.option(
+    "--k",
+    type=click.IntRange(1, MAX_INNER_STEPS),
+    default=1,
+    show_default=True,
+    help=_told("--k", "Inner steps at each."),
+)
 @click.option("--update", type=click.Choice(["clipped", "adam"]), default="clipped", show_default=True,
-              help="How ITO moves the latent: by a Newton step of bounded length, or by Adam as in the paper.")  # fmt: skip
-@click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), default=None,
-              help="Share of the steps that the other methods noise the picture by. Default: the method's own.")  # fmt: skip
-@click.option("--refine", is_flag=True, help="Refine the guidance image with the input (ITO A.5).")
+              help=_told("--update", "How ITO moves the latent: by a Newton step of bounded length, or by Adam as in the paper."))  # fmt: skip
+@click.option("--ratio", type=_Between(0, 1, min_open=True), default=None,
+              help=_told("--ratio", "Share of the steps that the other methods noise the picture by. Default: the method's own."))  # fmt: skip
+@click.option("--refine", is_flag=True, help=_told("--refine", "Refine the guidance image with the input (ITO A.5)."))
 @click.option("--composite", type=click.Choice(["none", "latent", "pixel"]), default="none", show_default=True,
-              help="pixel leaves everything outside the mask exactly as it was.")  # fmt: skip
+              help=_told("--composite", "pixel leaves everything outside the mask exactly as it was."))  # fmt: skip
 @click.option(
     "--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ..."
 )
@@ -364,6 +490,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         if len(wanted) == 1
         else [first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(len(wanted))]
     )
+    _check_uses(values, lambdas)
     check_outputs(
         [*targets, *([Path(stages)] if stages else [])],
         [Path(profile)] if profile else [],
@@ -436,10 +563,11 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
 
     target = Path(output or f"{Path(image).stem}-mask.png")
     check_outputs([target], [], _read(image, values), overwrite)
-    if values["method"] in ("sdedit", "controlnet"):
+    if values["method"] in uses.UNMASKED:
         raise UsageError(f"method {values['method']} uses no mask; name one that does, such as --method ito")
     if values["mask_mode"] == "none":
         raise UsageError("--mask-mode none estimates no mask; use single or trajectory")
+    _check_uses(values)
     request = _request(_inputs(image, values), values, values["seed"], _options(values))
     with _live() as tell:
         mask, profile = _editor(values).mask(request, tell)
@@ -551,6 +679,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     """
     from .images import png_bytes
 
+    _check_uses(values)
     named = [Path(p) for p in (output, trace) if p]
     check_outputs([Path(plot)] if plot else [], named, _read(image, values), overwrite)
     request = _request(_inputs(image, values), values, values["seed"], _options(values))
@@ -604,6 +733,7 @@ def info(model: str, as_json: bool) -> None:
     _quiet_libraries()
     import torch
 
+    from . import cpu
     from .backends import reasons
     from .editor import versions
     from .engine_spec import describe_engines
@@ -617,6 +747,7 @@ def info(model: str, as_json: bool) -> None:
         "versions": versions(),
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
         "no_gpu": _why_no_gpu(),
+        "processor": cpu.describe(),
         "threads": torch.get_num_threads(),
         "backends": reasons(),
         "model": described,
@@ -632,6 +763,7 @@ def info(model: str, as_json: bool) -> None:
     table.add_row("iedit", VERSION)
     table.add_row("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
     table.add_row("devices", f"{', '.join(found['devices'])}; {found['threads']} thread{'s' * (found['threads'] != 1)}")
+    table.add_row("processor", found["processor"])
     if found["no_gpu"]:
         table.add_row("", f"no GPU: {found['no_gpu']}")
     for name, why in found["backends"].items():

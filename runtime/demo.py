@@ -11,11 +11,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import picturebook_folder
 from .editor import Editor, EditRequest, Options, versions
 from .errors import UsageError
 from .files import check_outputs, write_whole
 from .images import contact_sheet, load_image, load_layout, write_png
-from .models import picturebook_folder
 from .profile import Callback
 
 

@@ -30,9 +30,11 @@ from . import images as pictures
 from . import receipt as receipts
 from .backends import Backend, check_backend, load_backend
 from .batch import Batch, vae_batches
+from .checkpoint import PICTUREBOOK
 from .denoiser import Condition, Denoiser, Network
+from .errors import UsageError
 from .ito import Phase, masked_sampling
-from .models import PICTUREBOOK, Model, load_model
+from .models import Model, load_model
 from .profile import Callback, Profile
 from .requests import RATIOS, EditRequest, EditResult, Job, MaskOptions, Options, check_request, group_key
 from .schedule import seeded_noise
@@ -98,6 +100,10 @@ class Editor:
             UsageError: the model cannot be loaded, or the backend is not one that can run.
         """
         check_backend(backend)
+        if engines is not None and not Path(engines).is_dir():
+            raise UsageError(
+                f"engines: {engines} is not a folder; give the one that `iedit export` wrote to, or leave it out"
+            )
         loaded = load_model(model, layouts, device=device, dtype=dtype)
         runs = load_backend(backend, loaded, None if engines is None else Path(engines), **options)
         editor = cls(loaded, runs, cache=cache, memory=memory, share=share)
@@ -121,7 +127,8 @@ class Editor:
 
         Each result equals its single run, up to the network's own rounding between batch sizes.
         """
-        return self._run([check_request(self.model, r) for r in requests], callback)
+        lambdas = [r.options.lam for r in requests if isinstance(r.options, Options)]  # the check says who is none
+        return self._run([check_request(self.model, r, lambdas) for r in requests], callback)
 
     def mask(self, request: EditRequest, callback: Callback | None = None) -> tuple[Image.Image | None, Profile]:
         """Only the mask that `edit` would use: "L", white where the edit is allowed; None where there is none."""
@@ -201,7 +208,7 @@ class Editor:
                     self.backend,
                     members,
                     self.cache,
-                    Profile(callback=callback),
+                    Profile(callback=callback, notes=list(self.model.notes)),
                     self.max_batch(shape),
                     self.share,
                 )

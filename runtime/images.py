@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,38 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, backg
         UsageError: missing, unreadable, truncated, not an image, or more than `max_pixels` pixels.
     """
     return as_rgb(_open(path, max_pixels), str(path), background)
+
+
+def as_picture(
+    value: object, name: str, load: Callable[[str | os.PathLike[str]], Image.Image] = load_image
+) -> Image.Image:
+    """What a caller may give for a picture, as a PIL image.
+
+    Args:
+        value: a PIL image, as it is; a path, which `load` reads; or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8,
+            of bool, or of floats in [0, 1].
+        name: what it is called in errors.
+
+    Raises:
+        TypeError: something else; UsageError: an array of another shape or range, or a file that cannot be read.
+    """
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return load(value)
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a PIL image, a path or an array")
+    array = value[..., 0] if value.ndim == 3 and value.shape[-1] == 1 else value
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or 0 in array.shape:
+        raise UsageError(f"{name}: the array is {value.shape}, expected (H, W), (H, W, 3) or (H, W, 4)")
+    if array.dtype == bool or np.issubdtype(array.dtype, np.floating):
+        floats = array.astype(np.float64)
+        if not ((floats >= 0) & (floats <= 1)).all():  # NaN fails too
+            raise UsageError(f"{name}: the array holds values outside 0 to 1; scale it, or give uint8")
+        array = np.rint(floats * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise TypeError(f"{name}: the array is of {array.dtype}, expected uint8, bool or floats in [0, 1]")
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def load_layout(path: str | os.PathLike[str]) -> Image.Image:

@@ -89,8 +89,14 @@ def annotate(image: Image.Image, name: str) -> Image.Image:
     Raises:
         UsageError: a name that is not known, or `pose`, which needs a pose network that does not come with iedit.
     """
+    check_annotator(name)
+    return _ANNOTATORS[name](as_rgb(image))
+
+
+def check_annotator(name: str) -> None:
+    """Raises UsageError for a map that `annotate` cannot make."""
     if name in _ANNOTATORS:
-        return _ANNOTATORS[name](as_rgb(image))
+        return
     if name == "pose":
         raise UsageError(
             "layout pose: nothing here can find a pose in a picture; give the source's skeleton with "

@@ -14,28 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import cpu
+from .checkpoint import PICTUREBOOK, find_checkpoint, first_line, read_json, weights_of
 from .errors import RunError, UsageError
 from .module_io import CONTROLNET_PREFIX, HINT_PREFIX
 from .module_io import layouts as layouts_of
 from .schedule import Schedule
-from .untrusted import parse_json
-
-PICTUREBOOK = "picturebook"
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-# What is fetched of a hub repository: configs, vocabularies and one variant of the weights, of a pipeline's parts or (at the
-# top) of a ControlNet. Everything would be 17 GB for SD 1.5: pickles, float16 and non-EMA copies of the same weights.
-HUB_FILES = tuple(
-    f"{folder}{name}"
-    for folder in ("", *(f"{p}/" for p in PARTS), f"{CONTROLNET_PREFIX}*/")
-    for name in (
-        "*.json",
-        "merges.txt",
-        "model.safetensors",
-        "diffusion_pytorch_model.safetensors",
-        "*-of-*.safetensors",
-    )
-    if folder or name != "model.safetensors"
-)
 
 
 class Modules(Protocol):
@@ -65,6 +49,7 @@ class Model:
             of every part in use, the tokenizer, and which ControlNet goes by which name; 16 hex digits.
         weights_digest: over the weights alone; names the folder that engines are kept in.
         modules: the backend that runs VAE and text encoder; None is eager torch.
+        notes: what was settled otherwise than asked while it was loaded; every result of an edit repeats them.
         part_digests: over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
         guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
         mask_strength, mask_threshold: of `MaskOptions`, where the checkpoint's `iedit.json` recommends them.
@@ -88,6 +73,7 @@ class Model:
     mask_threshold: float | None = None
     text_update_share: float | None = None
     part_digests: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     modules: Modules | None = None
 
     def module_digest(self, module: str) -> str:
@@ -109,9 +95,14 @@ class Model:
         """What width and height must be multiples of: the VAE's factor times the UNet's own."""
         return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
+    @property
+    def _shift(self) -> float:
+        """What the VAE's latents are shifted by; Stable Diffusion's are not."""
+        return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+
     @torch.no_grad()
     def encode(self, images: Tensor, note: Callable[[str], None] | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: posterior mode times the scaling factor.
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: posterior mode, less the shift, times the scaling factor.
 
         `note` is told when a half overflowed and float32 was used.
         """
@@ -124,12 +115,12 @@ class Model:
             latent = self._float32_vae("encoding", note).encode(images.float()).latent_dist.mode()
         if not _finite(latent):
             raise RunError("stage encode: the VAE returned NaN or infinity, in float32 too; check the checkpoint")
-        return latent * self.vae.config.scaling_factor
+        return (latent - self._shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor, note: Callable[[str], None] | None = None) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]; float32 is tried where a half overflows."""
-        z = latents.to(self.device) / self.vae.config.scaling_factor
+        z = latents.to(self.device) / self.vae.config.scaling_factor + self._shift
         if self.modules is None:
             images = self.vae.decode(z.to(self.dtype)).sample.float()
         else:
@@ -202,47 +193,8 @@ class Digests:
 
 def read_digests(model: str) -> Digests:
     """Of a checkpoint with the ControlNets inside it; its weights are not loaded."""
-    folder = find_folder(model)
-    for part in PARTS:
-        _check_files(folder, part)
-    inside = {p.name: p for p in sorted(folder.glob(CONTROLNET_PREFIX + "*")) if p.is_dir()}
-    return _digests(folder, inside)
-
-
-def picturebook_folder() -> Path:
-    """Where the embedded model lies in the installed package."""
-    return Path(__file__).parent / "picturebook"
-
-
-def find_folder(model: str) -> Path:
-    """The folder of the embedded model, of a local path or of a hub id (fetched, or found in the hub's cache).
-
-    Raises:
-        UsageError: there is no such folder and the hub cannot be reached or does not know the id.
-    """
-    if model == PICTUREBOOK:
-        if not (picturebook_folder() / "unet" / "config.json").is_file():
-            raise UsageError(
-                "model: this installation came without the embedded model; install a release, or make it with `iedit train embed`, "
-                "or name another model with --model"
-            )
-        return picturebook_folder()
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise UsageError(
-            f"model: {model} is not a folder; give a diffusers folder, a hub id (owner/name) or {PICTUREBOOK}"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
-    except Exception as error:
-        raise UsageError(
-            f"model: {model} is not a folder here and could not be fetched from the hub ({_first_line(error)}); "
-            "check the name, or download it where there is a network and give its folder"
-        ) from error
+    found = find_checkpoint(model)
+    return _digests(found.folder, {CONTROLNET_PREFIX + name: path for name, path in found.controlnets.items()})
 
 
 def _finite(values: Tensor) -> bool:
@@ -252,44 +204,10 @@ def _finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
-def _first_line(error: BaseException, longest: int = 160) -> str:
-    """What an error of another library says, short enough for a line; its type where it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= longest else lines[0][: longest - 3] + "..."
-
-
-def _weights(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    return files or sorted(folder.glob("*.bin"))
-
-
-def _check_files(folder: Path, part: str) -> None:
-    where = folder / part
-    wanted = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(part, "config.json")
-    if not (where / wanted).is_file():
-        raise UsageError(f"model: {where / wanted} is missing; {folder} is not a whole diffusers checkpoint")
-    if part in ("unet", "vae", "text_encoder") and not _weights(where):
-        raise UsageError(f"model: {where} holds no weights (*.safetensors); the download may have been cut off")
-    if part == "tokenizer" and not (where / "tokenizer.json").is_file():
-        for name in ("vocab.json", "merges.txt"):
-            if not (where / name).is_file():
-                raise UsageError(f"model: {where / name} is missing; {folder} is not a whole diffusers checkpoint")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = parse_json(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model: {path} cannot be read ({_first_line(error)}); fetch it again") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"model: {path} holds a {type(found).__name__}, expected an object; fetch it again")
-    return found
-
-
 def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     """One part with its weights, whichever of the usual names they have."""
     variant = None
-    names = [p.name for p in _weights(folder)]
+    names = [p.name for p in weights_of(folder)]
     if names and all(".fp16." in n for n in names):
         variant = "fp16"
     keyword = "dtype" if loader.__module__.startswith("transformers") else "torch_dtype"
@@ -303,7 +221,7 @@ def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
         )
     except Exception as error:
         raise UsageError(
-            f"model: {folder} cannot be read ({_first_line(error)}); the files may be damaged or cut off"
+            f"model: {folder} cannot be read ({first_line(error)}); the files may be damaged or cut off"
         ) from error
     finally:
         if shown:
@@ -322,7 +240,7 @@ _ORIGIN = ("_name_or_path", "_diffusers_version", "transformers_version", "torch
 
 def _config_bytes(path: Path) -> bytes:
     """A part's config in one spelling, so that the same settings saved by another version of a library are the same."""
-    return json.dumps({k: v for k, v in _read_json(path).items() if k not in _ORIGIN}, sort_keys=True).encode()
+    return json.dumps({k: v for k, v in read_json(path).items() if k not in _ORIGIN}, sort_keys=True).encode()
 
 
 def _digests(folder: Path, controlnets: Mapping[str, Path]) -> Digests:
@@ -330,7 +248,7 @@ def _digests(folder: Path, controlnets: Mapping[str, Path]) -> Digests:
     whole, weights, parts = hashlib.sha256(), hashlib.sha256(), {}
     for name, where in ({p: folder / p for p in ("unet", "vae", "text_encoder")} | dict(controlnets)).items():
         part = hashlib.sha256(_config_bytes(where / "config.json"))
-        for path in _weights(where):
+        for path in weights_of(where):
             with path.open("rb") as handle:
                 found = hashlib.file_digest(handle, "sha256").digest()
             weights.update(f"{where.name}/{path.name}".encode() + found)
@@ -366,6 +284,7 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    emulate: bool = False,
 ) -> Model:
     """Load a checkpoint.
 
@@ -374,7 +293,9 @@ def load_model(
         layouts: ControlNets: a mapping of layout name to folder or hub id, or names of those that lie in the checkpoint
             as `controlnet-NAME`. None takes all that lie there.
         device: default the GPU if there is one.
-        dtype: default float16 on a GPU and float32 on a CPU.
+        dtype: default float16 on a GPU and float32 on a CPU. A half that the CPU has no arithmetic for becomes float32, with
+            a note in the model.
+        emulate: keep such a half all the same; it is tens of times slower than float32.
 
     Raises:
         UsageError: a part is missing, unreadable or does not fit the others.
@@ -382,9 +303,8 @@ def load_model(
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    folder = find_folder(model)
-    for part in PARTS:
-        _check_files(folder, part)
+    found = find_checkpoint(model, layouts)
+    folder = found.folder
     where = _device(device)
     if isinstance(dtype, str):
         names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -392,21 +312,12 @@ def load_model(
             raise UsageError(f"dtype is {dtype!r}, expected one of {', '.join(names)}")
         dtype = names[dtype]
     kind = dtype or (torch.float16 if where.type == "cuda" else torch.float32)
-
-    inside = {
-        p.name.removeprefix(CONTROLNET_PREFIX): p for p in sorted(folder.glob(CONTROLNET_PREFIX + "*")) if p.is_dir()
-    }
-    if layouts is None:
-        control_folders = inside
-    elif isinstance(layouts, Mapping):
-        control_folders = {name: find_folder(str(path)) for name, path in layouts.items()}
-    else:
-        unknown = [n for n in layouts if n not in inside]
-        if unknown:
-            raise UsageError(
-                f"layouts: {model} has no ControlNet for {', '.join(unknown)}; it has {', '.join(inside) or 'none'}"
-            )
-        control_folders = {name: inside[name] for name in layouts}
+    notes: list[str] = []
+    if where.type == "cpu" and not emulate and not cpu.has_arithmetic(kind):
+        notes.append(
+            f"this processor has no arithmetic for {str(kind).removeprefix('torch.')}: float32 was used, which is faster"
+        )
+        kind = torch.float32
 
     unet = _read(UNet2DConditionModel, folder / "unet", kind)
     vae = _read(AutoencoderKL, folder / "vae", kind)
@@ -415,24 +326,22 @@ def load_model(
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:
         raise UsageError(
-            f"model: {folder / 'tokenizer'} cannot be read ({_first_line(error)}); fetch it again"
+            f"model: {folder / 'tokenizer'} cannot be read ({first_line(error)}); fetch it again"
         ) from error
     if len(tokenizer) > text_encoder.config.vocab_size:
         raise UsageError(
             f"model: the tokenizer knows {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}; "
             "they are of different checkpoints"
         )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise UsageError(f"model: {folder / 'tokenizer'} has no {name}, which every prompt needs; fetch it again")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     try:
-        schedule = Schedule.from_config(_read_json(scheduler))
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise UsageError(f"model: {scheduler} is not a schedule that DDIM can follow ({_first_line(error)})") from error
-    hints = _read_json(folder / "iedit.json") if (folder / "iedit.json").is_file() else {}
-    controlnets: dict[str, Any] = {}
-    for name, path in control_folders.items():
-        if not (path / "config.json").is_file() or not _weights(path):
-            raise UsageError(f"layouts: {path} is not a ControlNet folder (config.json and *.safetensors)")
-        controlnets[name] = _read(ControlNetModel, path, kind)
+        schedule = Schedule.from_config(read_json(scheduler))
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise UsageError(f"model: {scheduler} is not a schedule that DDIM can follow ({first_line(error)})") from error
+    controlnets = {name: _read(ControlNetModel, path, kind) for name, path in found.controlnets.items()}
 
     latent = vae.config.latent_channels
     if unet.config.in_channels != latent or unet.config.out_channels != latent:
@@ -457,7 +366,8 @@ def load_model(
 
     for part in (unet, vae, text_encoder, *controlnets.values()):
         part.to(where)
-    digests = _digests(folder, {CONTROLNET_PREFIX + name: path for name, path in control_folders.items()})
+    told = found.recommended
+    digests = _digests(folder, {CONTROLNET_PREFIX + name: path for name, path in found.controlnets.items()})
     return Model(
         name=model,
         folder=folder,
@@ -472,20 +382,19 @@ def load_model(
         digest=digests.whole,
         weights_digest=digests.weights,
         part_digests=digests.parts,
-        guidance_scale=float(hints.get("guidance_scale", 7.5)),
-        mask_strength=hints.get("mask_strength"),
-        mask_threshold=hints.get("mask_threshold"),
-        text_update_share=hints.get("text_update_share"),
+        notes=tuple(notes),
+        guidance_scale=7.5 if told.guidance_scale is None else float(told.guidance_scale),
+        mask_strength=told.mask_strength,
+        mask_threshold=told.mask_threshold,
+        text_update_share=told.text_update_share,
     )
 
 
 def describe(model: str) -> dict[str, str]:
     """A model's folder, parts and sizes without loading its weights; what is wrong with it in place of a part."""
     try:
-        folder = find_folder(model)
-        for part in PARTS:
-            _check_files(folder, part)
-        config = _read_json(folder / "unet" / "config.json")
+        folder = find_checkpoint(model).folder
+        config = read_json(folder / "unet" / "config.json")
         side = config.get("sample_size", "?")
         unet = f"{config['block_out_channels']} channels, {config['in_channels']}x{side}x{side} latents"
     except UsageError as error:

@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from .errors import Cancelled
 
 _CURRENT: ContextVar[Profile | None] = ContextVar("iedit_profile", default=None)
@@ -110,6 +112,10 @@ class ModuleCall:
     events: Any = field(default=None, repr=False)
     engine: str = ""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: with the device's time in place of its events, which are of this process."""
+        return self.__dict__ | {"host": self.seconds, "events": None}
+
     @property
     def seconds(self) -> float:
         """What the call took: on the device where there were events, else on the host."""
@@ -161,6 +167,10 @@ class Profile:
     label: str = field(default="", repr=False)  # the stages that run together
     step_number: int = field(default=0, repr=False)
     began: float = field(default_factory=time.perf_counter, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: without the callback, which is the caller's own."""
+        return self.__dict__ | {"callback": None}
 
     @property
     def where(self) -> str:
@@ -220,7 +230,8 @@ class Profile:
         done = min(1.0, (self.before + sum(self.evaluations.values())) / self.expected) if self.expected > 0 else 0.0
         spent = time.perf_counter() - self.began
         left = spent * (1 - done) / done if done > 0 else None
-        if self.callback(Progress(self.stage_name, step, steps, done, left)) is False:
+        answer = self.callback(Progress(self.stage_name, step, steps, done, left))
+        if isinstance(answer, (bool, np.bool_)) and not answer:
             raise Cancelled(f"cancelled in {self.where}; nothing was written")
 
     def count(self, samples: Mapping[str, int]) -> None:

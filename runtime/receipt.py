@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 
 from . import BACKENDS, METHODS
+from .checkpoint import PICTUREBOOK
 from .errors import UsageError
 from .images import load_image, load_layout, load_mask, read_receipt
-from .models import PICTUREBOOK
 from .profile import Callback
 from .requests import EditRequest, Options
 from .untrusted import Match, Range, printable, typed

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from ..kernels.ito_step import UPDATES
-from . import METHODS
+from . import METHODS, uses
 from . import images as pictures
 from . import layouts as layout_maps
+from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, check_layouts
 from .errors import UsageError
 from .ito import Phase
 from .models import Model
@@ -26,7 +29,10 @@ from .stages import Result, key_of
 # METHOD section 3, row 3; ITO's section 4 compares with DiffEdit at 0.7 and with ControlNet + DiffEdit at 1.0.
 RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "controlnet-diffedit": 1.0}
 STEPS = {"iedit": 50}  # METHOD section 3, row 3; ITO's section 4 uses 25 for all that it compares
-UNMASKED = ("sdedit", "controlnet")
+
+
+# A PIL image, a path, or an array; in a checked request a PIL image.
+Picture: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Options:
         )
 
     def check(self) -> None:
-        """Raises UsageError for a value that no stage could use."""
+        """Raises UsageError for a value that no stage could use, TypeError for one of another type than declared."""
 
         def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
             if value not in allowed:
@@ -125,7 +131,7 @@ class Options:
 
         def within(name: str, value: float, low: float, high: float) -> None:
             if not low <= value <= high:
-                raise UsageError(f"{name} is {value}, expected {low} to {high}")
+                raise UsageError(f"{name} is {value}, expected {low:g} to {high:g}")
 
         one_of("mask mode", self.mask.mode, ("single", "trajectory", "none"))
         one_of("mask norm", self.mask.norm, ("minmax", "clamp"))
@@ -137,18 +143,22 @@ class Options:
         within("mask seeds", self.mask.seeds, 1, 1000)
         within("mask sigma", self.mask.sigma, 0, 1000)
         within("feather", self.feather, 0, 1000)
-        scales = {"guidance_scale": self.guidance_scale, "inversion_scale": self.inversion_scale,
-                  "control_scale": self.control_scale}  # fmt: skip
-        for name, value in {**scales, **{f"control_scales {n}": s for n, s in self.control_scales}}.items():
-            if value is not None and not math.isfinite(value):
-                raise UsageError(f"{name} is {value}, expected a number")
+        within("guidance_scale", 0 if self.guidance_scale is None else self.guidance_scale, 0, MAX_GUIDANCE)
+        within("inversion_scale", self.inversion_scale, 0, MAX_GUIDANCE)
+        within("control_scale", self.control_scale, 0, MAX_CONTROL)
+        for name, scale in self.control_scales:
+            within(f"control_scales {name}", scale, 0, MAX_CONTROL)
         for name, ratio in (("encoding_ratio", self.encoding_ratio), ("mask strength", 1.0 if self.mask.strength is None else self.mask.strength),
                             ("ratio", 1.0 if self.ratio is None else self.ratio)):  # fmt: skip
             if not 0 < ratio <= 1:
                 raise UsageError(f"{name} is {ratio}, expected a number above 0 and at most 1")
         for phase in (self.guidance, self.final, self.refinement):
-            if not 1 <= phase.k <= 1000 or (phase.t_u is not None and phase.t_u < 0) or not 0 < phase.lr < math.inf:
-                raise UsageError(f"{phase}: expected t_u >= 0, k of 1 to 1000 and lr > 0")
+            if (
+                not 1 <= phase.k <= MAX_INNER_STEPS
+                or (phase.t_u is not None and phase.t_u < 0)
+                or not 0 < phase.lr < math.inf
+            ):
+                raise UsageError(f"{phase}: expected t_u >= 0, k >= 1 (at most {MAX_INNER_STEPS}) and lr > 0")
             one_of("update", phase.update, UPDATES)
             if phase.carry and phase.update != "adam":
                 raise UsageError(f"carry keeps Adam's state, and update {phase.update!r} has none; use update='adam'")
@@ -156,10 +166,10 @@ class Options:
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One edit.
+    """One edit. A picture may be a PIL image, a path, or an array (see `images.as_picture`).
 
     Attributes:
-        image: any PIL mode and size; it is padded to what the model takes and cropped back.
+        image: any mode and size; it is padded to what the model takes and cropped back.
         prompt: what the edited picture shows.
         source_prompt: what the picture shows now. With layouts and no source prompt, `prompt` stands for both.
         method: one of `METHODS`.
@@ -170,13 +180,13 @@ class EditRequest:
         steps: sampling steps; None is 50 for iedit and 25 for the others.
     """
 
-    image: Image.Image
+    image: Picture
     prompt: str
     source_prompt: str = ""
     method: str = "ito"
-    layouts: Mapping[str, Image.Image] = field(default_factory=dict)
-    source_layouts: Mapping[str, Image.Image] = field(default_factory=dict)
-    mask: Image.Image | None = None
+    layouts: Mapping[str, Picture] = field(default_factory=dict)
+    source_layouts: Mapping[str, Picture] = field(default_factory=dict)
+    mask: Picture | None = None
     seed: int = 0
     steps: int | None = None
     options: Options = Options()
@@ -207,18 +217,27 @@ class EditResult:
     receipt: dict[str, Any]
     draw: Callable[[Tensor], Image.Image] = field(repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: the guidance image is drawn now, as the model that draws it stays behind."""
+        return self.__dict__ | {"guidance": self.guidance, "draw": None}
+
     @property
     def notes(self) -> list[str]:
         return list(self.receipt["notes"])
 
-    @cached_property
+    @functools.cached_property
     def guidance(self) -> Image.Image | None:
         return None if self.guidance_latent is None else self.draw(self.guidance_latent)
 
 
 @dataclass
 class Job:
-    """A checked request with its tensors on the device; `found` holds stage results by stage name."""
+    """A checked request with its tensors on the device.
+
+    Attributes:
+        found: stage results by stage name.
+        notes: what of the request is not used as its author may expect.
+    """
 
     request: EditRequest
     size: tuple[int, int]
@@ -230,10 +249,10 @@ class Job:
     mask_picture: Image.Image | None
     chunks: int
     source_prompt: str
+    notes: list[str] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
     found: dict[str, Result] = field(default_factory=dict)
     mask: Tensor | None = None
-    notes: list[str] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -248,15 +267,106 @@ class Job:
 
 def estimates_mask(request: EditRequest) -> bool:
     """Whether the method uses a mask and the options let it be estimated where none is given."""
-    return request.method not in UNMASKED and request.options.mask.mode != "none"
+    return request.method not in uses.UNMASKED and request.options.mask.mode != "none"
 
 
-def check_request(model: Model, request: EditRequest) -> Job:
+def asked_of(
+    request: EditRequest, guidance_scale: float | None = None, lambdas: Sequence[float] | None = None
+) -> uses.Asked:
+    """What of a request decides which options matter.
+
+    Args:
+        guidance_scale: where the request leaves it to the checkpoint.
+        lambdas: of all requests that are asked for together; by default its own.
+    """
+    o = request.options
+    return uses.Asked(
+        request.method,
+        lambdas=(o.lam,) if lambdas is None else tuple(lambdas),
+        mask_given=request.mask is not None,
+        mask_mode=o.mask.mode,
+        layouts=bool(request.layouts),
+        composite=o.composite,
+        refine=o.refine,
+        guidance_scale=guidance_scale if o.guidance_scale is None else o.guidance_scale,
+        other_uses_of_negative=o.inversion == "unconditional" or o.inversion_scale != 1,
+    )
+
+
+def set_fields(request: EditRequest) -> list[uses.Use]:
+    """The rows of `uses.USES` whose field differs from its default."""
+    default = EditRequest(request.image, request.prompt)
+
+    def value(of: EditRequest, path: str) -> Any:
+        return functools.reduce(getattr, path.split("."), of)
+
+    return [use for use in uses.USES if value(request, use.field) != value(default, use.field)]
+
+
+def _with_pictures(request: EditRequest) -> EditRequest:
+    """Paths and arrays as PIL images."""
+    maps: dict[str, Any] = {}
+    for name in ("layouts", "source_layouts"):
+        given = getattr(request, name)
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{name} is a {type(given).__name__}, expected a mapping of layout name to picture")
+        maps[name] = {n: pictures.as_picture(p, f"{name}[{n!r}]", pictures.load_layout) for n, p in given.items()}
+    mask = None if request.mask is None else pictures.as_picture(request.mask, "mask", pictures.load_layout)
+    return dataclasses.replace(request, image=pictures.as_picture(request.image, "image"), mask=mask, **maps)
+
+
+D = TypeVar("D")
+_KINDS: dict[Any, Any] = {float: numbers.Real, int: numbers.Integral, str: str, bool: (bool, np.bool_), tuple: tuple,
+                          type(None): type(None)}  # fmt: skip
+
+
+def _plain(value: D, inside: str) -> D:
+    """A dataclass with the numbers of NumPy as Python's own, which JSON takes.
+
+    Raises:
+        TypeError: a field whose value is not of its declared type, named from `inside` on.
+    """
+    changed = {}
+    for name, hint in get_type_hints(type(value)).items():
+        held = getattr(value, name)
+        kinds: list[Any] = [
+            get_origin(k) or k for k in (get_args(hint) if get_origin(hint) is not tuple else ()) or (hint,)
+        ]
+        first = kinds[0]
+        if isinstance(first, type) and dataclasses.is_dataclass(first):
+            if not isinstance(held, first):
+                raise TypeError(f"{inside}{name} is a {type(held).__name__}, expected {first.__name__}")
+            changed[name] = _plain(held, f"{inside}{name}.")
+        elif all(k in _KINDS for k in kinds):
+            is_truth = isinstance(held, (bool, np.bool_))
+            if not any(isinstance(held, _KINDS[k]) for k in kinds) or (is_truth and bool not in kinds):
+                wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+                raise TypeError(f"{inside}{name} is {held!r}, a {type(held).__name__}; expected {wanted}")
+            if isinstance(held, np.generic):
+                changed[name] = held.item()
+    return dataclasses.replace(value, **changed)  # type: ignore[type-var]
+
+
+def _settled(model: Model, request: EditRequest, steps: int, asked: uses.Asked) -> Options:
+    """A request's options with a number for what was left to the checkpoint, where the edit uses it: a receipt says what ran."""
+    o = request.options
+    found = o.settled(model, steps, asked.layouts)
+    mask = found.mask if asked.estimates_mask else o.mask
+    guidance, final = (found.guidance, found.final) if asked.method in uses.ITO else (o.guidance, o.final)
+    return dataclasses.replace(found, mask=mask, guidance=guidance, final=final)
+
+
+def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] | None = None) -> Job:
     """Everything that can be wrong with a request, before anything is run.
+
+    Args:
+        lambdas: of all requests that are asked for together; by default its own.
 
     Raises:
         UsageError: the request cannot be run as asked.
+        TypeError: a field is of another type than declared; it is named.
     """
+    request = _plain(_with_pictures(request), "")
     if request.method not in METHODS:
         raise UsageError(f"method is {request.method!r}, expected one of {', '.join(METHODS)}")
     if not request.prompt.strip():
@@ -268,18 +378,16 @@ def check_request(model: Model, request: EditRequest) -> Job:
     if request.method.startswith("controlnet") and not request.layouts:
         raise UsageError(f"method {request.method} needs at least one layout (--layout pose=FILE)")
     request.options.check()
-    steps = STEPS.get(request.method, 25) if request.steps is None else request.steps
-    model.schedule.levels(steps)
-    settled = request.options.settled(model, steps, bool(request.layouts))
-    request = dataclasses.replace(request, steps=steps, options=settled)
-    for name in {**request.layouts, **request.source_layouts}:
-        if name not in model.controlnets:
-            known = ", ".join(model.controlnets) or "none"
-            raise UsageError(f"layout {name!r}: {model.name} has no ControlNet of that name; it has {known}")
     for name, _ in request.options.control_scales:
         if name not in model.controlnets:
             known = ", ".join(model.controlnets) or "none"
             raise UsageError(f"control_scales: {model.name} has no ControlNet {name!r}; it has {known}")
+    asked = asked_of(request, model.guidance_scale, lambdas)
+    uses.check(asked, set_fields(request))
+    steps = STEPS.get(request.method, 25) if request.steps is None else request.steps
+    model.schedule.levels(steps)
+    request = dataclasses.replace(request, steps=steps, options=_settled(model, request, steps, asked))
+    check_layouts(model.name, model.controlnets, [*request.layouts, *request.source_layouts])
     extra = sorted(set(request.source_layouts) - set(request.layouts))
     if extra:
         raise UsageError(f"source layout {extra[0]!r} has no layout to go with it: give layouts[{extra[0]!r}] too")
@@ -295,7 +403,7 @@ def check_request(model: Model, request: EditRequest) -> Job:
 
     maps = {name: tensor_of(name, picture) for name, picture in request.layouts.items()}
     source_maps = {}
-    if request.mask is None and estimates_mask(request):
+    if asked.estimates_mask:
         for name in maps:
             given = request.source_layouts.get(name)
             source_maps[name] = tensor_of(name, layout_maps.annotate(image, name) if given is None else given)
@@ -317,6 +425,7 @@ def check_request(model: Model, request: EditRequest) -> Job:
         mask_picture=mask,
         chunks=max(len(model.token_chunks(t)) for t in texts),
         source_prompt=source_prompt,
+        notes=uses.notes(asked, bool(request.source_prompt), bool(request.source_layouts)),
     )
 
 

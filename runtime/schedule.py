@@ -83,8 +83,13 @@ class Schedule:
                 "scheduler: with prediction_type sample and set_alpha_to_one the clean level has no noise to be read from a "
                 "prediction, so nothing can be inverted; set set_alpha_to_one to false"
             )
+        levels = scheduler.alphas_cumprod.double()
+        if not bool(((levels >= 0) & (levels <= 1)).all()):  # NaN fails too
+            raise UsageError(
+                "scheduler: its betas give noise levels outside 0 to 1; they lie between 0 and 1 themselves"
+            )
         return cls(
-            tuple(float(a) for a in scheduler.alphas_cumprod.double()),
+            tuple(float(a) for a in levels),
             float(scheduler.final_alpha_cumprod),
             prediction,
             scheduler.config.timestep_spacing,

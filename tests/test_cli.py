@@ -86,7 +86,7 @@ def pixels(path: str | Path) -> Any:
 def edit(here: Path, tiny_checkpoint_cli: Path) -> list[str]:
     """The words of a quick edit of in.png."""
     return ["edit", "in.png", "--prompt", TARGET, "--source-prompt", SOURCE, "--model", str(tiny_checkpoint_cli),
-            "--steps", "2", "--mask-seeds", "2"]  # fmt: skip
+            "--steps", "2"]  # fmt: skip
 
 
 # --- edit -------------------------------------------------------------------------------------------------------
@@ -110,7 +110,8 @@ def test_stderr_that_is_no_terminal_gets_no_progress_bar(edit: list[str]) -> Non
 
 @pytest.mark.parametrize("method", runtime.METHODS)
 def test_every_method_of_the_library_can_be_asked_for(edit: list[str], method: str) -> None:
-    maps = ["--layout", "pose=pose.png", "--source-layout", "pose=old.png"] if "controlnet" in method else []
+    maps = ["--layout", "pose=pose.png"] if "controlnet" in method else []
+    maps += ["--source-layout", "pose=old.png"] if method == "controlnet-diffedit" else []
     fine(*edit, "--method", method, *maps, "--output", "out.png")
     assert images.read_receipt("out.png")["request"]["method"] == method
 
@@ -147,7 +148,7 @@ def test_a_count_and_a_sweep_write_one_picture_for_each_seed_and_lambda(edit: li
 
 def test_a_layout_changes_the_picture_and_transparency_in_it_is_black(edit: list[str]) -> None:
     fine(*edit, "--output", "plain.png", "--mask", "mask.png")
-    maps = [*edit, "--mask", "mask.png", "--source-layout", "pose=old.png", "--layout"]
+    maps = [*edit, "--mask", "mask.png", "--layout"]
     fine(*maps, "pose=pose.png", "--output", "posed.png")
     assert (pixels("plain.png") != pixels("posed.png")).any()
     drawn = pixels("pose.png")
@@ -195,7 +196,8 @@ def test_with_a_cache_a_second_command_repeats_only_the_final_pass(edit: list[st
 
 def test_every_other_option_reaches_the_request(edit: list[str]) -> None:
     fine(*edit, "--guidance-scale", "3", "--negative-prompt", "night", "--control-scale", "0.5", "--mask-mode", "trajectory",
-         "--mask-threshold", "0.3", "--t-u", "1", "--k", "2", "--ratio", "0.5", "--refine", "--composite", "latent",
+         "--mask-threshold", "0.3", "--mask-strength", "0.6", "--mask-seeds", "3", "--t-u", "1", "--k", "2", "--refine",
+         "--composite", "latent", "--layout", "pose=pose.png", "--source-layout", "pose=old.png",
          "--device", "cpu", "--dtype", "float32", "--backend", "torch", "--output", "out.png")  # fmt: skip
     receipt = images.read_receipt("out.png")
     options = receipt["request"]["options"]
@@ -203,14 +205,16 @@ def test_every_other_option_reaches_the_request(edit: list[str]) -> None:
         "guidance_scale": 3,
         "negative_prompt": "night",
         "control_scale": 0.5,
-        "ratio": 0.5,
         "refine": True,
         "composite": "latent",
     }
     assert {k: options[k] for k in want} == want
-    assert options["mask"]["mode"] == "trajectory" and options["mask"]["threshold"] == 0.3
+    mask = options["mask"]
+    assert (mask["mode"], mask["threshold"], mask["strength"], mask["seeds"]) == ("trajectory", 0.3, 0.6, 3)
     assert (options["final"]["t_u"], options["final"]["k"], options["guidance"]["k"]) == (1, 2, 2)
     assert receipt["model"]["dtype"] == "float32"
+    fine(*edit, "--method", "diffedit", "--ratio", "0.5", "--output", "out.png")
+    assert images.read_receipt("out.png")["request"]["options"]["ratio"] == 0.5
 
 
 def test_a_controlnet_of_another_folder_can_be_named(edit: list[str], tiny_checkpoint_cli: Path) -> None:

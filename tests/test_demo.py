@@ -22,11 +22,11 @@ STAGES = ("encode", "mask", "invert", "guidance", "invert-guidance", "final", "d
 @pytest.fixture
 def samples(tiny_checkpoint_cli: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two samples of random pictures in place of the shipped ones, for a model of random weights."""
-    from iedit.runtime import models
+    from iedit.runtime import checkpoint
 
     whole = tmp_path / "picturebook"
     whole.symlink_to(tiny_checkpoint_cli, target_is_directory=True)
-    monkeypatch.setattr(models, "picturebook_folder", lambda: whole)
+    monkeypatch.setattr(checkpoint, "picturebook_folder", lambda: whole)
     beside = tmp_path / "shipped"
     folder = beside / "samples"
     folder.mkdir(parents=True)

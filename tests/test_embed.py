@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from iedit.runtime import cpu
 from iedit.runtime.editor import Editor, EditRequest
 from iedit.training import embed, world
 
@@ -21,6 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(embed.PARTS, name, embed.Part(2, 4, 1e-3))
     monkeypatch.setattr(embed, "SHARD", 25)
     monkeypatch.setattr(embed, "SHARDS", 1)
+    monkeypatch.setattr(embed, "SCALING_SCENES", 16)
     # A pose part draws from scenes with a person alone; 25 scenes hold some.
     assert any(t.kind == "person" for i in range(25) for t in embed.shard_scene(0, i).things)
 
@@ -52,7 +54,43 @@ def test_the_command_trains_every_part_and_writes_a_model_that_edits(tmp_path: P
     embed.train_all(tmp_path / "work", said.append, out=tmp_path / "model")  # finished parts are not trained again
     assert {p: p.stat().st_mtime_ns for p in before} == before
     text = embed.card(tmp_path / "work", out, "FIGURES")
+    assert (
+        f"Made on two CPU cores, {'bfloat16 autocast' if cpu.has_arithmetic(torch.bfloat16) else 'float32'}, AdamW"
+        in text
+    )
     assert all(f"| {name} | 2 | 4 | 0.001 |" in text for name in embed.PARTS)
+
+
+def test_training_computes_in_bfloat16_only_where_the_processor_has_arithmetic_for_it_and_the_card_says_in_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "PARTS", {"fit": embed.Part(2, 2, 1e-3)})
+    seen = []
+
+    def train(steps: int, **features: bool) -> str:
+        monkeypatch.setattr(cpu, "features", lambda: features)
+        net = nn.Linear(3, 1)
+
+        def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            with cpu.autocast():
+                got = net(torch.randn(batch, 3))
+            seen.append(got.dtype)
+            return got.float().square().mean(), {}
+
+        embed.train_loop(
+            "fit", embed.Part(steps, 2, 1e-3), nn.ModuleDict({"net": net}), loss_of, tmp_path, lambda _: None
+        )
+        return embed.card(tmp_path, tmp_path, "FIGURES")
+
+    assert "two CPU cores, float32, AdamW" in train(1, avx2=True)
+    assert "two CPU cores, float32 and bfloat16 autocast, AdamW" in train(2, avx2=True, avx512_bf16=True)
+    assert "two CPU cores, float32 and bfloat16 autocast, AdamW" in train(2, avx2=True)  # finished: nothing is computed
+    assert seen == [torch.float32, torch.bfloat16]
+    path = tmp_path / "fit.pt"
+    state = torch.load(path, weights_only=True)
+    del state["arithmetic"]
+    torch.save(state, path)  # as checkpoints were before they said it, when it was always bfloat16
+    assert "two CPU cores, bfloat16 autocast, AdamW" in embed.card(tmp_path, tmp_path, "FIGURES")
 
 
 def loop(work: Path, part: embed.Part, stop_at: int | None = None) -> Tensor:

@@ -124,7 +124,7 @@ def _share_models(patched: pytest.MonkeyPatch, box: Sandbox) -> None:
 
     load, held = models.load_model, {}
 
-    def shared(model: str = models.PICTUREBOOK, layouts: Any = None, **how: Any) -> Any:
+    def shared(model: str = "picturebook", layouts: Any = None, **how: Any) -> Any:
         if os.path.realpath(model) != str(box.model) or layouts:
             return load(model, layouts, **how)
         key = repr(sorted(how.items()))
@@ -329,12 +329,7 @@ def test_paths(sandbox: Sandbox) -> None:
                 if "\0" not in path and path
                 else set()
             )
-        if (
-            "--profile" in words
-            and path not in ("", ".", "..")
-            and "\0" not in path
-            and not os.path.lexists(path)
-        ):
+        if "--profile" in words and path not in ("", ".", "..") and "\0" not in path and not os.path.lexists(path):
             named |= {os.path.relpath(os.path.abspath(path), sandbox.root)}
         before = set(os.listdir("."))
         run(sandbox, words, named)

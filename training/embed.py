@@ -32,6 +32,7 @@ from torch import distributed as dist
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
+from ..runtime import cpu
 from . import world
 
 VAE_CHANNELS = (16, 32, 64, 128)
@@ -59,6 +60,7 @@ PARTS = {
 }
 CONTROLS = ("pose", "scribble")
 SHARDS = 16
+BFLOAT16 = "bfloat16 autocast"
 GUIDANCE_SCALE = 5.0
 # Of the mask: compared at full noise in place of half of it, and cut at 0.3 in place of 0.1. The card has the measurement.
 MASK_STRENGTH, MASK_THRESHOLD = 1.0, 0.3
@@ -114,20 +116,27 @@ def train_loop(
 
     Checkpoints to `work/NAME.pt` every `every` steps; a finished part returns at once. Batches are drawn from
     a generator seeded by (seed, step), so a resumed run sees the batches that an uninterrupted one would have seen.
+    A checkpoint says what its steps were computed in, for the card: a part may be resumed on another processor.
     """
     path = work / f"{name}.pt"
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = part.batch // processes
+    if cpu.training_dtype() is torch.float32:  # convolutions in float32 are a tenth faster in this format
+        modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = {k: p for k, p in modules.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(list(trained.values()), lr=part.lr, betas=(0.9, 0.99), weight_decay=0.01)
     average = {k: p.detach().clone() for k, p in trained.items()}
-    start, seconds = 0, 0.0
+    start, seconds, arithmetic = 0, 0.0, list[str]()
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
         modules.load_state_dict(state["modules"])
         optimiser.load_state_dict(state["optimiser"])
         average, start, seconds = state["average"], state["step"], state["seconds"]
+        arithmetic = state.get("arithmetic", [BFLOAT16])  # before it was said it was always that
         log(f"{name}: resumed at step {start} of {part.steps}")
+    here = BFLOAT16 if cpu.training_dtype() is torch.bfloat16 else "float32"
+    if start < part.steps and here not in arithmetic:
+        arithmetic.append(here)
     began = time.perf_counter()
     running: dict[str, float] = {}
 
@@ -136,7 +145,7 @@ def train_loop(
             return
         spent = seconds + time.perf_counter() - began
         write_whole(path, {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "average": average,
-                           "step": step, "seconds": spent})  # fmt: skip
+                           "step": step, "seconds": spent, "arithmetic": arithmetic})  # fmt: skip
 
     step = start
     try:
@@ -236,7 +245,7 @@ def train_vae(work: Path, log: Callable[[str], None]) -> Any:
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         whole = step >= 0.8 * part.steps
         images = _crops(rng, batch // 4 if whole else batch, world.SIZE if whole else 64)
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu.autocast():
             posterior = vae.encode(images).latent_dist
             got = vae.decode(posterior.sample()).sample
         got = got.float()
@@ -257,24 +266,28 @@ def train_vae(work: Path, log: Callable[[str], None]) -> Any:
 def save_folder(module: Any, folder: Path) -> None:
     """Write a diffusers or transformers part to `folder` (safetensors), whole or not at all."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    module.to(memory_format=torch.contiguous_format)  # safetensors takes no other
     module.save_pretrained(temporary, safe_serialization=True)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)
 
 
-def measure_scaling(vae: Any, count: int = 256) -> float:
+SCALING_SCENES = 256
+
+
+def measure_scaling(vae: Any) -> float:
     """1 / standard deviation of the latents (posterior mode) of held-in scenes: SD's scaling factor."""
     rng = random.Random("scaling")
     values = [encode(vae, images_to_tensor([world.render(training_scene(rng)) for _ in range(16)]))
-              for _ in range(count // 16)]  # fmt: skip
+              for _ in range(SCALING_SCENES // 16)]  # fmt: skip
     return 1.0 / float(torch.cat(values).std())
 
 
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> Tensor:
     """(B, 3, 128, 128) in [-1, 1] -> (B, 4, 16, 16), posterior mode, not scaled, float32."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with cpu.autocast():
         return vae.encode(images).latent_dist.mode().float()
 
 
@@ -339,7 +352,7 @@ def train_decoder(vae: Any, work: Path, log: Callable[[str], None]) -> Any:
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         z, scenes = latents.draw(rng, batch)
         images = images_to_tensor([world.render(s) for s in scenes])
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu.autocast():
             got = vae.decode(z + 0.01 * torch.randn_like(z)).sample
         got = got.float()
         mse = F.mse_loss(got.detach(), images).item() / 4
@@ -479,7 +492,7 @@ def train_denoiser(vae: Any, tokenizer: Any, work: Path, log: Callable[[str], No
         z, scenes = latents.draw(rng, batch)
         captions = ["" if rng.random() < 0.1 else world.caption(s) for s in scenes]
         x, t, noise, weight = noisy(z * scale, alphas)
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu.autocast():
             got = unet(x, t, text(tokens_of(tokenizer, captions)).last_hidden_state).sample
         error = (got.float() - noise) ** 2
         return (weight * error).mean(), {"mse": error.detach().mean().item()}
@@ -518,7 +531,7 @@ def train_controlnet(
         captions = ["" if rng.random() < 0.5 else world.caption(s) for s in scenes]
         maps = (images_to_tensor([world.layout(s, name) for s in scenes]) + 1) / 2
         x, t, noise, weight = noisy(z * scale, alphas)
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu.autocast():
             with torch.no_grad():
                 states = text(tokens_of(tokenizer, captions)).last_hidden_state
             down, mid = control(x, t, states, controlnet_cond=maps, return_dict=False)
@@ -566,7 +579,7 @@ def train_clip(tokenizer: Any, work: Path, log: Callable[[str], None]) -> Any:
         scenes = [training_scene(rng) for _ in range(batch)]
         pixels = ((images_to_tensor([world.render(s) for s in scenes]) + 1) / 2 - mean) / std
         ids = tokens_of(tokenizer, [world.caption(s) for s in scenes])
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu.autocast():
             logits = clip(input_ids=ids, pixel_values=pixels).logits_per_image
         right = torch.arange(batch)
         loss = (F.cross_entropy(logits.float(), right) + F.cross_entropy(logits.float().t(), right)) / 2
@@ -681,11 +694,12 @@ def card(work: Path, out: Path, figures: str) -> str:
     """The model card: what it is, data, steps, hours and seeds from the checkpoints, and the figures (markdown)."""
     from ..runtime.module_io import CONTROLNET_PREFIX
 
-    rows = []
+    rows, arithmetic = [], list[str]()
     for name, part in PARTS.items():
         path = work / f"{name}.pt"
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
+            arithmetic += state.get("arithmetic", [BFLOAT16])
             rows.append(
                 f"| {name} | {state['step']} | {part.batch} | {part.lr:g} | {part.seed} | {state['seconds'] / 3600:.2f} |"
             )
@@ -708,7 +722,7 @@ schedule), ControlNets ({controls}), a CLIPModel under `clip/`; float16 safetens
 ## Training
 
 Data: scenes drawn without end by `training/world.py`; {SHARDS * SHARD} of them encoded once for UNet and ControlNets. Command:
-`iedit train embed --processes 2`. Made on two CPU cores, bfloat16 autocast, AdamW, moving average of the weights.
+`iedit train embed --processes 2`. Made on two CPU cores, {" and ".join(dict.fromkeys(arithmetic))}, AdamW, moving average of the weights.
 
 | part | steps | batch | peak learning rate | seed | hours |
 | --- | --- | --- | --- | --- | --- |
@@ -742,7 +756,7 @@ that the figures below do not use, and their IoU from 0.81 to 0.85.
 
 def write_model(work: Path, log: Callable[[str], None], out: Path | None = None) -> Path:
     """The trained parts as a diffusers folder of float16 safetensors, with `iedit.json` and `model_index.json`."""
-    from ..runtime.models import picturebook_folder
+    from ..runtime.checkpoint import picturebook_folder
     from ..runtime.module_io import CONTROLNET_PREFIX
 
     out = picturebook_folder() if out is None else out

@@ -1,0 +1,322 @@
+"""A diffusers-layout checkpoint as it lies on disk: where it is, whether it is whole, and whether its configs are of a model that
+can be run here. Nothing heavy is imported and no weights are read, so that this is known before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .module_io import CONTROLNET_PREFIX
+from .untrusted import parse_json
+
+PICTUREBOOK = "picturebook"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# What is fetched of a hub repository: configs, vocabularies and one variant of the weights, of a pipeline's parts or (at the
+# top) of a ControlNet. Everything would be 17 GB for SD 1.5: pickles, float16 and non-EMA copies of the same weights.
+HUB_FILES = tuple(
+    f"{folder}{name}"
+    for folder in ("", *(f"{p}/" for p in PARTS), f"{CONTROLNET_PREFIX}*/")
+    for name in (
+        "*.json",
+        "merges.txt",
+        "model.safetensors",
+        "diffusion_pytorch_model.safetensors",
+        "*-of-*.safetensors",
+    )
+    if folder or name != "model.safetensors"
+)
+
+
+def picturebook_folder() -> Path:
+    """Where the embedded model lies in the installed package."""
+    return Path(__file__).parent / "picturebook"
+
+
+def find_folder(model: str) -> Path:
+    """The folder of the embedded model, of a local path or of a hub id (fetched, or found in the hub's cache).
+
+    Raises:
+        UsageError: there is no such folder and the hub cannot be reached or does not know the id.
+    """
+    if model == PICTUREBOOK:
+        if not (picturebook_folder() / "unet" / "config.json").is_file():
+            raise UsageError(
+                "model: this installation came without the embedded model; install a release, or make it with `iedit train embed`, "
+                "or name another model with --model"
+            )
+        return picturebook_folder()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise UsageError(
+            f"model: {model} is not a folder; give a diffusers folder, a hub id (owner/name) or {PICTUREBOOK}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
+    except Exception as error:
+        raise UsageError(
+            f"model: {model} is not a folder here and could not be fetched from the hub ({first_line(error)}); "
+            "check the name, or download it where there is a network and give its folder"
+        ) from error
+
+
+def first_line(error: BaseException, longest: int = 160) -> str:
+    """What an error of another library says, short enough for a line; its type where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= longest else lines[0][: longest - 3] + "..."
+
+
+def weights_of(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    return files or sorted(folder.glob("*.bin"))
+
+
+def check_files(folder: Path, part: str) -> None:
+    where = folder / part
+    wanted = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(part, "config.json")
+    if not (where / wanted).is_file():
+        raise UsageError(f"model: {where / wanted} is missing; {folder} is not a whole diffusers checkpoint")
+    if part in ("unet", "vae", "text_encoder") and not weights_of(where):
+        raise UsageError(f"model: {where} holds no weights (*.safetensors); the download may have been cut off")
+    if part == "tokenizer" and not (where / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (where / name).is_file():
+                raise UsageError(f"model: {where / name} is missing; {folder} is not a whole diffusers checkpoint")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = parse_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model: {path} cannot be read ({first_line(error)}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"model: {path} holds a {type(found).__name__}, expected an object; fetch it again")
+    return found
+
+
+# --- what can be run --------------------------------------------------------------------------------------------
+
+# Pipelines of Stable Diffusion 1.x: their parts are the ones that are run here.
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionDiffEditPipeline",
+    "StableDiffusionSAGPipeline",
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionPanoramaPipeline",
+    "StableDiffusionAttendAndExcitePipeline",
+)
+# Schedulers that share DDIM's noise levels, so that DDIM can be built from their configs.
+SCHEDULERS = (
+    "DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler",
+    "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler",
+    "DEISMultistepScheduler", "UniPCMultistepScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+)  # fmt: skip
+# What makes a UNet or ControlNet want more than noise, timestep and text: class labels, SDXL's sizes, an LCM's guidance, ...
+_MORE_INPUTS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type",
+                "time_cond_proj_dim")  # fmt: skip
+MAX_GUIDANCE = 100.0  # papers and front ends end at 30; what lies far beyond is a slip of the keyboard and gives noise
+MAX_CONTROL = 10.0  # a ControlNet is trained at 1
+MAX_INNER_STEPS = 1000  # of ITO at one timestep; the paper's largest is 30
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """What a checkpoint's `iedit.json` recommends; None is the papers' value.
+
+    Attributes:
+        guidance_scale: 0 to `MAX_GUIDANCE`.
+        mask_strength: above 0 to 1.
+        mask_threshold, text_update_share: 0 to 1.
+    """
+
+    guidance_scale: float | None = None
+    mask_strength: float | None = None
+    mask_threshold: float | None = None
+    text_update_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model's parts lie, and what is known of it without its weights.
+
+    Attributes:
+        folder: of the parts.
+        controlnets: layout name -> folder.
+        recommended: by its `iedit.json`.
+    """
+
+    folder: Path
+    controlnets: Mapping[str, Path]
+    recommended: Recommended
+
+
+def find_checkpoint(model: str, layouts: Mapping[str, str] | Sequence[str] | None = None) -> Checkpoint:
+    """Find a model and check everything that can be checked without its weights; see `models.load_model`.
+
+    Raises:
+        UsageError: a part is missing or unreadable, or it is a model that cannot be run here.
+    """
+    folder = find_folder(model)
+    for part in PARTS:
+        check_files(folder, part)
+    inside = {
+        p.name.removeprefix(CONTROLNET_PREFIX): p for p in sorted(folder.glob(CONTROLNET_PREFIX + "*")) if p.is_dir()
+    }
+    controlnets: Mapping[str, Path]
+    if layouts is None:
+        controlnets = inside
+    elif isinstance(layouts, Mapping):
+        controlnets = {name: find_folder(str(path)) for name, path in layouts.items()}
+    else:
+        unknown = [n for n in layouts if n not in inside]
+        if unknown:
+            raise UsageError(
+                f"layouts: {model} has no ControlNet for {', '.join(unknown)}; it has {', '.join(inside) or 'none'}"
+            )
+        controlnets = {name: inside[name] for name in layouts}
+    _check_pipeline(folder)
+    _check_scheduler(folder / "scheduler" / "scheduler_config.json")
+    _check_unet(folder / "unet" / "config.json")
+    _check_vae(folder / "vae" / "config.json")
+    text = folder / "text_encoder" / "config.json"
+    _whole_numbers(text, read_json(text), "hidden_size", "max_position_embeddings", "vocab_size")
+    for path in controlnets.values():
+        if not (path / "config.json").is_file() or not weights_of(path):
+            raise UsageError(f"layouts: {path} is not a ControlNet folder (config.json and *.safetensors)")
+        _check_controlnet(path / "config.json", folder / "vae" / "config.json")
+    return Checkpoint(folder, controlnets, _recommended(folder / "iedit.json"))
+
+
+def check_layouts(model: str, controlnets: Collection[str], names: Iterable[str]) -> None:
+    """Raises UsageError for a layout that a model has no ControlNet for."""
+    for name in names:
+        if name not in controlnets:
+            known = ", ".join(controlnets) or "none"
+            raise UsageError(f"layout {name!r}: {model} has no ControlNet of that name; it has {known}")
+
+
+def is_number(value: object) -> bool:
+    """A finite number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _recommended(path: Path) -> Recommended:
+    if not path.is_file():
+        return Recommended()
+    found, values = read_json(path), {}
+    for name, high in (
+        ("guidance_scale", MAX_GUIDANCE),
+        ("mask_strength", 1),
+        ("mask_threshold", 1),
+        ("text_update_share", 1),
+    ):
+        value = values[name] = found.get(name)
+        low = "above 0" if name == "mask_strength" else "0"
+        if value is not None and not (is_number(value) and 0 <= value <= high and (value > 0 or low == "0")):
+            raise UsageError(f"model: {path} recommends {name} {value!r}, expected a number from {low} to {high:g}")
+    return Recommended(**values)
+
+
+def _check_pipeline(folder: Path) -> None:
+    path = folder / "model_index.json"
+    if path.is_file():
+        name = read_json(path).get("_class_name")
+        if name not in PIPELINES:
+            raise UsageError(
+                f"model: {path} is of a {name}, which cannot be run here; expected Stable Diffusion 1.x ({', '.join(PIPELINES[:3])}, ...)"
+            )
+
+
+def _check_scheduler(path: Path) -> None:
+    config = read_json(path)
+    name = config.get("_class_name", SCHEDULERS[0])
+    if name not in SCHEDULERS:
+        raise UsageError(
+            f"model: {path} is of a {name}, which DDIM cannot be built from; put the scheduler of a Stable Diffusion 1.x checkpoint there"
+        )
+    if config.get("use_flow_sigmas"):
+        raise UsageError(f"model: {path} has use_flow_sigmas, noise levels that DDIM does not have; set it to false")
+    timesteps = config.get("num_train_timesteps", 1000)
+    if not _is_count(timesteps) or timesteps > 100_000:
+        raise UsageError(
+            f"model: {path} has num_train_timesteps {timesteps!r}, expected a whole number from 1 to 100000"
+        )
+
+
+def _check_unet(path: Path) -> None:
+    config = read_json(path)
+    _no_more_inputs("model", path, config)
+    if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+        raise UsageError(f"model: {path} is of a {config['_class_name']}, expected a UNet2DConditionModel")
+    _whole_numbers(path, config, "in_channels", "out_channels", "cross_attention_dim")
+
+
+def _check_vae(path: Path) -> None:
+    config = read_json(path)
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise UsageError(f"model: {path} is of a {config['_class_name']}, expected an AutoencoderKL")
+    _whole_numbers(path, config, "latent_channels")
+    scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor")
+    if not is_number(scale) or scale <= 0:
+        raise UsageError(
+            f"model: {path} has scaling_factor {scale!r}, expected a number above 0 (Stable Diffusion's is 0.18215)"
+        )
+    if shift is not None and not is_number(shift):
+        raise UsageError(f"model: {path} has shift_factor {shift!r}, expected a number or null")
+    for name in ("latents_mean", "latents_std"):
+        if config.get(name) is not None:
+            raise UsageError(
+                f"model: {path} has {name}, which is not used here; expected null, as in Stable Diffusion 1.x"
+            )
+
+
+def _check_controlnet(path: Path, vae: Path) -> None:
+    config = read_json(path)
+    _no_more_inputs("layouts", path, config)
+    if config.get("_class_name", "ControlNetModel") != "ControlNetModel":
+        raise UsageError(f"layouts: {path} is of a {config['_class_name']}, expected a ControlNetModel")
+    channels = config.get("conditioning_channels", 3)
+    if channels != 3:
+        raise UsageError(
+            f"layouts: {path} has conditioning_channels {channels!r}, expected 3: a layout is a colour picture"
+        )
+    halvings, blocks = (
+        config.get("conditioning_embedding_out_channels", (16, 32, 96, 256)),
+        read_json(vae).get("block_out_channels"),
+    )
+    if isinstance(halvings, list) and isinstance(blocks, list) and len(halvings) != len(blocks):
+        raise UsageError(
+            f"layouts: {path} reads a layout at 1/{2 ** (len(halvings) - 1)} of its size, the VAE's latent is 1/{2 ** (len(blocks) - 1)} "
+            "of the picture; it is for another model"
+        )
+
+
+def _no_more_inputs(who: str, path: Path, config: Mapping[str, Any]) -> None:
+    for name in _MORE_INPUTS:
+        if config.get(name) is not None:
+            raise UsageError(
+                f"{who}: {path} has {name} {config[name]!r}, an input that Stable Diffusion 1.x has not; "
+                "SDXL, LCM and class-conditional models cannot be run here"
+            )
+
+
+def _whole_numbers(path: Path, config: Mapping[str, Any], *names: str) -> None:
+    """The named fields, where they are there, are whole numbers above 0."""
+    for name in names:
+        if name in config and not _is_count(config[name]):
+            raise UsageError(f"model: {path} has {name} {config[name]!r}, expected a whole number above 0")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
