@@ -74,8 +74,9 @@ def first_line(error: BaseException, longest: int = 160) -> str:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    return files or sorted(folder.glob("*.bin"))
+    """Its files of weights; a pipe of such a name is none."""
+    files = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    return files or sorted(p for p in folder.glob("*.bin") if p.is_file())
 
 
 def check_files(folder: Path, part: str) -> None:

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from PIL import Image, ImageDraw, PngImagePlugin
 from safetensors.torch import load_file, save_file
@@ -571,7 +570,13 @@ def test_engines(sandbox: Sandbox, reference: Any) -> None:
 # --- whole processes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["a pipe as the picture", "a full device as the profile", "a reader that goes away"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a pipe as the picture",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("a full device as the profile", "a reader that goes away")),
+    ],
+)
 def test_processes(sandbox: Sandbox, root: Path, what: str) -> None:
     """What a process of its own does, seen from outside."""
     code = "from iedit.runtime.cli import main; main(prog_name='iedit')"
@@ -614,4 +619,3 @@ def test_the_watcher_sees_a_change_of_any_kind(sandbox: Sandbox) -> None:
     before = sandbox.look()
     path.unlink()
     assert sandbox.changed(before) == {"work/seen.txt"}
-    assert torch.get_num_threads() >= 1
