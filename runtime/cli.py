@@ -358,7 +358,6 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
         attention=values["attention"],
         channels_last=values["channels_last"],
         trust_engines=values["trust_engines"],
-        share=not cache,  # what a cache holds must not depend on what it was computed beside: replay is bit for bit
     )
 
 

@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--method", "controlnet"], "needs at least one layout"),
         (["--engines", "nowhere"], "nowhere' does not exist"),
         (["--output", "loop.png"], "loop.png: cannot be a file's name"),
-        (["--output", "x" * 300 + ".png"], "cannot be written to .File name too long"),
+        (["--output", "x" * 300 + ".png"], "cannot be a file's name .File name too long"),
         (["--stages", "in.png/sheet.png"], "in.png"),
         (["--output", "caf\udce9.png"], "is not UTF-8; rename the file"),
         (["--prompt", "caf\udce9"], "is not UTF-8"),
