@@ -322,12 +322,10 @@ def test_paths(sandbox: Sandbox) -> None:
             named |= {os.path.relpath(os.path.realpath(p), sandbox.root) for p in words if p.endswith(".png") and "\0" not in p and len(p) < 4000
                       and ("--overwrite" in words or not os.path.lexists(p) or os.path.basename(p) == "dangling.png")}  # fmt: skip
             named -= {"work/in.png", "work/old.png"}
-        if "--cache" in words:
-            named |= (
-                {os.path.relpath(os.path.abspath(os.path.expanduser(path)) + "/iedit-cache-v1", sandbox.root)}
-                if "\0" not in path and path
-                else set()
-            )
+        if "--cache" in words and path:
+            folder = os.path.abspath(os.path.expanduser(path))
+            made = folder if not os.path.lexists(folder) else folder + "/iedit-cache-v1"
+            named |= {os.path.relpath(made, sandbox.root)}
         if "--profile" in words and path not in ("", ".", "..") and "\0" not in path and not os.path.lexists(path):
             named |= {os.path.relpath(os.path.abspath(path), sandbox.root)}
         before = set(os.listdir("."))
