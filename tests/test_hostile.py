@@ -323,8 +323,9 @@ def test_paths(sandbox: Sandbox) -> None:
                       and ("--overwrite" in words or not os.path.lexists(p) or os.path.basename(p) == "dangling.png")}  # fmt: skip
             named -= {"work/in.png", "work/old.png"}
         if "--cache" in words and path:
-            folder = os.path.abspath(os.path.expanduser(path))
-            made = folder if not os.path.lexists(folder) else folder + "/iedit-cache-v1"
+            made = os.path.abspath(os.path.expanduser(path)) + "/iedit-cache-v1"
+            while not os.path.lexists(os.path.dirname(made)):  # folders above it are made too
+                made = os.path.dirname(made)
             named |= {os.path.relpath(made, sandbox.root)}
         if "--profile" in words and path not in ("", ".", "..") and "\0" not in path and not os.path.lexists(path):
             named |= {os.path.relpath(os.path.abspath(path), sandbox.root)}
