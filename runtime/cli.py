@@ -766,9 +766,9 @@ def info(model: str, as_json: bool) -> None:
     if found["no_gpu"]:
         table.add_row("", f"no GPU: {found['no_gpu']}")
     for name, why in found["backends"].items():
-        table.add_row(f"backend {name}", "can run" if not why else escape("cannot run: " + "; ".join(why)))
+        table.add_row(f"backend {name}", "can run" if not why else escape(printable("cannot run: " + "; ".join(why))))
     for key, value in found["model"].items():
-        table.add_row(f"model {key}", escape(str(value)))
+        table.add_row(f"model {key}", escape(printable(str(value))))
     Console().print(table)
 
 

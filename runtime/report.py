@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from .profile import Profile
+from .untrusted import printable
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -45,7 +46,7 @@ def tables(profile: Profile, launches: dict[str, int] | None = None) -> list[Any
     if profile.steps_down:
         down = Table("module", "backend", "why not", title="steps down")
         for (module, backend), why in profile.steps_down.items():
-            down.add_row(module, backend, escape("; ".join(why)))  # [gpu] is no markup
+            down.add_row(module, backend, escape(printable("; ".join(why))))  # [gpu] is no markup
         found.append(down)
     return found
 

@@ -123,6 +123,21 @@ def test_the_command_prints_a_table_and_where_the_sheet_is(
     assert CliRunner().invoke(main, ["demo", "--output", "edits.jpg"]).exit_code == 2
 
 
+def test_the_demo_s_own_sheet_is_made_anew_and_another_file_is_not_replaced(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert CliRunner().invoke(main, ["demo"]).exit_code == 0
+    assert (tmp_path / "demo" / "edits.png").is_file()
+    (tmp_path / "mine.png").write_text("somebody's")
+    refused = CliRunner().invoke(main, ["demo", "--output", "mine.png"])
+    assert refused.exit_code == 2 and "replace it with --overwrite" in refused.stderr
+    assert (tmp_path / "mine.png").read_text() == "somebody's"
+    assert CliRunner().invoke(main, ["demo", "--output", "mine.png", "--overwrite"]).exit_code == 0
+    assert "iedit demo\n" in (root / "Makefile").read_text()  # `make demo` twice names no sheet of its own
+
+
 def test_peak_memory_sees_what_is_held_for_a_moment() -> None:
     import time
 

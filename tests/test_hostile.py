@@ -453,7 +453,7 @@ def test_checkpoints(sandbox: Sandbox) -> None:
             path.write_bytes(cut if draw.random() < 0.5 else data[:8] + b"\xff" * 20 + data[28:])
         else:
             path.write_text(_hostile_json(draw, json.loads(data)).encode("utf-8", "backslashreplace").decode())
-        run(sandbox, ["info", "--json", "--model", str(folder)])
+        assert "\x1b" not in run(sandbox, ["info", "--model", str(folder)]).stdout
         run(sandbox, ["edit", "in.png", *WORDS, "--model", str(folder), "--output", "out.png"], {"work/out.png"})
         _clean(sandbox, "out.png")
         shutil.rmtree(folder)
