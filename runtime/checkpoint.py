@@ -138,12 +138,17 @@ class Recommended:
         guidance_scale: 0 to `MAX_GUIDANCE`.
         mask_strength: above 0 to 1.
         mask_threshold, text_update_share: 0 to 1.
+        words: all that it was trained on, lower case; none where it does not say.
+        reconstruction_error: of its autoencoder on a picture at the size that it was trained on, the largest mean absolute error
+            (0 to 1 of the range) at which the picture is taken to be of its world.
     """
 
     guidance_scale: float | None = None
     mask_strength: float | None = None
     mask_threshold: float | None = None
     text_update_share: float | None = None
+    words: tuple[str, ...] = ()
+    reconstruction_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -214,18 +219,22 @@ def is_number(value: object) -> bool:
 def _recommended(path: Path) -> Recommended:
     if not path.is_file():
         return Recommended()
-    found, values = read_json(path), {}
+    found, values = read_json(path), dict[str, Any]()
     for name, high in (
         ("guidance_scale", MAX_GUIDANCE),
         ("mask_strength", 1),
         ("mask_threshold", 1),
         ("text_update_share", 1),
+        ("reconstruction_error", 1),
     ):
         value = values[name] = found.get(name)
         low = "above 0" if name == "mask_strength" else "0"
         if value is not None and not (is_number(value) and 0 <= value <= high and (value > 0 or low == "0")):
             raise UsageError(f"model: {path} recommends {name} {value!r}, expected a number from {low} to {high:g}")
-    return Recommended(**values)
+    words = found.get("words", [])
+    if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+        raise UsageError(f"model: {path} has words that are no list of words; leave them out")
+    return Recommended(**values, words=tuple(words))
 
 
 def _check_pipeline(folder: Path) -> None:

@@ -150,8 +150,9 @@ class Editor:
             size: (width, height); the UNet's training size by default.
         """
         model, profile = self.model, Profile()
-        side = model.unet.config.sample_size * model.factor
-        width, height = size or (side, side)
+        if size is None and model.side is None:
+            raise UsageError("size: the model's config does not say what it was trained on; give (width, height)")
+        width, height = size or (model.side or 0, model.side or 0)
         chunks = max(len(model.token_chunks(p)) for p in prompts)
         maps = {n: torch.cat([(pictures.to_tensor(m) + 1) / 2 for m in given]) for n, given in (layouts or {}).items()}
         condition = Condition(

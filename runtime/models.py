@@ -49,6 +49,7 @@ class Model:
             of every part in use, the tokenizer, and which ControlNet goes by which name; 16 hex digits.
         weights_digest: over the weights alone; names the folder that engines are kept in.
         modules: the backend that runs VAE and text encoder; None is eager torch.
+        words, reconstruction_error: what its `iedit.json` says of its world (see `checkpoint.Recommended`).
         notes: what was settled otherwise than asked while it was loaded; every result of an edit repeats them.
         part_digests: over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
         guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
@@ -74,6 +75,8 @@ class Model:
     text_update_share: float | None = None
     part_digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    words: frozenset[str] = frozenset()
+    reconstruction_error: float | None = None
     modules: Modules | None = None
 
     def module_digest(self, module: str) -> str:
@@ -89,6 +92,12 @@ class Model:
     def factor(self) -> int:
         """Pixels per latent cell."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def side(self) -> int | None:
+        """Pixels of the square pictures that it was trained on; None where its config does not say."""
+        cells = self.unet.config.sample_size
+        return cells * self.factor if isinstance(cells, int) else None
 
     @property
     def multiple(self) -> int:
@@ -383,6 +392,8 @@ def load_model(
         weights_digest=digests.weights,
         part_digests=digests.parts,
         notes=tuple(notes),
+        words=frozenset(told.words),
+        reconstruction_error=told.reconstruction_error,
         guidance_scale=7.5 if told.guidance_scale is None else float(told.guidance_scale),
         mask_strength=told.mask_strength,
         mask_threshold=told.mask_threshold,
@@ -393,7 +404,8 @@ def load_model(
 def describe(model: str) -> dict[str, str]:
     """A model's folder, parts and sizes without loading its weights; what is wrong with it in place of a part."""
     try:
-        folder = find_checkpoint(model).folder
+        found = find_checkpoint(model)
+        folder = found.folder
         config = read_json(folder / "unet" / "config.json")
         side = config.get("sample_size", "?")
         unet = f"{config['block_out_channels']} channels, {config['in_channels']}x{side}x{side} latents"
@@ -409,4 +421,4 @@ def describe(model: str) -> dict[str, str]:
         "size": f"{size / 1e6:.1f} MB",
         "unet": unet,
         "layouts": ", ".join(controls) or "none",
-    }
+    } | ({"words": ", ".join(found.recommended.words)} if found.recommended.words else {})

@@ -7,7 +7,8 @@ import functools
 import hashlib
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
@@ -332,9 +333,10 @@ def _plain(value: D, inside: str) -> D:
         kinds: list[Any] = [
             get_origin(k) or k for k in (get_args(hint) if get_origin(hint) is not tuple else ()) or (hint,)
         ]
-        if dataclasses.is_dataclass(kinds[0]):
-            if not isinstance(held, kinds[0]):
-                raise TypeError(f"{inside}{name} is a {type(held).__name__}, expected {kinds[0].__name__}")
+        first: Any = kinds[0]
+        if dataclasses.is_dataclass(first):
+            if not isinstance(held, first):  # type: ignore[arg-type]
+                raise TypeError(f"{inside}{name} is a {type(held).__name__}, expected {hint.__name__}")
             changed[name] = _plain(held, f"{inside}{name}.")
         elif all(k in _KINDS for k in kinds):
             is_truth = isinstance(held, (bool, np.bool_))
@@ -344,6 +346,18 @@ def _plain(value: D, inside: str) -> D:
             if isinstance(held, np.generic):
                 changed[name] = held.item()
     return dataclasses.replace(value, **changed)  # type: ignore[type-var]
+
+
+def _unknown_words(model: Model, texts: Iterable[str]) -> list[str]:
+    """A note, where the model says which words it knows and there are others."""
+    words = dict.fromkeys(w for text in texts for w in re.findall(r"[^\W_]+", text.lower()))
+    unknown = [w for w in words if w not in model.words] if model.words else []
+    if not unknown:
+        return []
+    shown = ", ".join(f'"{w}"' for w in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+    return [
+        f"{model.name} does not know {shown}: what it draws of that means nothing; `iedit info` lists the words that it knows"
+    ]
 
 
 def _settled(model: Model, request: EditRequest, steps: int, asked: uses.Asked) -> Options:
@@ -420,7 +434,10 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         mask_picture=mask,
         chunks=max(len(model.token_chunks(t)) for t in texts),
         source_prompt=source_prompt,
-        notes=uses.notes(asked, bool(request.source_prompt), bool(request.source_layouts)),
+        notes=[
+            *uses.notes(asked, bool(request.source_prompt), bool(request.source_layouts)),
+            *_unknown_words(model, texts),
+        ],
     )
 
 
