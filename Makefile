@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM = false
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	$(BIN)/iedit demo --output demo/edits.png
+	$(BIN)/iedit demo
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" -q -n 2 --dist worksteal

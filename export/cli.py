@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ..runtime.errors import RunError, UsageError
+from ..runtime.untrusted import printable
 from .tensorrt_cli import tensorrt
 
 _out = click.option("--out", "--engines", "out", type=click.Path(path_type=Path, file_okay=False), default=None,
@@ -192,26 +193,33 @@ class Found:
     spec: Any
     problems: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """What it is and where."""
+        what = "what a stopped build left" if self.folder.name.startswith(".") else "an engine of another version"
+        return f"{printable(str(self.spec or what))}, {self.size / 1e6:.1f} MB, in {printable(str(self.folder))}"
+
     @property
     def size(self) -> int:
         return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
 
 
 def find_all(folder: Path, model: str | None = None, digests: bool = True) -> list[Found]:
-    """Every engine under a folder, and what builds that were stopped left there.
+    """Every engine under a folder, and what builds that were stopped left there: folders with a spec or a build marker of
+    this project. Nothing else is looked at, whatever it holds.
 
     Args:
         model: engines of other weights are problems too.
         digests: compare files with their digests, which reads all of them.
     """
-    from ..runtime.engine_spec import SPEC_FILE, damaged, find_engines
+    from ..runtime.engine_spec import damaged, find_engines, is_build, own_files
     from ..runtime.models import module_digest, read_digests
 
     parts = read_digests(model).parts if model else {}
     found = []
     for where, spec in find_engines(folder):
         if isinstance(spec, UsageError):
-            found.append(Found(where, None, (str(spec),)))
+            if own_files(where) is not None:  # else it is somebody else's engine.json
+                found.append(Found(where, None, (str(spec),)))
             continue
         why = damaged(where, spec) if digests else []
         if model:
@@ -221,14 +229,8 @@ def find_all(folder: Path, model: str | None = None, digests: bool = True) -> li
                 why.append(f"module: {spec.module} needs {error.args[0]}, which {model} does not have")
         found.append(Found(where, spec, tuple(why)))
     for where in sorted(folder.rglob(".*.building")) if folder.is_dir() else []:
-        if where.is_dir():
+        if is_build(where):
             found.append(Found(where, None, ("a build that was stopped",)))
-    inside = {f.folder for f in found}
-    for graph in sorted(folder.rglob("model.*")) if folder.is_dir() else []:
-        where = graph.parent
-        if where not in inside and not (where / SPEC_FILE).exists():
-            inside.add(where)
-            found.append(Found(where, None, (f"no {SPEC_FILE}: a build that was stopped",)))
     return found
 
 
@@ -267,16 +269,23 @@ def list_command(folder: Path | None, as_json: bool) -> None:
 
 def _table(found: list[Found], last: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
+
+    def shown(text: str) -> str:
+        return escape(printable(text))
 
     table = Table("model", "engine", "opset", "MB", last)
     for f in found:
         if f.spec is None:
-            table.add_row("", str(f.folder), "", f"{f.size / 1e6:.1f}", "; ".join(f.problems))
+            table.add_row("", shown(str(f.folder)), "", f"{f.size / 1e6:.1f}", shown("; ".join(f.problems)))
             continue
-        checked = f"error {f.spec.checked['largest']:.0e}" if "largest" in f.spec.checked else "no"
+        largest = f.spec.checked.get("largest")
+        checked = f"error {largest:.0e}" if isinstance(largest, float) else "no"
         state = "; ".join(f.problems) or (checked if last == "checked" else "whole")
-        table.add_row(Path(f.spec.model).name, str(f.spec), str(f.spec.opset), f"{f.size / 1e6:.1f}", state)
+        table.add_row(
+            shown(Path(f.spec.model).name), shown(str(f.spec)), str(f.spec.opset), f"{f.size / 1e6:.1f}", shown(state)
+        )
     Console().print(table)
 
 
@@ -305,7 +314,11 @@ def verify_command(model: str | None, folder: Path | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @_folder
 def prune(model: str | None, dry_run: bool, yes: bool, folder: Path | None) -> None:
-    """Remove engines that are damaged, of another version, or of builds that were stopped."""
+    """Remove engines that are damaged, of another version, or of builds that were stopped.
+
+    Only folders with a spec (engine.json) or a build marker that iedit wrote are looked at, and of an engine only the
+    files that its spec names are removed.
+    """
     from ..runtime.engine_spec import build_lock
 
     where = folder or _cache()
@@ -314,19 +327,40 @@ def prune(model: str | None, dry_run: bool, yes: bool, folder: Path | None) -> N
         click.echo(f"{where}: nothing to remove")
         return
     for f in bad:
-        click.echo(f"{f.folder}: {f.size / 1e6:.1f} MB, {'; '.join(f.problems)}")
+        click.echo(f"{f}: {printable('; '.join(f.problems))}")
     if dry_run:
         return
     if not yes:
-        click.confirm(f"remove {len(bad)} folders?", abort=True)
+        click.confirm(f"remove these {len(bad)}?", abort=True)
     removed = 0
     for f in bad:
         # `.MODULE.xxxx.building` is locked as MODULE, as the build itself would be.
         name = f.folder.name[1:].rsplit(".", 2)[0] if f.folder.name.startswith(".") else f.folder.name
         try:
             with build_lock(f.folder.with_name(name), timeout=0.0):
-                shutil.rmtree(f.folder, ignore_errors=True)
-                removed += 1
+                left = _remove(f)
         except RunError:
-            click.echo(f"{f.folder}: is being built now, left alone", err=True)
+            click.echo(f"{printable(str(f.folder))}: is being built now, left alone", err=True)
+            continue
+        removed += not left
+        if left:
+            click.echo(f"{printable(str(f.folder))}: {left}, left there", err=True)
+        else:
+            click.echo(f"removed {f}")
     click.echo(f"removed {removed} of {len(bad)}")
+
+
+def _remove(found: Found) -> str:
+    """Remove what an engine consists of, and its folder; what else is in it stays. Returns what is left, in words."""
+    from ..runtime.engine_spec import is_build, own_files
+
+    if is_build(found.folder):  # made for the build, and nobody else's
+        shutil.rmtree(found.folder, ignore_errors=True)
+    else:
+        for path in own_files(found.folder) or ():
+            if path.is_file() or path.is_symlink():
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            found.folder.rmdir()
+    left = sorted(p.name for p in found.folder.iterdir()) if found.folder.is_dir() else []
+    return "" if not left else f"{printable(', '.join(left[:3]))} is not of an engine"

@@ -28,12 +28,15 @@ from torch import Tensor, nn
 from ..runtime import backends, module_io
 from ..runtime.backend_torch import AsIs, runnable
 from ..runtime.engine_spec import (
+    BUILD_MARKER,
     PRECISIONS,
     SPEC_FILE,
     EngineSpec,
     Shapes,
     build_lock,
     damaged,
+    is_build,
+    new_build,
     read_spec,
     write_spec,
 )
@@ -508,13 +511,13 @@ def _export(
     with build_lock(target, say):
         # Nobody else builds this module now, so what looks like a build is one that was killed.
         for stale in target.parent.glob(f".{module}.*.building"):
-            shutil.rmtree(stale, ignore_errors=True)
+            if is_build(stale):
+                shutil.rmtree(stale, ignore_errors=True)
         kept = None if force else _valid(target, wanted)
         if kept is not None:
             say("kept", done=True)
             return kept
-        building = target.parent / f".{module}.{secrets.token_hex(4)}.building"
-        building.mkdir()
+        building = new_build(target)
         try:
             say("exporting")
             try:
@@ -532,7 +535,7 @@ def _export(
                 model=model.name, graph=graph_digest(proto), shapes=shapes, versions=tool_versions(), **wanted
             )
             del proto
-            files = [p.name for p in building.iterdir()]
+            files = [p.name for p in building.iterdir() if p.name != BUILD_MARKER]
             for name in files:
                 _sync(building / name)
             spec = write_spec(building, spec, files)

@@ -8,7 +8,6 @@ Nothing of this file has run on hardware yet: it was driven by a recording fake 
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +17,19 @@ import torch
 
 from ..runtime import backend_tensorrt, module_io
 from ..runtime.backend_tensorrt import PLAN, last_errors, new_logger
-from ..runtime.engine_spec import SPEC_FILE, EngineSpec, Shapes, build_lock, damaged, read_spec, write_spec
+from ..runtime.engine_spec import (
+    SPEC_FILE,
+    EngineSpec,
+    Shapes,
+    build_lock,
+    damaged,
+    is_build,
+    new_build,
+    read_spec,
+    write_spec,
+)
 from ..runtime.errors import RunError, UsageError
-from ..runtime.images import write_whole
+from ..runtime.files import write_whole
 from . import onnx
 from .onnx import replace_folder
 
@@ -94,9 +103,9 @@ def build_tensorrt(
         for stale in out.parent.glob(
             f".{out.name}.*.building"
         ):  # of builds that were killed: this process has the lock
-            shutil.rmtree(stale, ignore_errors=True)
-        building = out.parent / f".{out.name}.{secrets.token_hex(4)}.building"
-        building.mkdir(parents=True)
+            if is_build(stale):
+                shutil.rmtree(stale, ignore_errors=True)
+        building = new_build(out)
         try:
             with backend_tensorrt.on(where):
                 _build(trt, onnx_folder / GRAPH, building, spec, timing_cache, tell, factor, text, workspace)

@@ -24,15 +24,14 @@ from ..runtime.backends import Backend
 from ..runtime.demo import sample_requests
 from ..runtime.denoiser import Condition
 from ..runtime.editor import Editor, EditRequest
-from ..runtime.engine_spec import SPEC_FILE, EngineSpec, find_engines
+from ..runtime.engine_spec import REPORT_FILE, SPEC_FILE, EngineSpec, find_engines
 from ..runtime.errors import UsageError
-from ..runtime.images import write_whole
+from ..runtime.files import write_whole
 from ..runtime.models import Model
 from ..runtime.module_io import HINT_PREFIX
 from ..runtime.stages import StageCache
 from .onnx import DTYPES
 
-REPORT = "report.json"
 Row = dict[str, Any]
 
 
@@ -205,7 +204,7 @@ def verify_onnx(
                 "edits": done,
                 "failures": failures,
             }
-            write_whole(where / REPORT, (json.dumps(told, indent=1) + "\n").encode())
+            write_whole(where / REPORT_FILE, (json.dumps(told, indent=1) + "\n").encode())
             if not failures and own:
                 mark(where, spec, own, done)
     return reports

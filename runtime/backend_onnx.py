@@ -7,6 +7,7 @@ call and 8.1 by one thread each, twenty 67 and 59.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -19,7 +20,7 @@ from torch import Tensor
 from . import module_io
 from .backends import missing, refuse, unet_inputs, unet_module
 from .denoiser import Condition, OncePerCondition
-from .engine_spec import EngineSpec, damaged, engines_folder, find_engines
+from .engine_spec import EngineSpec, damaged, engines_folder, find_engines, writable_by_all
 from .errors import RunError, UsageError
 from .models import Model
 from .profile import module_call
@@ -44,6 +45,7 @@ class OnnxBackend:
         engines: folder of engines; None is the user's cache, by the model's digest.
         providers: of ONNX Runtime, best first; None is CUDA on a GPU and the CPU's on a CPU.
         threads: of the CPU; None is torch's.
+        trust_engines: also use engines that every user of this machine may change.
 
     Raises:
         UsageError: no engine of a UNet can be used.
@@ -58,10 +60,11 @@ class OnnxBackend:
         *,
         providers: Sequence[str] | None = None,
         threads: int | None = None,
+        trust_engines: bool = False,
     ):
         self.model, self.device, self.threads = model, model.device, threads
         self.folder = engines_folder(model.weights_digest) if engines is None else engines
-        self.providers = _providers(model.device, providers)
+        self.trust = trust_engines
         self.refused: dict[str, list[str]] = {}  # module, or a folder that names none -> reasons
         self._found: dict[str, list[tuple[Path, EngineSpec]]] = {}  # best first, until one turns out damaged
         self._sound: dict[str, tuple[Path, EngineSpec]] = {}  # files compared with their digests
@@ -76,6 +79,8 @@ class OnnxBackend:
             raise UsageError(
                 f"no engine of {model.name} can be used: {self.folder}: {'; '.join(told)}; run `iedit export onnx {model.name}`"
             )
+        # Not before there is something to run: see `_onnxruntime`.
+        self.providers = _providers(model.device, providers)
 
     def _find(self) -> None:
         own = _PRECISION[self.model.dtype]
@@ -110,13 +115,18 @@ class OnnxBackend:
         with self._lock:
             while module not in self._sound and self._found.get(module):
                 folder, spec = self._found[module][0]
-                why = damaged(folder, spec)
+                why = damaged(folder, spec) or ([] if self.trust else writable_by_all(folder, spec, self.folder))
                 if not why:
                     self._sound[module] = (folder, spec)
                     break
                 self.refused.setdefault(module, []).extend(f"{folder}: {w}" for w in why)
                 self._found[module].pop(0)
             return self._sound.get(module)
+
+    def engine_digests(self, module: str) -> list[str]:
+        """`EngineSpec.digest` of what runs `module`; empty if nothing does."""
+        found = self.engine(module)
+        return [] if found is None else [found[1].digest]
 
     def modules(self) -> list[str]:
         """Names of the modules that an engine fits; its files may turn out damaged (`engine`)."""
@@ -186,7 +196,9 @@ class OnnxBackend:
         threads = self._threads()
         alone = self._one_thread_each(module, shape[0], threads)
         key = (module, 1 if alone else threads)
-        with module_call(module, self.name, shape[0], cold=key not in self._sessions, device=first.device):
+        (engine,) = self.engine_digests(module)
+        cold = key not in self._sessions
+        with module_call(module, self.name, shape[0], cold=cold, device=first.device, engine=engine):
             session = self._session(*key)
             result = torch.empty(shape, dtype=torch.float32, device=self.device)
             kinds = [torch.int64 if name in module_io.INTEGERS else torch.float32 for name in module_io.inputs(module)]
@@ -261,6 +273,20 @@ class OnnxBackend:
             return self._sessions[module, threads]
 
 
+def _onnxruntime() -> Any:
+    """The package, with its telemetry off.
+
+    From 1.31 on importing it writes a device id and a queue of events to the user's cache, unless this variable was set
+    before; to switch it off afterwards (`disable_telemetry_events`) is too late for those.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    if hasattr(onnxruntime, "disable_telemetry_events"):
+        onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
 def _bind(bind: Any, name: str, tensor: Tensor) -> None:
     import numpy as np
 
@@ -274,8 +300,7 @@ def _providers(device: torch.device, asked: Sequence[str] | None) -> list[Any]:
     Raises:
         UsageError: the installed ONNX Runtime has none for it, or not the one that was asked for.
     """
-    import onnxruntime
-
+    onnxruntime = _onnxruntime()
     have = onnxruntime.get_available_providers()
     wanted = list(asked) if asked else ["CUDAExecutionProvider"] if device.type == "cuda" else ["CPUExecutionProvider"]
     for name in wanted:
@@ -304,8 +329,7 @@ def new_session(
     Raises:
         RunError: ONNX Runtime cannot load it; its own words.
     """
-    import onnxruntime
-
+    onnxruntime = _onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
     options.inter_op_num_threads = 1

@@ -25,7 +25,7 @@ from . import module_io
 from .backends import cuda_missing, missing, refuse, unet_inputs, unet_module
 from .cuda_graphs import capture, first_line
 from .denoiser import Condition, OncePerCondition
-from .engine_spec import EngineSpec, damaged, engines_folder, find_engines
+from .engine_spec import EngineSpec, damaged, engines_folder, find_engines, writable_by_all
 from .errors import RunError, UsageError
 from .models import Model
 from .profile import current, module_call
@@ -138,6 +138,7 @@ class TensorrtBackend:
         engines: folder of engines; None is the user's cache, by the model's digest.
         graphs: replay each module and shape as a CUDA graph from its second call on; costs its buffers and one execution
             context each. Where one cannot be recorded all run without, and the profile says why.
+        trust_engines: also use engines that every user of this machine may change.
 
     Raises:
         UsageError: TensorRT cannot run here, the model is not on a GPU, or no engine of a UNet can be used.
@@ -145,7 +146,7 @@ class TensorrtBackend:
 
     name = "tensorrt"
 
-    def __init__(self, model: Model, engines: Path | None = None, *, graphs: bool = True):
+    def __init__(self, model: Model, engines: Path | None = None, *, graphs: bool = True, trust_engines: bool = False):
         why = why_unavailable() or not_cuda(model.device)
         if why:
             raise UsageError(f"tensorrt was requested but cannot run: {'; '.join(why)}")
@@ -153,6 +154,7 @@ class TensorrtBackend:
 
         self.model, self.device, self.graphs, self._trt = model, model.device, graphs, trt
         self.folder = engines_folder(model.weights_digest) if engines is None else engines
+        self.trust = trust_engines
         self.no_graphs = ""  # why recording failed
         self.refused: dict[str, list[str]] = {}  # module, or the name of a folder that names none -> reasons
         self._found: dict[str, list[tuple[Path, EngineSpec]]] = {}
@@ -175,6 +177,7 @@ class TensorrtBackend:
                 self.refused.setdefault(folder.name, []).append(str(spec))
             elif spec.format == "tensorrt":
                 why = self._differs(spec) or damaged(folder, spec)
+                why = why or ([] if self.trust else writable_by_all(folder, spec, self.folder))
                 if why:
                     self.refused.setdefault(spec.module, []).extend(f"{folder}: {w}" for w in why)
                 else:
@@ -193,6 +196,10 @@ class TensorrtBackend:
         if PLAN not in spec.files:
             why.append(f"files: {PLAN} is not among them")
         return why
+
+    def engine_digests(self, module: str) -> list[str]:
+        """`EngineSpec.digest` of everything that could run `module`."""
+        return [spec.digest for _, spec in self._found.get(module, [])]
 
     def modules(self) -> list[str]:
         """Names of the modules that have an engine."""
@@ -255,7 +262,8 @@ class TensorrtBackend:
         key = tuple(tuple(v.shape) for v in values)
         known = self._loaded.get(folder)
         cold = known is None or key not in known.seen or (self.graphs and key not in known.graphs)
-        with on(self.device), module_call(module, self.name, batch, cold=cold, device=first.device):
+        engine = next(spec.digest for where, spec in self._found[module] if where == folder)
+        with on(self.device), module_call(module, self.name, batch, cold=cold, device=first.device, engine=engine):
             loaded = self._load(module, folder)
             if set(inputs) != set(loaded.inputs):
                 raise RunError(

@@ -19,6 +19,7 @@ from . import BACKENDS, profile
 from .denoiser import Condition
 from .errors import UsageError
 from .models import Model, Modules
+from .module_io import CONTROLNET_PREFIX
 
 
 @runtime_checkable
@@ -33,6 +34,18 @@ class Backend(Modules, Protocol):
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `denoiser.Denoiser`; float32."""
+        ...
+
+
+@runtime_checkable
+class Engined(Protocol):
+    """A backend that runs engines out of a folder."""
+
+    name: str
+    folder: Path
+
+    def engine_digests(self, module: str) -> list[str]:
+        """`EngineSpec.digest` of everything that could run `module`; empty if nothing does."""
         ...
 
 
@@ -60,12 +73,20 @@ class Ladder:
         steps: from the top.
         factor: pixels per latent cell.
         above: reasons why backends that are not among the steps cannot run at all, by name.
+        ran: module -> the only backends that may run it, as a receipt has them; a module that is not there may be run by
+            each of the steps.
     """
 
     name = "auto"
 
-    def __init__(self, steps: Sequence[Backend], factor: int, above: dict[str, list[str]] | None = None):
-        self.steps, self.factor, self.above = list(steps), factor, above or {}
+    def __init__(
+        self,
+        steps: Sequence[Backend],
+        factor: int,
+        above: dict[str, list[str]] | None = None,
+        ran: Mapping[str, Sequence[str]] | None = None,
+    ):
+        self.steps, self.factor, self.above, self.ran = list(steps), factor, above or {}, ran or {}
 
     def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
         return self.steps[-1].why_not(module, batch, height, width)
@@ -76,13 +97,21 @@ class Ladder:
         if running is not None:
             for name, why in self.above.items():
                 running.step_down("all", name, why)
-        for step in self.steps[:-1]:
+        steps = self._allowed(module)
+        for step in steps[:-1]:
             why = step.why_not(module, batch, height, width)
             if not why:
                 return step
             if running is not None:
                 running.step_down(module, step.name, why)
-        return self.steps[-1]
+        return steps[-1]
+
+    def _allowed(self, module: str) -> list[Backend]:
+        """Torch runs a UNet and its ControlNets apart, engines are of both together; the receipt names what ran."""
+        names = self.ran.get(module)
+        if names is None and module.startswith("unet+"):
+            names = self.ran.get(CONTROLNET_PREFIX + module.split("+")[1])
+        return [s for s in self.steps if names is None or s.name in names] or self.steps
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         size = (x.shape[-2] * self.factor, x.shape[-1] * self.factor)
@@ -137,11 +166,14 @@ def reasons() -> dict[str, list[str]]:
     return {name: why_unavailable(name) for name in BACKENDS}
 
 
-def load_backend(name: str, model: Model, engines: Path | None = None, **options: Any) -> Backend:
+def load_backend(
+    name: str, model: Model, engines: Path | None = None, *, trust_engines: bool = False, **options: Any
+) -> Backend:
     """A backend of a loaded model, or for "auto" the ladder.
 
     Args:
         engines: folder of exported engines; None is `engine_spec.engines_folder(model.weights_digest)`.
+        trust_engines: also use engines that every user of this machine may change.
         options: `attention` ("sdpa" or "xformers") and `channels_last`, of the backends that run torch modules.
 
     Raises:
@@ -163,14 +195,14 @@ def load_backend(name: str, model: Model, engines: Path | None = None, **options
                 above[step] = why
                 continue
             try:
-                steps.append(load_backend(step, model, engines, **options))
+                steps.append(load_backend(step, model, engines, trust_engines=trust_engines, **options))
             except UsageError as error:
                 above[step] = [str(error)]
         return Ladder([*steps, TorchBackend(model, **options)], model.factor, above)
     if name == "tensorrt":
         from .backend_tensorrt import TensorrtBackend
 
-        return TensorrtBackend(model, engines)
+        return TensorrtBackend(model, engines, trust_engines=trust_engines)
     if name == "compile":
         from .backend_compile import CompileBackend
 
@@ -178,8 +210,46 @@ def load_backend(name: str, model: Model, engines: Path | None = None, **options
     if name == "onnx":
         from .backend_onnx import OnnxBackend
 
-        return OnnxBackend(model, engines)
+        return OnnxBackend(model, engines, trust_engines=trust_engines)
     return TorchBackend(model, **options)
+
+
+def load_recorded(
+    model: Model,
+    ran: Mapping[str, Sequence[str]],
+    built: Sequence[tuple[str, str, str]],
+    engines: Path | None = None,
+    **options: Any,
+) -> Backend:
+    """What ran a model's modules when a picture was made, whatever else could run them now.
+
+    Args:
+        ran: module -> backends.
+        built: (module, backend, digest) of the engines that were used.
+        engines, options: as for `load_backend`.
+
+    Raises:
+        UsageError: an engine is gone, or is another one; which and where it was looked for.
+    """
+    names = [b for b in BACKENDS if any(b in used for used in ran.values())] or ["torch"]
+    steps: list[Backend] = []
+    for name in names:
+        try:
+            steps.append(load_backend(name, model, engines, **options))
+        except UsageError as error:
+            modules = ", ".join(m for m, used in sorted(ran.items()) if name in used)
+            raise UsageError(
+                f"the picture was made with backend {name} for {modules}, which cannot run now: {error}"
+            ) from error
+    engined = {s.name: s for s in steps if isinstance(s, Engined)}
+    for module, name, digest in built:
+        runs = engined.get(name)
+        found = [] if runs is None else runs.engine_digests(module)
+        if digest not in found:
+            state = f"is another one now ({', '.join(found)})" if found else "is gone"
+            where = "" if runs is None else f" in {runs.folder}"
+            raise UsageError(f"the picture was made with the {name} engine {digest} of {module}, which {state}{where}")
+    return steps[0] if len(steps) == 1 else Ladder(steps, model.factor, ran=ran)
 
 
 def refuse(backend: Backend, module: str, batch: int, height: int, width: int) -> None:

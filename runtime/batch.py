@@ -409,7 +409,7 @@ class Batch:
         answers: dict[str, Result] = {}
         for j in members:
             key = j.keys[name] = key_of(name, self.base, *parts(j))
-            held = self.cache.get(key)
+            held = self.cache.get(key, name, self._shape_of(name))
             if held is None:
                 missing.setdefault(key, j)
             else:
@@ -418,6 +418,11 @@ class Batch:
             self.profile.cached.append(name)
         self.profile.expected -= self.costs().get(name, 0) * (len(members) - len(missing))
         return list(missing.values()), answers
+
+    def _shape_of(self, stage: str) -> tuple[int, ...]:
+        """Of one job's result of a stage that is kept."""
+        levels = (self.levels.steps - self.start + 1, *self.shape)
+        return {"mask": (1, *self.shape[1:]), "invert": levels, "invert-guidance": levels}.get(stage, self.shape)
 
     def _keep(
         self, name: str, members: list[Job], missing: list[Job], answers: dict[str, Result], values: Tensor | None

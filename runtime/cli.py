@@ -18,6 +18,8 @@ import click
 from . import BACKENDS, METHODS, VERSION, uses
 from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS
 from .errors import IeditError, UsageError
+from .files import check_outputs, write_outputs
+from .untrusted import printable
 
 if TYPE_CHECKING:
     from .editor import Editor, EditRequest, EditResult, Options
@@ -72,21 +74,21 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except IeditError as error:
-            raise (_Usage if error.exit_code == 2 else _Failure)(" ".join(str(error).split())) from error
+            raise (_Usage if error.exit_code == 2 else _Failure)(printable(" ".join(str(error).split()))) from error
         except MemoryError as error:
             raise _Failure("out of memory; use a smaller picture, --dtype float16 or another machine") from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of the output went away: click's own business
                 raise
-            raise _Failure(f"{error.filename or 'system'}: {error.strerror or error}") from error
+            raise _Failure(printable(f"{error.filename or 'system'}: {error.strerror or error}")) from error
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
-        except (
-            Exception
-        ) as error:  # a mistake of this program's: the user gets a line, whoever repairs it gets the rest
+        except Exception as error:  # a mistake of this program's: a line for the user, the rest for whoever repairs it
             if os.environ.get("IEDIT_DEBUG") == "1":
                 raise
-            raise _Failure(f"unexpected {type(error).__name__}: {_one_line(error)}; {_write_report(error)}") from error
+            raise _Failure(
+                printable(f"unexpected {type(error).__name__}: {_one_line(error)}; {_write_report(error)}")
+            ) from error
 
 
 def _one_line(error: BaseException, longest: int = 200) -> str:
@@ -208,6 +210,8 @@ _model_options = _apply([
                  help="What runs the networks; auto takes the first that can, per module and size, and says why not the others."),
     click.option("--engines", type=click.Path(file_okay=False, exists=True), default=None,
                  help="Folder of exported engines. Default: the user's cache, by the digest of the model's weights."),
+    click.option("--trust-engines", is_flag=True,
+                 help="Use engines even if every user of this machine may change them; they run with your rights."),
     click.option("--attention", type=click.Choice(["sdpa", "xformers"]), default="sdpa", show_default=True,
                  help="Of the networks that torch runs."),
     click.option("--channels-last", is_flag=True, help="Memory format that convolutions on a GPU prefer; torch only."),
@@ -215,6 +219,10 @@ _model_options = _apply([
     click.option("--dtype", default=None, type=click.Choice(["float32", "float16", "bfloat16"]),
                  help="Default: float16 on a GPU, float32 on a CPU; a half that a CPU has no arithmetic for becomes float32, with a note."),
 ])  # fmt: skip
+
+_overwrite = click.option(
+    "--overwrite", is_flag=True, help="Replace output files that exist. Inputs are never replaced."
+)
 
 _request_options = _apply([
     click.option("--prompt", required=True, help="What the edited picture shows."),
@@ -310,19 +318,6 @@ def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
             check_annotator(name)
 
 
-def _check_outputs(paths: Sequence[Path]) -> None:
-    """Names that could not be written to are refused before the work, not after."""
-    for path in paths:
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.stat(path)
-        except OSError as error:  # too long a name, a loop of links, a file in place of a folder
-            raise UsageError(f"{path}: cannot be written to ({error.strerror}); give another name") from error
-        folder = path.parent
-        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
-            raise UsageError(f"{path}: the folder {folder} may not be written to; give another name")
-
-
 def _request(inputs: dict[str, Any], values: dict[str, Any], seed: int, options: Options) -> EditRequest:
     from .editor import EditRequest
 
@@ -352,6 +347,7 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
         engines=values["engines"],
         attention=values["attention"],
         channels_last=values["channels_last"],
+        trust_engines=values["trust_engines"],
         share=not cache,  # what a cache holds must not depend on what it was computed beside: replay is bit for bit
     )
 
@@ -385,6 +381,11 @@ def _live() -> Iterator[Callable[[Progress], bool | None]]:
             return None
 
         yield tell
+
+
+def _show_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        click.echo(f"note: {printable(note)}", err=True)
 
 
 def _time_left(seconds: float) -> str:
@@ -431,14 +432,18 @@ def _time_left(seconds: float) -> str:
               help=_told("--composite", "pixel leaves everything outside the mask exactly as it was."))  # fmt: skip
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ...")
 @click.option("--output", type=click.Path(), default=None, help="PNG. Default: NAME-edited.png in this folder.")
+@_overwrite
+@click.option(
+    "--no-receipt", is_flag=True, help="Leave out the receipt: prompts, options, versions, names of the inputs."
+)
 @click.option("--stages", type=click.Path(), default=None, help="Also a sheet: input, layout, mask, guidance, result.")
 @click.option("--profile", type=click.Path(), default=None, help="Also seconds and evaluations per stage, as JSON.")
 @click.option("--cache", type=click.Path(file_okay=False), default=None,
               help="Keep stage results in this folder: a second edit of the picture runs only what changed.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 @_model_options
-def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None, stages: str | None, profile: str | None,
-         cache: str | None, as_json: bool, **values: Any) -> None:  # fmt: skip
+def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None, overwrite: bool, no_receipt: bool,
+         stages: str | None, profile: str | None, cache: str | None, as_json: bool, **values: Any) -> None:  # fmt: skip
     """Edit IMAGE as the prompt says and leave the rest alone.
 
     \b
@@ -460,10 +465,11 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     diffedit             inverts the picture and repaints inside the mask
     controlnet           sdedit with layouts; controlnet-diffedit: diffedit with layouts
 
-    The output PNG carries a receipt; `iedit replay OUT.png` makes it again. Exit code 2: it cannot be done as asked,
-    1: it failed while running; either way nothing was written.
+    The output PNG carries a receipt; `iedit replay OUT.png` makes it again. Exit code 2: it cannot be done as asked, and
+    nothing was written. 1: it failed while running; nothing was written but what the error says.
     """
-    from .images import write_png, write_whole
+    from . import receipt as receipts
+    from .images import png_bytes
 
     first = Path(output or f"{Path(image).stem}-edited.png")
     wanted = [(seed, lam) for seed in range(values["seed"], values["seed"] + count) for lam in lambdas]
@@ -472,9 +478,13 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         if len(wanted) == 1
         else [first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(len(wanted))]
     )
-    read = [image, *values["layout"].values(), *values["source_layout"].values(), *filter(None, [values["mask"]])]
     _check_uses(values, lambdas)
-    _check_targets([*targets, *([Path(stages)] if stages else [])], read, [Path(profile)] if profile else [])
+    check_outputs(
+        [*targets, *([Path(stages)] if stages else [])],
+        [Path(profile)] if profile else [],
+        _read(image, values),
+        overwrite,
+    )
     inputs = _inputs(image, values)
     requests = [_request(inputs, values, seed, _options(values, lam)) for seed, lam in wanted]
     with _live() as tell:
@@ -485,13 +495,16 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         "layouts": values["layout"],
         "source_layouts": values["source_layout"],
     }
-    batch = [{"seed": seed, "lam": lam} for seed, lam in wanted]
+    members = [{"seed": seed, "lam": lam} for seed, lam in wanted]
+    outputs = {}
     for i, (target, result) in enumerate(zip(targets, results, strict=True)):
-        write_png(target, result.image, _cli_receipt(result, values, files, batch, i, target))
+        told = None if no_receipt else receipts.of_command(result.receipt, files, values, members, i)
+        outputs[target] = png_bytes(result.image, told)
     if stages:
-        write_png(stages, _sheet(requests, results), None)
+        outputs[Path(stages)] = png_bytes(_sheet(requests, results))
     if profile:
-        write_whole(profile, (json.dumps(results[0].profile.as_dict(), indent=1) + "\n").encode())
+        outputs[Path(profile)] = (json.dumps(results[0].profile.as_dict(), indent=1) + "\n").encode()
+    write_outputs(outputs)
     if as_json:
         rows = [{"output": str(t), "seed": s, "lambda": lam, "mask": r.receipt["mask"], "notes": r.notes}
                 for t, (s, lam), r in zip(targets, wanted, results, strict=True)]  # fmt: skip
@@ -500,7 +513,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     for note in dict.fromkeys(note for result in results for note in result.notes):
         about = [t.name for t, r in zip(targets, results, strict=True) if note in r.notes]
         where = "" if len(about) == len(targets) else f" ({', '.join(about)})"
-        click.echo(f"note: {note}{where}", err=True)
+        _show_notes([note + where])
     spent = sum(results[0].profile.seconds.values())
     for target, result in zip(targets, results, strict=True):
         area = "" if result.receipt["mask"] is None else f", mask {result.receipt['mask']['area']:.0%}"
@@ -508,52 +521,10 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     click.echo(f"{spent:.1f} s, {sum(results[0].profile.evaluations.values())} network evaluations", err=True)
 
 
-def _check_targets(pictures: list[Path], inputs: Sequence[str], others: Sequence[Path] = ()) -> None:
-    """Bad output names are refused before minutes of work, not after: `pictures` are PNGs, `others` any files."""
-    _check_outputs([*pictures, *others])
-    taken = {os.path.realpath(i): i for i in inputs}
-    for target in (*pictures, *others):
-        if target in pictures and target.suffix.lower() != ".png":
-            raise UsageError(f"{target}: the output is a PNG; give a name that ends in .png")
-        if not target.parent.is_dir():
-            raise UsageError(f"{target}: the folder {target.parent} does not exist; make it first")
-        if target.is_dir():
-            raise UsageError(f"{target}: this is a folder, expected a file name")
-        if os.path.realpath(target) in taken:
-            raise UsageError(f"{target}: would overwrite {taken[os.path.realpath(target)]}; choose another name")
-        taken[os.path.realpath(target)] = f"another output of this command, {target}"
-
-
-def _cli_receipt(
-    result: EditResult,
-    values: dict[str, Any],
-    files: dict[str, Any],
-    batch: list[dict[str, Any]],
-    index: int,
-    target: Path,
-) -> dict[str, Any]:
-    """The library's receipt with what `replay` needs: the files (relative to the output) and the batch it ran in."""
-
-    def beside(path: str | None) -> str | None:
-        return None if path is None else os.path.relpath(path, target.resolve().parent)
-
-    found = {
-        "image": beside(files["image"]),
-        "mask": beside(files["mask"]),
-        "layouts": {n: beside(p) for n, p in files["layouts"].items()},
-        "source_layouts": {n: beside(p) for n, p in files["source_layouts"].items()},
-    }
-
-    def model(name: str) -> str:
-        # A local folder is kept relative to the picture; the leading dot tells it from a hub id.
-        if name == "picturebook" or not Path(name).expanduser().is_dir():
-            return name
-        return os.path.join(".", str(beside(str(Path(name).expanduser()))))
-
-    run = {k: values[k] for k in ("backend", "device", "dtype", "attention", "channels_last")}
-    run |= {"model": model(values["model"]), "controlnet": {n: model(f) for n, f in values["controlnet"].items()}}
-    run["engines"] = beside(values["engines"])
-    return result.receipt | {"files": found, "run": run, "batch": {"members": batch, "index": index}}
+def _read(image: str, values: dict[str, Any]) -> list[str]:
+    """Every file and folder that a request is read from."""
+    named = [image, values.get("mask"), *values["layout"].values(), *values["source_layout"].values()]
+    return [n for n in (*named, values["model"], values["engines"], *values["controlnet"].values()) if n]
 
 
 def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
@@ -572,13 +543,14 @@ def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
 @click.argument("image", type=click.Path())
 @_request_options
 @click.option("--output", type=click.Path(), default=None, help="PNG. Default: NAME-mask.png in this folder.")
+@_overwrite
 @_model_options
-def mask_command(image: str, output: str | None, **values: Any) -> None:
+def mask_command(image: str, output: str | None, overwrite: bool, **values: Any) -> None:
     """Estimate where an edit would happen, and write it: white is edited. Paint over it and give it back with --mask."""
-    from .images import mask_coverage, write_png
+    from .images import mask_coverage, png_bytes
 
     target = Path(output or f"{Path(image).stem}-mask.png")
-    _check_targets([target], [image, *values["layout"].values(), *values["source_layout"].values()])
+    check_outputs([target], [], _read(image, values), overwrite)
     if values["method"] in uses.UNMASKED:
         raise UsageError(f"method {values['method']} uses no mask; name one that does, such as --method ito")
     if values["mask_mode"] == "none":
@@ -588,9 +560,8 @@ def mask_command(image: str, output: str | None, **values: Any) -> None:
     with _live() as tell:
         mask, profile = _editor(values).mask(request, tell)
     assert mask is not None
-    write_png(target, mask, None)
-    for note in profile.notes:
-        click.echo(f"note: {note}", err=True)
+    write_outputs({target: png_bytes(mask)})
+    _show_notes(profile.notes)
     click.echo(f"{target}: {mask_coverage(mask):.0%} of the picture")
 
 
@@ -599,122 +570,64 @@ def mask_command(image: str, output: str | None, **values: Any) -> None:
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(["pose", "scribble", "edge", "line"]),
               help="Which map; repeat for more. Default: all that can be made from a picture.")  # fmt: skip
 @click.option("--output", type=click.Path(), default=None, help="PNG, for one kind. Default: NAME-KIND.png.")
-def layouts_command(image: str, kinds: tuple[str, ...], output: str | None) -> None:
+@_overwrite
+def layouts_command(image: str, kinds: tuple[str, ...], output: str | None, overwrite: bool) -> None:
     """Photograph to pose, scribble, edge or line map, to draw on and to give to --layout."""
-    from .images import load_image, write_png
+    from .images import load_image, png_bytes
     from .layouts import annotate
 
     wanted = kinds or ("scribble", "edge", "line")
     if output and len(wanted) != 1:
         raise UsageError(f"--output names one file but {len(wanted)} maps were asked for; choose one with --kind")
     targets = [Path(output or f"{Path(image).stem}-{kind}.png") for kind in wanted]
-    _check_targets(targets, [image])
+    check_outputs(targets, [], [image], overwrite)
     picture = load_image(image)
-    maps = [annotate(picture, kind) for kind in wanted]
-    for target, drawn in zip(targets, maps, strict=True):
-        write_png(target, drawn, None)
+    write_outputs({target: png_bytes(annotate(picture, kind)) for target, kind in zip(targets, wanted, strict=True)})
+    for target in targets:
         click.echo(str(target))
 
 
 @main.command()
 @click.argument("output", type=click.Path())
-@click.option("--image", type=click.Path(), default=None, help="The input, if it is not where it was.")
-@click.option("--model", default=None, help="The model, if it is not where it was; its weights must be the same.")
+@click.option("--image", type=click.Path(), default=None, help="The input, if it is not beside OUTPUT under its name.")
+@click.option("--mask", type=click.Path(), default=None, help="The mask, likewise.")
+@click.option("--layout", "layouts", multiple=True, callback=_pairs, metavar="NAME=FILE", help="A layout, likewise.")
+@click.option("--source-layout", "source_layouts", multiple=True, callback=_pairs, metavar="NAME=FILE",
+              help="A layout of the picture as it was, likewise.")  # fmt: skip
+@click.option("--model", default=None, help="The model, if it is not the embedded one; its weights must be the same.")
+@click.option("--controlnet", "controlnets", multiple=True, callback=_pairs, metavar="NAME=FOLDER",
+              help="A ControlNet that was not inside the model; its weights must be the same.")  # fmt: skip
+@click.option("--engines", type=click.Path(file_okay=False), default=None,
+              help="Folder of the engines that ran it. Default: the user's cache.")  # fmt: skip
+@click.option("--trust-engines", is_flag=True, help="Use engines even if every user of this machine may change them.")
+@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default=None,
+              help="Compare with another backend. Default: what ran each module then.")  # fmt: skip
 @click.option("--write", type=click.Path(), default=None, help="Write the picture made again to this PNG.")
-def replay(output: str, image: str | None, model: str | None, write: str | None) -> None:
-    """Make the picture OUTPUT again from its receipt and compare it bit for bit.
+@_overwrite
+def replay(output: str, write: str | None, overwrite: bool, **named: Any) -> None:
+    """Make the picture OUTPUT again from the receipt inside it, and compare.
 
-    Exits with 1 if a pixel differs, which another machine, thread count or library version can cause; the differences
-    in those are named.
+    Says "identical", or "within 1 of 255" and how many pixels where the network's calls were grouped otherwise (a cache,
+    another backend in float32). Exits with 1 if a pixel differs by more, which another machine, thread count or library
+    version can cause; the differences in those are named.
+
+    The receipt opens no folder and fetches nothing: a model that is not the embedded one is named with --model, inputs lie
+    beside OUTPUT or are named.
     """
-    import dataclasses
-
-    import numpy as np
-
-    from .images import load_image, load_layout, load_mask, read_receipt, write_png
-
-    receipt = read_receipt(output)
-    missing = [k for k in ("request", "inputs", "files", "run", "batch", "model") if k not in receipt]
-    if missing:
-        raise UsageError(
-            f"{output}: its receipt has no {missing[0]}; only pictures that `iedit edit` wrote can be replayed"
-        )
-    if write:
-        _check_targets([Path(write)], [output])
     _quiet_libraries()
-    import torch
+    from . import receipt as receipts
+    from .images import png_bytes
 
-    from .editor import Editor, EditRequest, MaskOptions, Options, picture_digest, versions
-    from .ito import Phase
-
-    folder, files, asked = Path(output).resolve().parent, receipt["files"], receipt["request"]
-
-    def read(path: str, digest: str, what: str, load: Callable[[str], Any] = load_image) -> Any:
-        picture = load(path)
-        if picture_digest(picture) != digest:
-            raise UsageError(f"{path}: this {what} is not the one that was used; replay needs the same file")
-        return picture
-
-    inputs = receipt["inputs"]
-    picture = read(image or str(folder / files["image"]), inputs["image"], "input")
-    maps = {
-        key: {n: read(str(folder / p), inputs[key][n], f"{n} layout", load_layout) for n, p in files[key].items()}
-        for key in ("layouts", "source_layouts")
-    }
-    mask = load_mask(str(folder / files["mask"]), picture.size) if files["mask"] else None
-    if mask is not None and picture_digest(mask) != inputs["mask"]:
-        raise UsageError(
-            f"{folder / files['mask']}: this mask is not the one that was used; replay needs the same file"
-        )
-    try:
-        told = dict(asked["options"])
-        told |= {k: Phase(**told[k]) for k in ("guidance", "final", "refinement")}
-        told["mask"] = MaskOptions(**told["mask"])
-        told["control_scales"] = tuple((n, s) for n, s in told["control_scales"])
-        options = Options(**told)
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{output}: its receipt is of iedit {receipt.get('iedit')}, whose options this version does not know "
-                         f"({error}); replay it with that version") from error  # fmt: skip
-    torch.set_num_threads(receipt["backend"]["threads"])
-    run = receipt["run"]
-
-    def found(name: str) -> str:
-        return str(folder / name) if name.startswith(".") else name
-
-    engines = None if run.get("engines") is None else folder / run["engines"]
+    if write:
+        check_outputs([Path(write)], [], receipts.inputs_of(output, receipts.Named(**named)), overwrite)
 
     with _live() as tell:
-        editor = Editor.load(model or found(run["model"]), layouts={n: found(f) for n, f in run["controlnet"].items()} or None,
-                             backend=run["backend"], device=run["device"], dtype=run["dtype"],
-                             share=receipt["backend"].get("share", False),
-                             engines=engines,
-                             **{k: run[k] for k in ("attention", "channels_last") if k in run})  # fmt: skip
-        if editor.model.digest != receipt["model"]["digest"]:
-            raise UsageError(f"model: {editor.model.name} has digest {editor.model.digest}, the picture was made with "
-                             f"{receipt['model']['digest']}; these are other weights")  # fmt: skip
-        if receipt["model"].get("schedule", editor.model.schedule.digest) != editor.model.schedule.digest:
-            raise UsageError(
-                f"model: the scheduler config of {editor.model.name} is not the one that the picture was made with"
-            )
-        # The same batch: networks round differently with the batch size.
-        requests = [
-            EditRequest(picture, asked["prompt"], asked["source_prompt"], asked["method"], maps["layouts"],
-                        maps["source_layouts"], mask, member["seed"], asked["steps"],
-                        dataclasses.replace(options, lam=member["lam"]))
-            for member in receipt["batch"]["members"]
-        ]  # fmt: skip
-        result = editor.edit_many(requests, tell)[receipt["batch"]["index"]]
+        found = receipts.replay(output, receipts.Named(**named), tell)
     if write:
-        write_png(write, result.image, receipt)
-    before, after = np.asarray(load_image(output)), np.asarray(result.image)
-    if before.shape == after.shape and (before == after).all():
-        click.echo(f"{output}: identical")
-        return
-    changed = {k: (v, versions().get(k)) for k, v in receipt["versions"].items() if versions().get(k) != v}
-    why = "; ".join(f"{k} was {a}, is {b}" for k, (a, b) in changed.items()) or "another machine or an edited picture"
-    largest = int(np.abs(before.astype(int) - after.astype(int)).max()) if before.shape == after.shape else 255
-    click.echo(f"{output}: differs, by at most {largest} of 255 ({why})")
-    sys.exit(1)
+        write_outputs({Path(write): png_bytes(found.image, found.receipt)})
+    click.echo(f"{output}: {found}")
+    if not found.same:
+        sys.exit(1)
 
 
 def _why_no_gpu() -> str:
@@ -740,9 +653,10 @@ def _why_no_gpu() -> str:
     "--launches", is_flag=True, help="One more run under torch's profiler: kernel launches, or operators on a CPU."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@_overwrite
 @_model_options
 def profile_command(image: str, runs: int, output: str | None, trace: str | None, plot: str | None, launches: bool,
-                    as_json: bool, **values: Any) -> None:  # fmt: skip
+                    as_json: bool, overwrite: bool, **values: Any) -> None:  # fmt: skip
     """Where the time of an edit goes: by stage, step and module.
 
     Cold and warm apart, what ran each module, and why nothing faster did.
@@ -751,10 +665,11 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     iedit profile in.png --source-prompt "a red car ..." --prompt "a blue car ..." --plot time.png
     iedit profile in.png --prompt "..." --backend onnx --trace time.json     open it in ui.perfetto.dev
     """
-    from .images import write_png, write_whole
+    from .images import png_bytes
 
     _check_uses(values)
-    _check_targets([Path(plot)] if plot else [], [image], [Path(p) for p in (output, trace) if p])
+    named = [Path(p) for p in (output, trace) if p]
+    check_outputs([Path(plot)] if plot else [], named, _read(image, values), overwrite)
     request = _request(_inputs(image, values), values, values["seed"], _options(values))
     with _live() as tell:
         editor = _editor(values)
@@ -776,12 +691,14 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     totals = [round(sum(p.seconds.values()), 6) for p in profiles]
     found = last.as_dict() | {"runs": totals, "launches": counted, "backend": editor.backend,
                               "first_is_cold": True}  # fmt: skip
+    outputs = {}
     if output:
-        write_whole(output, (json.dumps(found, indent=1) + "\n").encode())
+        outputs[Path(output)] = (json.dumps(found, indent=1) + "\n").encode()
     if trace:
-        write_whole(trace, json.dumps(report.trace(last)).encode())
+        outputs[Path(trace)] = json.dumps(report.trace(last)).encode()
     if plot:
-        write_png(plot, report.plot(last), None)
+        outputs[Path(plot)] = png_bytes(report.plot(last))
+    write_outputs(outputs)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
@@ -793,8 +710,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     cold, warm = totals[0], totals[1:]
     shown = f", then {', '.join(f'{t:.3f}' for t in warm)}" if warm else ""
     click.echo(f"backend {editor.backend}; first run {cold:.3f} s (cold){shown}")
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
+    _show_notes(notes)
 
 
 @main.command()
@@ -846,15 +762,18 @@ def info(model: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--output", type=click.Path(), default="demo/edits.png", show_default=True, help="The contact sheet.")
+@click.option("--output", type=click.Path(), default=None,
+              help="The contact sheet. Default: demo/edits.png, which every demo writes anew.")  # fmt: skip
+@_overwrite
 @click.option("--bench", type=click.Path(), default=None, help="Append the figures to this CSV of results.")
-def demo(output: str, bench: str | None) -> None:
+def demo(output: str | None, overwrite: bool, bench: str | None) -> None:
     """Run the shipped sample edits with the embedded model and write one contact sheet."""
     _quiet_libraries()
     from .demo import run_demo
 
+    sheet = Path(output or "demo/edits.png")
     with _live() as tell:
-        figures = run_demo(Path(output), tell, Path(bench) if bench else None)
+        figures = run_demo(sheet, tell, Path(bench) if bench else None, overwrite=overwrite or output is None)
     from rich.console import Console
     from rich.table import Table
 
@@ -873,4 +792,4 @@ def demo(output: str, bench: str | None) -> None:
     table.add_row("total", *totals)
     table.add_row("peak MiB", *(f"{f['peak_mib']:.0f}" for f in figures))
     Console().print(table)
-    click.echo(f"{output}: {len(figures)} edits; a row is input, layout, mask, guidance image, result")
+    click.echo(f"{sheet}: {len(figures)} edits; a row is input, layout, mask, guidance image, result")

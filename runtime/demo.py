@@ -14,7 +14,8 @@ from typing import Any
 from .checkpoint import picturebook_folder
 from .editor import Editor, EditRequest, Options, versions
 from .errors import UsageError
-from .images import contact_sheet, load_image, load_layout, write_png, write_whole
+from .files import check_outputs, write_whole
+from .images import contact_sheet, load_image, load_layout, write_png
 from .profile import Callback
 
 
@@ -66,20 +67,27 @@ class PeakMemory:
         self._thread.join()
 
 
-def run_demo(output: Path, callback: Callback | None = None, bench: Path | None = None) -> list[dict[str, Any]]:
-    """Run every sample and write the sheet.
+def run_demo(
+    output: Path, callback: Callback | None = None, bench: Path | None = None, overwrite: bool = True
+) -> list[dict[str, Any]]:
+    """Run every sample and write the sheet, in a folder that is made if it is not there.
+
+    Args:
+        bench: a CSV that rows are added to.
+        overwrite: replace a sheet that is there.
 
     Returns:
         For each edit: name, size, seconds and evaluations per stage, peak_mib (of the process), mask_area.
 
     Raises:
-        UsageError: the output is not a .png, or there is no embedded model; nothing has been run.
+        UsageError: the output cannot be written, or there is no embedded model; nothing has been run.
     """
     if output.suffix.lower() != ".png":
         raise UsageError(f"{output}: the sheet is a PNG; give a name that ends in .png")
-    editor = Editor.load()
     for path in (output, *([bench] if bench else [])):
         path.parent.mkdir(parents=True, exist_ok=True)
+    check_outputs([output], [], [bench] if bench else [], overwrite)
+    editor = Editor.load()
     rows, titles, figures = [], [], []
     for name, request in sample_requests():
         with PeakMemory() as memory:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import METHODS, VERSION
 from . import images as pictures
+from . import receipt as receipts
 from .backends import Backend, check_backend, load_backend
 from .batch import Batch, vae_batches
 from .checkpoint import PICTUREBOOK
@@ -71,6 +72,7 @@ class Editor:
         self.denoiser, self.backend = denoiser, backend or str(getattr(denoiser, "name", "torch"))
         self.cache = StageCache() if cache is None else cache
         self.memory, self.share = memory, share
+        self.folders = [model.folder]  # which receipts do not tell
 
     @classmethod
     def load(
@@ -91,7 +93,8 @@ class Editor:
         Args:
             backend: torch, compile, onnx, tensorrt, or auto: the first that can run, per module and shape.
             engines: folder of exported engines; by default the user's cache, by the weights' digest.
-            options: of the backends that run torch modules: `attention` and `channels_last` (`backend_torch.TorchBackend`).
+            options: of the backends: `attention` and `channels_last` (`backend_torch.TorchBackend`), `trust_engines`
+                (`backends.load_backend`).
 
         Raises:
             UsageError: the model cannot be loaded, or the backend is not one that can run.
@@ -103,7 +106,9 @@ class Editor:
             )
         loaded = load_model(model, layouts, device=device, dtype=dtype)
         runs = load_backend(backend, loaded, None if engines is None else Path(engines), **options)
-        return cls(loaded, runs, cache=cache, memory=memory, share=share)
+        editor = cls(loaded, runs, cache=cache, memory=memory, share=share)
+        editor.folders += [] if engines is None else [Path(engines)]
+        return editor
 
     # --- public calls -------------------------------------------------------------------------------------------
 
@@ -265,7 +270,7 @@ class Editor:
                        "layouts": {n: picture_digest(p) for n, p in r.layouts.items()},
                        "source_layouts": {n: picture_digest(p) for n, p in r.source_layouts.items()}},
             "backend": {"name": self.backend, "device": str(self.model.device), "threads": torch.get_num_threads(), "share": self.share,
-                        "modules": profile.ran(), "steps_down": profile.why_down()},
+                        "modules": profile.ran(), "engines": profile.engines(), "steps_down": profile.why_down()},
             "versions": versions(),
             "mask": None,
             "notes": [*job.notes, *profile.notes],
@@ -273,7 +278,7 @@ class Editor:
         if mask is not None:
             area = round(pictures.mask_coverage(mask), 6)
             receipt["mask"] = {"area": area, "estimated": job.given_mask is None}
-        return receipt
+        return receipts.without_paths(receipt, *self.folders)
 
 
 def paste(source: Image.Image, edited: Image.Image, mask: Image.Image, feather: float) -> Image.Image:

@@ -12,16 +12,22 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from .errors import RunError, UsageError
-from .images import write_whole
+from .files import check_regular, write_whole
+from .untrusted import Match, parse_json, typed
 
 SPEC_FILE = "engine.json"
+REPORT_FILE = "report.json"  # of `iedit export verify`
+BUILD_MARKER = "iedit-build.json"  # in a folder from when a build begins until its spec is written
 FORMATS = ("onnx", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -69,12 +75,12 @@ class EngineSpec:
         checked: the parity report's figures, once `iedit export verify` has passed.
     """
 
-    format: str
+    format: Annotated[str, Match("|".join(FORMATS), f"one of {', '.join(FORMATS)}")]
     module: str
     model: str
     weights: str
     graph: str
-    precision: str
+    precision: Annotated[str, Match("|".join(PRECISIONS), f"one of {', '.join(PRECISIONS)}")]
     shapes: tuple[Shapes, ...]
     opset: int
     versions: Mapping[str, str]
@@ -86,6 +92,11 @@ class EngineSpec:
     def __str__(self) -> str:
         ranges = "; ".join(f"batch {_range(s.batch)} at {_range(s.width)}x{_range(s.height)}" for s in self.shapes)
         return f"{self.format} {self.module} {self.precision}, {ranges}{f' on {self.gpu}' if self.gpu else ''}"
+
+    @property
+    def digest(self) -> str:
+        """Of the engine's files, 16 hex digits: what a receipt remembers it by."""
+        return hashlib.sha256(json.dumps(dict(sorted(self.files.items()))).encode()).hexdigest()[:16]
 
     def differs(self, **wanted: Any) -> list[str]:
         """One reason for each field that is not as wanted: `weights: the engine has 12ab, wanted 34cd`."""
@@ -115,6 +126,46 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def new_build(target: Path) -> Path:
+    """A new folder beside `target` to build in, marked as such: `.NAME.xxxxxxxx.building`. Nothing else is one."""
+    building = target.parent / f".{target.name}.{secrets.token_hex(4)}.building"
+    building.mkdir(parents=True)
+    (building / BUILD_MARKER).write_text(json.dumps({"iedit": "build", "of": target.name}) + "\n")
+    return building
+
+
+def is_build(folder: Path) -> bool:
+    """Whether a folder is what `new_build` makes, in use or left over."""
+    named = re.fullmatch(r"\..+\.[0-9a-f]{8}\.building", folder.name) and folder.is_dir() and not folder.is_symlink()
+    return bool(named) and ((folder / BUILD_MARKER).is_file() or _ours(folder) is not None)
+
+
+def _ours(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's `engine.json`, if this project wrote it: of whatever version, it has these fields."""
+    path = folder / SPEC_FILE
+    try:
+        check_regular(path)
+        found = parse_json(path.read_text())
+    except (UsageError, OSError, ValueError):
+        return None
+    wanted = {"format", "module", "weights", "graph", "precision", "shapes"}
+    return found if isinstance(found, dict) and wanted <= set(found) and found["format"] in FORMATS else None
+
+
+def own_files(folder: Path) -> list[Path] | None:
+    """What of a folder is an engine's: its spec, report and the files that the spec names, if they are there.
+
+    Returns:
+        None where there is no spec of this project, whatever else lies there.
+    """
+    found = _ours(folder)
+    if found is None:
+        return None
+    named = found.get("files")
+    names = [SPEC_FILE, REPORT_FILE, BUILD_MARKER, *(named if isinstance(named, dict) else ())]
+    return [folder / n for n in names if n == Path(n).name and n not in (".", "..") and os.path.lexists(folder / n)]
+
+
 def write_spec(folder: Path, spec: EngineSpec, files: Sequence[str]) -> EngineSpec:
     """Make `folder` an engine: digest `files` (names in it) and write `engine.json`, the very last thing of a build.
 
@@ -123,6 +174,7 @@ def write_spec(folder: Path, spec: EngineSpec, files: Sequence[str]) -> EngineSp
     """
     whole = dataclasses.replace(spec, files={name: file_digest(folder / name) for name in sorted(files)})
     write_whole(folder / SPEC_FILE, (json.dumps(dataclasses.asdict(whole), indent=1) + "\n").encode())
+    (folder / BUILD_MARKER).unlink(missing_ok=True)
     return whole
 
 
@@ -133,12 +185,11 @@ def read_spec(folder: Path) -> EngineSpec:
         UsageError: there is no `engine.json`, or it is not one of ours; the field is named.
     """
     path = folder / SPEC_FILE
+    if not os.path.lexists(path):
+        raise UsageError(f"{folder}: no {SPEC_FILE}: not an engine, or a build that was stopped; export it again")
+    check_regular(path)
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(
-            f"{folder}: no {SPEC_FILE}: not an engine, or a build that was stopped; export it again"
-        ) from None
+        found = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); export the engine again") from error
     names = {f.name for f in dataclasses.fields(EngineSpec)}
@@ -148,15 +199,12 @@ def read_spec(folder: Path) -> EngineSpec:
             f"{path}: field {odd[0]} is missing or unknown; the engine is of another version of iedit, export it again"
         )
     try:
-        shapes = tuple(Shapes(**{k: _three(v) for k, v in s.items()}) for s in found["shapes"])
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: shapes: {error}; export the engine again") from error
-    return EngineSpec(**{**found, "shapes": shapes})
-
-
-def _three(value: Any) -> tuple[int, int, int]:
-    low, opt, high = (int(v) for v in value)
-    return low, opt, high
+        spec: EngineSpec = typed(EngineSpec, found, "")
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}; export the engine again") from error
+    if any(name != Path(name).name or name in ("", ".", "..", SPEC_FILE) for name in spec.files):
+        raise UsageError(f"{path}: files: a name in it is not one of a file in this folder; export the engine again")
+    return spec
 
 
 def damaged(folder: Path, spec: EngineSpec) -> list[str]:
@@ -169,6 +217,21 @@ def damaged(folder: Path, spec: EngineSpec) -> list[str]:
         elif file_digest(path) != digest:
             found.append(f"files: {name} is not what was built (its digest differs)")
     return found
+
+
+def writable_by_all(folder: Path, spec: EngineSpec, root: Path) -> list[str]:
+    """A reason if every user of this machine may change the engine: its files, its folder, or one up to `root`.
+
+    An engine is code that runs with the rights of whoever starts an edit, and its digests lie beside it.
+    """
+    places = [folder / name for name in (SPEC_FILE, *spec.files)]
+    places += [p for p in (folder, *folder.parents) if p == root or root in p.parents]
+    for place in places:
+        if place.exists() and place.stat().st_mode & stat.S_IWOTH:
+            return [
+                f"every user of this machine may write to {place} (chmod -R o-w it, or ask for it with --trust-engines)"
+            ]
+    return []
 
 
 def engines_folder(weights_digest: str) -> Path:

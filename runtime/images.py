@@ -8,10 +8,9 @@ from __future__ import annotations
 import io
 import json
 import os
-import secrets
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,18 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .errors import RunError, UsageError
+from .files import check_regular, write_whole
+from .untrusted import parse_json
 
 if TYPE_CHECKING:  # torch takes seconds to import, and layouts, masks and receipts need none of it
     from torch import Tensor
 
 MAX_PIXELS = 4096 * 4096  # a float32 UNet at that size already wants hundreds of gigabytes; larger is a mistake
+# What is opened, by Pillow's names. The others are closed: EPS is a program that runs in Ghostscript, and the decoders of
+# formats that nobody edits are the ones that nobody checks.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "TGA", "JPEG2000")
 RECEIPT_KEY = "iedit"
+_DROPPED = "iedit dropped"  # in a picture's `info`: what was lost when it was read
 # What Pillow's decoders raise on damaged files, beside OSError.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
@@ -36,12 +41,34 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, backg
     """A file as a picture: EXIF orientation applied, transparency on `background`, the first frame of an animation.
 
     Returns:
-        RGB; see `as_rgb` for what the modes become.
+        RGB; see `as_rgb` for what the modes become, `dropped` for what was lost.
 
     Raises:
         UsageError: missing, unreadable, truncated, not an image, or more than `max_pixels` pixels.
     """
-    return as_rgb(_open(path, max_pixels), str(path), background)
+    image = _open(path, max_pixels)
+    picture = as_rgb(image, str(path), background)
+    picture.info[_DROPPED] = dropped(image)
+    return picture
+
+
+def dropped(image: Image.Image) -> list[str]:
+    """What `load_image` lost of a picture, and what `as_rgb` would lose: other frames, transparency."""
+    found = list(image.info.get(_DROPPED, ()))
+    if has_transparency(image):
+        found.append("the picture's transparency was dropped: it was laid on white")
+    return found
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether a pixel of the picture lets something through."""
+    if "A" not in image.mode and "a" not in image.mode and "transparency" not in image.info:
+        return False
+    try:
+        lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
+    except ValueError:  # a mode that `as_rgb` refuses by name
+        return False
+    return isinstance(lowest, (int, float)) and lowest < 255
 
 
 def as_picture(
@@ -83,30 +110,32 @@ def load_layout(path: str | os.PathLike[str]) -> Image.Image:
 
 def _open(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     """The decoded and upright first frame, in the file's own mode."""
+    check_regular(path, "an image file")
     try:
-        image = Image.open(path)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file; check the path") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path}: this is a folder, expected an image file") from None
+        image = Image.open(path, formats=FORMATS)
     except PermissionError:
         raise UsageError(f"{path}: it may not be read; check its permissions") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UsageError(f"{path}: too large ({error}); the limit is {max_pixels} pixels, make it smaller") from None
     except UnidentifiedImageError:
-        raise UsageError(f"{path}: not an image that Pillow can read; convert it to PNG or JPEG") from None
+        known = ", ".join(FORMATS)
+        raise UsageError(f"{path}: not an image in a format that is read ({known}); save it as PNG or JPEG") from None
     except _DAMAGED as error:
         raise UsageError(f"{path}: cannot be read as an image ({error}); save it again as PNG or JPEG") from None
     with image:
         check_size(image, str(path), max_pixels)
         try:
             image.load()
+            several = bool(getattr(image, "is_animated", False))
         except _DAMAGED as error:
             raise UsageError(f"{path}: damaged or truncated ({error}); copy it or save it again") from None
         try:
-            return ImageOps.exif_transpose(image)
+            upright = ImageOps.exif_transpose(image)
         except _DAMAGED:  # the pixels are fine: a damaged EXIF block is no reason to refuse them
-            return image.copy()
+            upright = image.copy()
+    if several:
+        upright.info[_DROPPED] = ["the file holds several pictures: only the first was used"]
+    return upright
 
 
 def check_size(image: Image.Image, name: str = "image", max_pixels: int = MAX_PIXELS) -> None:
@@ -268,54 +297,31 @@ def mask_to_latent(mask: Image.Image, latent_hw: tuple[int, int], padded_size: t
 # --- pictures to files ------------------------------------------------------------------------------------------
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file in the same folder, fsync, rename.
-
-    Whatever interrupts it (Ctrl-C included), `path` holds what it held before, and the temporary file is gone.
-
-    Raises:
-        UsageError: the folder does not exist, or the path is a folder; RunError: the system refused (full, read-only).
-    """
-    target = Path(os.path.realpath(path))  # through a link: replace what it points at, not the link
-    if target.is_dir():
-        raise UsageError(f"{path}: this is a folder, expected a file name")
-    if not target.parent.is_dir():
-        raise UsageError(f"{path}: the folder {target.parent} does not exist; make it first")
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            # Not tempfile: its files are private (0600), an output should follow the umask.
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise RunError(f"{path}: could not be written ({error.strerror or error}); nothing was left behind") from error
+def png_bytes(image: Image.Image, receipt: Mapping[str, Any] | None = None) -> bytes:
+    """A PNG file, with `receipt` as JSON in an iTXt chunk keyed `iedit`."""
+    text = PngImagePlugin.PngInfo()
+    if receipt is not None:
+        told = json.dumps(receipt, ensure_ascii=False, sort_keys=True)
+        # A prompt out of a command line that is not UTF-8 has half characters: JSON's own escapes are what is left for them.
+        text.add_itxt(RECEIPT_KEY, told.encode("utf-8", "backslashreplace").decode())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=text)
+    return buffer.getvalue()
 
 
-def write_png(path: str | os.PathLike[str], image: Image.Image, receipt: dict[str, Any] | None = None) -> None:
-    """Write a PNG whole or not at all, with `receipt` as JSON in an iTXt chunk keyed `iedit`.
+def write_png(path: str | os.PathLike[str], image: Image.Image, receipt: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG whole or not at all; see `png_bytes`.
 
     Raises:
         UsageError: the name does not end in .png, or the folder does not exist; RunError: see `write_whole`.
     """
     if Path(path).suffix.lower() != ".png":
         raise UsageError(f"{path}: the output is a PNG (it carries the receipt); give a name that ends in .png")
-    text = PngImagePlugin.PngInfo()
-    if receipt is not None:
-        text.add_itxt(RECEIPT_KEY, json.dumps(receipt, ensure_ascii=False, sort_keys=True))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=text)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, png_bytes(image, receipt))
 
 
 def read_receipt(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The receipt that `write_png` put into a PNG.
+    """The receipt that `write_png` put into a PNG: any object of JSON within `untrusted.parse_json`'s bounds.
 
     Raises:
         UsageError: unreadable, or there is no receipt in it.
@@ -324,8 +330,8 @@ def read_receipt(path: str | os.PathLike[str]) -> dict[str, Any]:
     if text is None:
         raise UsageError(f"{path}: no iedit receipt in it; only a PNG that iedit wrote, not saved again since, has one")
     try:
-        receipt = json.loads(text)
-    except ValueError as error:
+        receipt = parse_json(text)
+    except (TypeError, ValueError) as error:
         raise UsageError(f"{path}: its iedit receipt is damaged ({error}); edit the source image again") from None
     if not isinstance(receipt, dict):
         raise UsageError(f"{path}: its iedit receipt is a {type(receipt).__name__}, expected an object")

@@ -26,12 +26,15 @@ def current() -> Profile | None:
 
 
 @contextmanager
-def module_call(module: str, backend: str, batch: int, *, cold: bool = False, device: Any = None) -> Iterator[None]:
+def module_call(
+    module: str, backend: str, batch: int, *, cold: bool = False, device: Any = None, engine: str = ""
+) -> Iterator[None]:
     """Record one call of a module in the running profile; nothing where none is running.
 
     Args:
         cold: this call compiles, builds or warms up; such calls are counted apart.
         device: where it runs; on CUDA the time is that of the device, by events, without waiting for it.
+        engine: digest of the engine that ran it (`engine_spec.EngineSpec.digest`), if one did.
     """
     running = _CURRENT.get()
     if running is None:
@@ -59,6 +62,7 @@ def module_call(module: str, backend: str, batch: int, *, cold: bool = False, de
             seconds,
             cold,
             events,
+            engine,
         )
     )
 
@@ -106,6 +110,7 @@ class ModuleCall:
     host: float
     cold: bool
     events: Any = field(default=None, repr=False)
+    engine: str = ""
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling: with the device's time in place of its events, which are of this process."""
@@ -302,6 +307,11 @@ class Profile:
         for call in self.modules:
             found.setdefault(call.module, set()).add(call.backend)
         return {module: sorted(names) for module, names in found.items()}
+
+    def engines(self) -> list[dict[str, str]]:
+        """JSON-ready: module, backend and digest of every engine that ran."""
+        used = sorted({(c.module, c.backend, c.engine) for c in self.modules if c.engine})
+        return [{"module": m, "backend": b, "digest": d} for m, b, d in used]
 
     def why_down(self) -> list[dict[str, Any]]:
         """JSON-ready: what did not run which module, and why."""

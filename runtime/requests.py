@@ -435,6 +435,7 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         chunks=max(len(model.token_chunks(t)) for t in texts),
         source_prompt=source_prompt,
         notes=[
+            *pictures.dropped(request.image),
             *uses.notes(asked, bool(request.source_prompt), bool(request.source_layouts)),
             *_unknown_words(model, texts),
         ],

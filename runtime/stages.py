@@ -7,15 +7,26 @@ kept on disk, within a bound of its own.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
+import stat
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from . import profile
+from .errors import RunError, UsageError
+from .files import write_whole
 
 Result = dict[str, Tensor]
 
@@ -33,17 +44,39 @@ def tensor_digest(value: Tensor) -> str:
     return hashlib.sha256(head + array.view(-1).numpy().tobytes()).hexdigest()[:32]
 
 
+FOLDER = "iedit-cache-v1"
+MARKER = "CACHEDIR.TAG"  # of https://bford.info/cachedir: backups leave such folders out
+_MARK = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n# Stage results of iedit; they are made again when this is removed.\n"
+)
+_ENTRY = re.compile(r"[0-9a-f]{32}\.safetensors")
+_LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]+\.tmp")
+_STALE = 3600.0  # seconds after which an unfinished file is of a process that is gone
+_WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
+
+
 class StageCache:
     """Results by key. Safe to use from several threads.
 
+    On disk a result is a safetensors file in the folder `iedit-cache-v1` inside the one that is named, which is made when
+    the first result is written. Nothing outside it is ever touched, and in it only what this class made: entries, named by
+    their keys, and what is left of entries that a stopped process did not finish. Every entry carries a digest of its
+    content. One that is not what was written is removed and computed again; a disk that is full costs the entry and not
+    the edit. Both are notes of the running profile.
+
     Args:
         memory: bound in bytes; 0 keeps nothing in memory.
-        folder: also keep results as safetensors files there.
-        disk: bound of the folder in bytes; the files read longest ago are removed first.
+        folder: also keep results as files there.
+        disk: bound of the files in bytes; those read longest ago are removed first.
+
+    Raises:
+        UsageError: `folder` is no place for a cache: it or the one that it would be made in is a checkpoint's, a file, or
+            may not be written to, or there is something else called `iedit-cache-v1` in it.
     """
 
     def __init__(self, memory: int = 512 << 20, folder: Path | None = None, disk: int = 4 << 30):
-        self.memory, self.folder, self.disk = memory, folder, disk
+        self.memory, self.disk = memory, disk
+        self.folder = None if folder is None else _own_folder(Path(folder))
         self._held: OrderedDict[str, Result] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -52,8 +85,13 @@ class StageCache:
     def _size(result: Result) -> int:
         return sum(t.numel() * t.element_size() for t in result.values())
 
-    def get(self, key: str) -> Result | None:
-        """The result of `key`, or None. A file that cannot be read counts as absent and is removed."""
+    def get(self, key: str, stage: str = "", shape: Sequence[int] | None = None) -> Result | None:
+        """The result of `key`, or None.
+
+        Args:
+            stage: whose result it is, for notes.
+            shape: of its `value`, if the caller knows it; a file with another is damaged too.
+        """
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
@@ -61,34 +99,48 @@ class StageCache:
         if self.folder is None:
             return None
         path = self.folder / f"{key}.safetensors"
-        if not path.exists():
-            return None
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            result = load_file(path)
+            result = _read(path, key, shape)
             os.utime(path)
-        except (SafetensorError, OSError):
-            path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            self._discard(path, stage, error)
             return None
         self._hold(key, result)
         return result
 
     def put(self, key: str, result: Result) -> None:
-        """Keep `result`; a result larger than the bound is not kept."""
+        """Keep `result`; one that is larger than a bound is not kept there."""
         self._hold(key, result)
-        if self.folder is not None:
-            from safetensors.torch import save_file
-
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".{key}.{os.getpid()}.{threading.get_ident()}.tmp"
+        if self.folder is None:
+            return
+        temporary = self.folder / f".{key}.{secrets.token_hex(8)}.tmp"
+        try:
+            self._make_folder()
             try:
-                save_file({k: v.detach().cpu().contiguous() for k, v in result.items()}, temporary)
+                temporary.write_bytes(_packed(key, result))
                 os.replace(temporary, self.folder / f"{key}.safetensors")
             finally:
                 temporary.unlink(missing_ok=True)
             self._trim()
+        except (OSError, RunError) as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or error
+            _note(f"the cache could not be written ({why}); a later edit will compute again what this one did")
+
+    def _make_folder(self) -> None:
+        assert self.folder is not None
+        if not (self.folder / MARKER).is_file():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)  # latents are pictures: they are nobody else's business
+            write_whole(self.folder / MARKER, _MARK.encode())
+
+    @staticmethod
+    def _discard(path: Path, stage: str, error: Exception) -> None:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        told = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        _note(f"the cache held a damaged result of stage {stage} ({told}); it was removed, and is computed again")
 
     def _hold(self, key: str, result: Result) -> None:
         size = self._size(result)
@@ -104,17 +156,89 @@ class StageCache:
                 self._bytes -= self._size(old)
 
     def _trim(self) -> None:
+        """Removes the entries read longest ago beyond the bound, and what stopped processes did not finish."""
         assert self.folder is not None
-        files = []
-        for path in self.folder.glob("*.safetensors"):
+        found = []
+        for path in self.folder.iterdir():
             try:
-                stat = path.stat()
-            except FileNotFoundError:  # another process trims the same folder
+                status = path.lstat()  # another process may be trimming the same folder
+            except FileNotFoundError:
                 continue
-            files.append((stat.st_mtime, stat.st_size, path))
-        total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            if _LEFTOVER.fullmatch(path.name) and time.time() - status.st_mtime > _STALE:
+                path.unlink(missing_ok=True)
+            elif _ENTRY.fullmatch(path.name):
+                found.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
             if total <= self.disk:
                 break
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _own_folder(folder: Path) -> Path:
+    """Where the cache of `folder` lies, whether or not it is there yet; see `StageCache` for what is refused."""
+    whole = Path(os.path.abspath(folder.expanduser()))
+    above = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
+    if not above.is_dir():
+        raise UsageError(f"cache: {above} is not a folder; name another place for it")
+    names = os.listdir(above) if os.access(above, os.R_OK) else []
+    weights = sorted(n for n in names if n.endswith(_WEIGHTS) and not _ENTRY.fullmatch(n))
+    if "model_index.json" in names or weights:
+        holds = "model_index.json" if "model_index.json" in names else weights[0]
+        raise UsageError(f"cache: {above} holds {holds}, which looks like a checkpoint's; name a folder of its own")
+    own = whole / FOLDER
+    if os.path.lexists(own):
+        if own.is_symlink() or not own.is_dir() or (os.listdir(own) and not _marked(own / MARKER)):
+            raise UsageError(f"cache: {own} was not made by iedit; move it away, or name another folder")
+        above = own
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(f"cache: {above} may not be written to; name another folder")
+    return own
+
+
+def _marked(path: Path) -> bool:
+    return path.is_file() and path.read_bytes()[:1000].startswith(_MARK.encode())
+
+
+def _packed(key: str, result: Result) -> bytes:
+    from safetensors.torch import save
+
+    held = {name: value.detach().cpu().contiguous() for name, value in result.items()}
+    return save(held, {"iedit": key, "digest": _content(key, held)})
+
+
+def _read(path: Path, key: str, shape: Sequence[int] | None) -> Result:
+    """What `_packed` made.
+
+    Raises:
+        FileNotFoundError, OSError, SafetensorError; ValueError: it is something else.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("not a file")
+    with safe_open(path, "pt") as file:
+        told = file.metadata() or {}
+        result = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    if told.get("iedit") != key or set(result) != {"value"} or told.get("digest") != _content(key, result):
+        raise ValueError("it is not what was written")
+    value = result["value"]
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        raise ValueError(f"its shape is {tuple(value.shape)}, expected {tuple(shape)}")
+    if not value.isfinite().all():
+        raise ValueError("it holds NaN or infinity")
+    return result
+
+
+def _content(key: str, result: Result) -> str:
+    whole = hashlib.sha256(key.encode())
+    for name in sorted(result):
+        whole.update(f"{name}={tensor_digest(result[name])};".encode())
+    return whole.hexdigest()[:32]
+
+
+def _note(text: str) -> None:
+    running = profile.current()
+    if running is not None:
+        running.note(text)

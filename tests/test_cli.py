@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -220,7 +221,10 @@ def test_a_controlnet_of_another_folder_can_be_named(edit: list[str], tiny_check
     lent = tiny_checkpoint_cli / "controlnet-scribble"
     fine(*edit, "--controlnet", f"depth={lent}", "--layout", "depth=pose.png", "--source-layout", "depth=old.png",
          "--output", "out.png")  # fmt: skip
-    assert fine("replay", "out.png").stdout == "out.png: identical\n"
+    words = ["replay", "out.png", "--model", str(tiny_checkpoint_cli)]
+    said = refused(2, *words)
+    assert "made with the ControlNet controlnet-scribble" in said and "--controlnet depth=FOLDER" in said
+    assert fine(*words, "--controlnet", f"depth={lent}").stdout == "out.png: identical\n"
 
 
 def test_a_prompt_longer_than_the_tokenizer_takes_is_split_and_read_to_its_end(edit: list[str]) -> None:
@@ -229,7 +233,7 @@ def test_a_prompt_longer_than_the_tokenizer_takes_is_split_and_read_to_its_end(e
     for end in ("a star", "a tree"):
         words = list(edit)
         words[words.index(TARGET)] = long + end
-        fine(*words, "--mask", "mask.png", "--output", "out.png")
+        fine(*words, "--mask", "mask.png", "--output", "out.png", "--overwrite")
         picture.append(pixels("out.png"))
     assert (picture[0] != picture[1]).any()
 
@@ -250,7 +254,7 @@ def test_a_size_that_the_network_cannot_take_is_padded_and_cropped_back(edit: li
         (["--mask", "full.png"], "the mask covers everything"),
         (["--mask", "small.png"], "the mask is 16x16 and the image 32x32"),
         (["--mask", "nope.png"], "nope.png: there is no such file"),
-        (["--layout", "pose=words.png"], "words.png: not an image"),
+        (["--layout", "pose=words.png"], "words.png: not an image in a format"),
         (["--layout", "pose"], "expected NAME=FILE"),
         (["--layout", "pose=pose.png", "--layout", "pose=old.png"], "pose is given twice"),
         (["--output", "out.jpg"], "give a name that ends in .png"),
@@ -283,7 +287,7 @@ def test_what_cannot_be_done_as_asked_is_one_line_and_exit_code_2(edit: list[str
     [
         ("nope.png", "there is no such file"),
         ("folder.png", "this is a folder"),
-        ("words.png", "not an image that Pillow can read"),
+        ("words.png", "not an image in a format"),
         ("truncated.png", "truncated"),
         ("huge.png", "the limit is"),
     ],
@@ -439,7 +443,7 @@ def test_sigint_stops_the_command_in_the_middle_of_a_run(edit: list[str], here: 
                           stderr=subprocess.PIPE,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as running:  # fmt: skip
         end = time.monotonic() + 120
-        while not list(here.glob("kept/*.safetensors")) and time.monotonic() < end and running.poll() is None:
+        while not list(here.glob("kept/*/*.safetensors")) and time.monotonic() < end and running.poll() is None:
             time.sleep(0.1)
         time.sleep(0.5)  # into the next stage
         os.kill(running.pid, signal.SIGINT)
@@ -459,7 +463,7 @@ def test_a_disk_that_refuses_is_exit_code_1(edit: list[str], monkeypatch: pytest
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(edit: list[str]) -> None:
-    assert "in.png" in refused(1, *edit, "--cache", "in.png/kept")
+    assert "in.png is not a folder" in refused(2, *edit, "--cache", "in.png/kept")
 
 
 # --- mask and layouts -------------------------------------------------------------------------------------------
@@ -495,50 +499,101 @@ def test_layouts_says_what_it_cannot_annotate(here: Path) -> None:
 # --- replay -----------------------------------------------------------------------------------------------------
 
 
-def test_replay_makes_the_picture_again_bit_for_bit(edit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def replay(tiny_checkpoint_cli: Path) -> list[str]:
+    """The words of a replay of out.png."""
+    return ["replay", "out.png", "--model", str(tiny_checkpoint_cli)]
+
+
+def test_replay_makes_the_picture_again_bit_for_bit(edit: list[str], replay: list[str]) -> None:
     maps = ["--layout", "pose=pose.png", "--source-layout", "pose=old.png"]
     fine(*edit, *maps, "--mask", "mask.png", "--negative-prompt", "night", "--output", "out.png")
-    assert fine("replay", "out.png", "--write", "again.png").stdout == "out.png: identical\n"
+    assert fine(*replay, "--write", "again.png").stdout == "out.png: identical\n"
     assert (pixels("again.png") == pixels("out.png")).all()
     assert images.read_receipt("again.png") == images.read_receipt("out.png")
 
 
-def test_replay_runs_a_member_of_a_batch_in_its_batch(edit: list[str]) -> None:
+def test_replay_runs_a_member_of_a_batch_in_its_batch(edit: list[str], replay: list[str]) -> None:
     fine(*edit, "--count", "2", "--lambda", "0.3", "--lambda", "0.9", "--output", "out.png")
-    assert fine("replay", "out-2.png").stdout == "out-2.png: identical\n"
+    os.rename("out-2.png", "out.png")
+    assert fine(*replay).stdout == "out.png: identical\n"
 
 
-def test_replay_works_from_another_folder_with_relative_names(
-    edit: list[str], broken: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+def test_replay_of_a_picture_whose_stages_came_from_a_cache_is_within_the_bound(
+    edit: list[str], replay: list[str]
 ) -> None:
-    shutil.move(broken, "ckpt")
-    Path("results").mkdir()
-    fine(*edit, "--model", "ckpt", "--output", "results/out.png")
+    """The first command fills the cache in a batch, where the network rounds otherwise."""
+    fine(*edit, "--cache", "kept", "--count", "3", "--lambda", "0.5", "--output", "first.png")
+    fine(*edit, "--cache", "kept", "--output", "out.png")
+    assert images.read_receipt("out.png")["backend"]["modules"].keys() == {"text_encoder", "unet", "vae_decoder"}
+    said = fine(*replay).stdout
+    assert re.fullmatch(r"out\.png: (identical|within 1 of 255, \d+ pixels? differs?)\n", said)
+
+
+def test_a_difference_of_one_is_within_the_bound_and_counted_and_two_is_a_failure(
+    edit: list[str], replay: list[str]
+) -> None:
+    fine(*edit, "--output", "out.png")
+    picture, receipt = np.asarray(Image.open("out.png")).copy(), images.read_receipt("out.png")
+    for x, y in ((3, 4), (5, 6), (7, 8)):
+        picture[y, x, 1] += 1 if picture[y, x, 1] < 200 else -1
+    images.write_png("out.png", Image.fromarray(picture), receipt)
+    assert fine(*replay).stdout == "out.png: within 1 of 255, 3 pixels differ\n"
+    picture[4, 3, 0] ^= 64
+    images.write_png("out.png", Image.fromarray(picture), receipt)
+    result = call(*replay, "--write", "again.png")
+    assert result.exit_code == 1
+    assert (
+        result.stdout == "out.png: differs, by at most 64 of 255 in 3 pixels (another machine or an edited picture)\n"
+    )
+    assert Path("again.png").is_file()
+
+
+def test_replay_names_the_versions_that_differ_and_nothing_that_drives_a_terminal(
+    edit: list[str], replay: list[str]
+) -> None:
+    fine(*edit, "--output", "out.png")
+    receipt = images.read_receipt("out.png")
+    receipt["versions"] = receipt["versions"] | {"torch": "1.0\u009b31m\u202e", "sparkle": "3"}
+    receipt["backend"]["threads"] = 4096
+    images.write_png("out.png", Image.new("RGB", (32, 32), "red"), receipt)
+    result = call(*replay)
+    assert result.exit_code == 1
+    assert (
+        rf"torch was 1.0\x9b31m\u202e, is {torch.__version__}" in result.stdout and "threads was 4096" in result.stdout
+    )
+    assert result.stdout.rstrip("\n").isprintable() and "sparkle" not in result.stdout
+    assert torch.get_num_threads() <= (os.cpu_count() or 1)
+
+
+def test_replay_needs_the_inputs_beside_the_picture_or_named(
+    edit: list[str], here: Path, replay: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = ["--layout", "pose=pose.png", "--source-layout", "pose=old.png", "--mask", "mask.png"]
+    fine(*edit, *maps, "--output", "out.png")
+    away = here / "away"
+    away.mkdir()
+    os.rename("out.png", away / "out.png")
     monkeypatch.chdir("/")
-    assert fine("replay", str(here / "results" / "out.png")).stdout.endswith("out.png: identical\n")
-
-
-def test_replay_of_a_picture_that_was_moved_takes_image_and_model(
-    edit: list[str], broken: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    fine(*edit, "--model", str(broken), "--output", "out.png")
-    away = tmp_path_factory.mktemp("away")
-    shutil.move("out.png", away / "out.png")
-    assert "there is no such file" in refused(2, "replay", str(away / "out.png"))
-    shutil.move(broken, away / "model")
-    words = ["replay", str(away / "out.png"), "--image", "in.png"]
-    assert "is not a folder" in refused(2, *words)
-    assert fine(*words, "--model", str(away / "model")).stdout.endswith("identical\n")
+    words = [*replay[:1], str(away / "out.png"), *replay[2:]]
+    named = [("--image", str(here / "in.png")), ("--layout", f"pose={here / 'pose.png'}"),
+             ("--source-layout", f"pose={here / 'old.png'}"), ("--mask", str(here / "mask.png"))]  # fmt: skip
+    for option, value in named:
+        result = call(*words)
+        assert result.exit_code == 2
+        assert "there is no such file, and the picture was made from it" in result.stderr and option in result.stderr
+        words += [option, value]
+    assert fine(*words).stdout.endswith("out.png: identical\n")
 
 
 @pytest.mark.parametrize("changed", ["in.png", "pose.png", "old.png", "mask.png"])
-def test_replay_names_an_input_that_has_changed(edit: list[str], changed: str) -> None:
+def test_replay_names_an_input_that_has_changed(edit: list[str], replay: list[str], changed: str) -> None:
     maps = ["--layout", "pose=pose.png", "--source-layout", "pose=old.png"]
     fine(*edit, *maps, "--mask", "mask.png", "--output", "out.png")
     picture = Image.open(changed)
     picture.putpixel((10, 12), 0 if picture.mode == "L" else (1, 2, 3))
     picture.save(changed)
-    said = refused(2, "replay", "out.png")
+    said = refused(2, *replay)
     assert changed in said and "is not the one that was used" in said
 
 
@@ -547,7 +602,7 @@ def test_replay_refuses_other_weights_by_their_digest(edit: list[str], broken: P
     weights = load_file(broken / UNET)
     weights["conv_out.bias"] += 1
     save_file(weights, broken / UNET)
-    said = refused(2, "replay", "out.png")
+    said = refused(2, "replay", "out.png", "--model", str(broken))
     assert images.read_receipt("out.png")["model"]["digest"] in said and "other weights" in said
 
 
@@ -555,7 +610,7 @@ def test_replay_refuses_another_noise_schedule(edit: list[str], broken: Path) ->
     fine(*edit, "--model", str(broken), "--output", "out.png")
     config = broken / "scheduler/scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"beta_end": 0.013}))
-    assert "scheduler config" in refused(2, "replay", "out.png")
+    assert "scheduler config" in refused(2, "replay", "out.png", "--model", str(broken))
 
 
 def test_replay_refuses_a_picture_without_a_receipt_or_of_another_version(edit: list[str]) -> None:
@@ -567,18 +622,132 @@ def test_replay_refuses_a_picture_without_a_receipt_or_of_another_version(edit: 
     assert "its receipt has no files" in refused(2, "replay", "library.png")
     receipt["request"]["options"]["sparkle"] = 1
     images.write_png("future.png", picture, receipt)
-    assert "sparkle" in refused(2, "replay", "future.png")
+    assert "request.options.'sparkle' is unknown" in refused(2, "replay", "future.png")
 
 
-def test_replay_of_a_tampered_picture_says_by_how_much_and_exits_with_1(edit: list[str]) -> None:
+def test_a_receipt_opens_no_model_and_fetches_none(edit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    from iedit.runtime import models
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a receipt made something be opened")
+
     fine(*edit, "--output", "out.png")
-    picture = Image.open("out.png").convert("RGB")
-    red, green, blue = picture.getpixel((3, 4))  # type: ignore[misc]
-    picture.putpixel((3, 4), (red, green, blue ^ 64))
-    images.write_png("out.png", picture, images.read_receipt("out.png"))
-    result = call("replay", "out.png")
+    receipt, picture = images.read_receipt("out.png"), Image.open("out.png")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", never)
+    monkeypatch.setattr(models, "find_folder", never)
+    for name in ("evil/model", "checkpoint", "../checkpoint", "/etc"):
+        receipt["run"]["model"] = name
+        images.write_png("out.png", picture, receipt)
+        assert "a receipt opens and fetches none; say where it is with --model" in refused(2, "replay", "out.png")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../in.png", "sub/in.png", "..", "", "a\\b", "x" * 400])
+def test_a_receipt_opens_no_file_elsewhere(edit: list[str], name: str) -> None:
+    fine(*edit, "--output", "out.png")
+    receipt = images.read_receipt("out.png")
+    receipt["files"]["image"] = name
+    images.write_png("out.png", Image.open("out.png"), receipt)
+    assert "expected the name of a file, without a folder" in refused(2, "replay", "out.png")
+
+
+def test_replay_never_writes_over_what_it_reads(edit: list[str], replay: list[str]) -> None:
+    fine(*edit, "--layout", "pose=pose.png", "--source-layout", "pose=old.png", "--output", "out.png")
+    for name in ("in.png", "pose.png", "old.png", "out.png"):
+        assert "which this command reads" in refused(2, *replay, "--write", name, "--overwrite")
+    assert "which this command reads" in refused(
+        2, *replay, "--image", "small.png", "--write", "small.png", "--overwrite"
+    )
+    assert "replace it with --overwrite" in refused(2, *replay, "--write", "mask.png")
+    fine(*replay, "--write", "mask.png", "--overwrite")
+
+
+# --- what a picture tells of its maker --------------------------------------------------------------------------
+
+
+def test_a_receipt_holds_no_path_of_the_machine(
+    edit: list[str], here: Path, broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = here / "home" / "Jane Doe"
+    (home / "pictures").mkdir(parents=True)
+    shutil.copytree(broken, home / "my models" / "ckpt")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
+    for name in ("in", "pose", "old"):
+        shutil.copy(f"{name}.png", home / "pictures")
+    monkeypatch.chdir(home / "pictures")
+    words = [*edit, "--layout", f"pose={home / 'pictures/pose.png'}", "--source-layout", "pose=../pictures/old.png"]
+    words[words.index("in.png")] = "../pictures/in.png"
+    words[words.index("--model") + 1] = str(home / "my models" / "ckpt")
+    fine(*words, "--controlnet", "pose=../my models/ckpt/controlnet-pose", "--engines", str(here / "Jane's engines"),
+         "--output", str(here / "a.png"))  # fmt: skip
+    assert "Jane's engines: there are no" in json.dumps(images.read_receipt(here / "a.png"))
+    assert str(here) not in json.dumps(images.read_receipt(here / "a.png"))
+    fine(*words, "--controlnet", "pose=../my models/ckpt/controlnet-pose", "--output", str(here / "out.png"))
+    receipt = images.read_receipt(here / "out.png")
+    assert any("no engine" in why for row in receipt["backend"]["steps_down"] for why in row["reasons"])
+    assert (receipt["files"]["image"], receipt["files"]["layouts"]) == ("in.png", {"pose": "pose.png"})
+    assert (receipt["model"]["name"], receipt["run"]["model"]) == ("ckpt", "ckpt")
+    told = json.dumps(receipt)
+    for secret in ("Jane", "Doe", "my models", "../", str(here), "/home", "pictures"):
+        assert secret not in told, secret
+
+
+def test_no_receipt_leaves_none(edit: list[str]) -> None:
+    fine(*edit, "--no-receipt", "--output", "out.png")
+    assert "no iedit receipt" in refused(2, "replay", "out.png")
+    assert b"blue car" not in Path("out.png").read_bytes()
+
+
+# --- what is written over ---------------------------------------------------------------------------------------
+
+
+def test_no_command_replaces_a_file_without_being_told_to(edit: list[str]) -> None:
+    others = ("in-edited.png", "in-mask.png", "in-edge.png", "x-1.png", "p.json", "s.png")
+    for name in others:
+        Path(name).write_text("somebody's")
+    more = ["--output", "out.png"]
+    for words in ([*edit], [*edit, "--output", "x.png", "--count", "2"], [*edit, *more, "--profile", "p.json"],
+                  [*edit, *more, "--stages", "s.png"], ["mask", *edit[1:]], ["layouts", "in.png", "--kind", "edge"],
+                  ["profile", *edit[1:], "--plot", "s.png"], ["profile", *edit[1:], "--output", "p.json"],
+                  ["profile", *edit[1:], "--trace", "p.json"], ["demo", "--output", "s.png"]):  # fmt: skip
+        assert "there is such a file already" in refused(2, *words), words
+    fine(*edit, "--overwrite")
+    fine("layouts", "in.png", "--kind", "edge", "--overwrite")
+    assert Image.open("in-edited.png").size == Image.open("in-edge.png").size == (32, 32)
+    assert Path("x-1.png").read_text() == "somebody's"
+
+
+def test_no_command_replaces_its_own_input_even_when_told_to_replace(edit: list[str]) -> None:
+    model = edit[edit.index("--model") + 1]
+    config = os.path.join(model, "unet", "config.json")
+    for words in ([*edit, "--output", "in.png"], [*edit, "--mask", "mask.png", "--stages", "mask.png"],
+                  [*edit, "--profile", config], ["mask", *edit[1:], "--output", "in.png"],
+                  ["layouts", "in.png", "--kind", "edge", "--output", "in.png"],
+                  ["profile", *edit[1:], "--plot", "in.png"], ["profile", *edit[1:], "--trace", config]):  # fmt: skip
+        assert "which this command reads" in refused(2, *words, "--overwrite"), words
+
+
+def test_a_profile_can_go_to_a_device(edit: list[str]) -> None:
+    fine(*edit, "--output", "out.png", "--profile", "/dev/null")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_disk_that_fills_up_says_what_was_written(edit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, calls = os.fsync, []
+
+    def full_at_the_second(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full_at_the_second)
+    result = call(*edit, "--count", "2", "--output", "o.png", "--profile", "p.json")
     assert result.exit_code == 1
-    assert result.stdout.startswith("out.png: differs, by at most 64 of 255")
+    assert result.stderr == "Error: o-1.png: could not be written (No space left on device); written: o-0.png, p.json\n"
+    assert Path("o-0.png").is_file() and Path("p.json").is_file() and not Path("o-1.png").exists()
 
 
 # --- info and the group -----------------------------------------------------------------------------------------

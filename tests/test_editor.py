@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from iedit.runtime.errors import Cancelled, RunError, UsageError
 from iedit.runtime.ito import Phase
 from iedit.runtime.models import load_model
 from iedit.runtime.profile import Profile, Progress
-from iedit.runtime.stages import StageCache, key_of, tensor_digest
+from iedit.runtime.stages import StageCache, tensor_digest
 
 SOURCE, PROMPT = "a red car on grass at noon", "a blue house on sand at sunset"
 Picture = Callable[..., Image.Image]
@@ -165,7 +164,8 @@ def test_a_note_of_one_edit_is_not_in_the_receipts_of_its_batch(editor: RealEdit
     results = editor.edit_many([ask(picture(0), "iedit", mask=m, steps=2) for m in (full, part)])
     assert results[0].profile is results[1].profile  # one batch
     assert any("the mask covers 100.0%" in note for note in results[0].notes)
-    assert results[1].notes == [] == results[1].receipt["notes"]
+    assert results[1].notes == results[1].receipt["notes"]
+    assert not any("the mask covers" in note for note in results[1].notes)
 
 
 def test_iedit_takes_its_own_50_steps_and_the_last_70_percent_of_them(editor: RealEditor, picture: Picture) -> None:
@@ -767,60 +767,6 @@ def test_the_digest_changes_with_a_weight_and_the_cache_with_it(
 # --- the stage cache ----------------------------------------------------------------------------------------------
 
 
-def result_of(value: float, count: int = 25) -> dict[str, Tensor]:
-    return {"value": torch.full((count,), float(value))}  # 100 bytes
-
-
-def test_memory_is_bounded_and_the_least_recently_used_goes_first() -> None:
-    cache = StageCache(memory=300)
-    for i in range(3):
-        cache.put(str(i), result_of(i))
-    assert cache.get("0") is not None  # used last now
-    cache.put("3", result_of(3))
-    assert cache.get("1") is None
-    assert [cache.get(k) is not None for k in "023"] == [True] * 3
-    cache.put("large", result_of(9, 76))  # larger than all: not kept, and nothing thrown out for it
-    assert cache.get("large") is None
-    assert [cache.get(k) is not None for k in "023"] == [True] * 3
-    for _ in range(5):
-        cache.put("0", result_of(7))  # the same key again takes no more room
-    assert [cache.get(k) is not None for k in "023"] == [True] * 3
-    found = cache.get("0")
-    assert found is not None and torch.equal(found["value"], result_of(7)["value"])
-    assert StageCache(memory=0).get("0") is None
-
-
-def test_the_disk_is_bounded(tmp_path: Path) -> None:
-    one = StageCache(memory=0, folder=tmp_path)
-    one.put("0", result_of(0))
-    size = (tmp_path / "0.safetensors").stat().st_size
-    os.utime(tmp_path / "0.safetensors", (0, 0))
-    cache = StageCache(memory=0, folder=tmp_path, disk=3 * size + 10)
-    for i in range(1, 6):
-        cache.put(str(i), result_of(i))
-        os.utime(tmp_path / f"{i}.safetensors", (i, i))  # long ago, in this order
-        assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 3 * size + 10
-        if i == 4:
-            assert cache.get("2") is not None  # read now, so no longer the oldest
-    assert sorted(p.stem for p in tmp_path.iterdir()) == ["2", "4", "5"]
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-@pytest.mark.parametrize("damage", [b"", b"not safetensors", b"\xff" * 64])
-def test_a_damaged_file_counts_as_absent(tiny: Any, picture: Picture, tmp_path: Path, damage: bytes) -> None:
-    first = RealEditor(tiny, TorchBackend(tiny), cache=StageCache(folder=tmp_path)).edit(ask(picture(0)))
-    files = sorted(tmp_path.iterdir())
-    assert len(files) == 5
-    for path in files:
-        path.write_bytes(damage)
-    again = RealEditor(tiny, TorchBackend(tiny), cache=StageCache(folder=tmp_path)).edit(ask(picture(0)))
-    assert again.profile.cached == []
-    assert torch.equal(again.latent, first.latent)
-    assert sorted(tmp_path.iterdir()) == files
-    third = RealEditor(tiny, TorchBackend(tiny), cache=StageCache(folder=tmp_path)).edit(ask(picture(0)))
-    assert third.profile.evaluations["invert"] == 0
-
-
 def test_a_caller_cannot_change_what_is_kept(editor: RealEditor, picture: Picture) -> None:
     first = editor.edit(ask(picture(0)))
     kept, result = first.source_latent.clone(), first.latent.clone()
@@ -828,20 +774,3 @@ def test_a_caller_cannot_change_what_is_kept(editor: RealEditor, picture: Pictur
     again = editor.edit(ask(picture(0)))
     assert torch.equal(again.source_latent, kept)
     assert torch.equal(again.latent, result)
-
-
-def test_keys_tell_stages_and_parts_apart() -> None:
-    keys = [
-        key_of("a"),
-        key_of("b"),
-        key_of("a", 1),
-        key_of("a", 1.5),
-        key_of("a", "1"),
-        key_of("a", [1]),
-        key_of("a", None),
-    ]
-    assert len(set(keys)) == len(keys)
-    assert key_of("a", {"x": 1, "y": 2}) == key_of("a", {"y": 2, "x": 1})
-    x = torch.zeros(2, 3)
-    assert len({tensor_digest(v) for v in (x, x.view(3, 2), x.int(), x + 1)}) == 4
-    assert tensor_digest(torch.arange(6.0).view(2, 3).T) == tensor_digest(torch.arange(6.0).view(2, 3).T.contiguous())

@@ -76,7 +76,11 @@ def test_a_missing_or_changed_file_is_named(engine: Path) -> None:
     [
         (lambda s: s | {"extra": 1}, "field extra is missing or unknown"),
         (lambda s: {k: v for k, v in s.items() if k != "weights"}, "field weights is missing or unknown"),
-        (lambda s: s | {"shapes": [{"batch": [1, 2]}]}, "shapes:"),
+        (lambda s: s | {"shapes": [{"batch": [1, 2]}]}, r"shapes\[0\]"),
+        (lambda s: s | {"module": 5}, "module is 5, expected a text"),
+        (lambda s: s | {"format": "exe"}, "format is 'exe', expected one of onnx, tensorrt"),
+        (lambda s: s | {"files": {"../x": "0"}}, "a name in it is not one of a file in this folder"),
+        (lambda s: s | {"versions": {"a": {"b": [[[[[[[[[[[[]]]]]]]]]]]]}}}, "nested more than 12 deep"),
         (lambda s: [], "field everything is missing or unknown"),
     ],
 )

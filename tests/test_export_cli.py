@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from click.testing import CliRunner, Result
 from iedit.export import cli as commands
 from iedit.export.onnx import export_onnx
 from iedit.runtime.cli import main
-from iedit.runtime.engine_spec import SPEC_FILE, engines_folder, read_spec
+from iedit.runtime.engine_spec import SPEC_FILE, engines_folder, new_build, read_spec, write_spec
 from iedit.runtime.models import load_model, read_digests
 
 logging.getLogger("torch.__trace").setLevel(logging.WARNING)
@@ -88,8 +90,6 @@ def test_verify_fails_where_an_engine_says_something_else_and_marks_nothing(engi
     """The weights of another module of the same shape: files and digests are in order, the output is not."""
     import onnx
 
-    from iedit.runtime.engine_spec import write_spec
-
     folder = engines / "onnx-fp32" / "vae_decoder"
     proto = onnx.load(str(folder / "model.onnx"))
     last = max((i for i in proto.graph.initializer if "conv_out.bias" in i.name), key=lambda i: i.name)
@@ -109,18 +109,65 @@ def test_damage_is_found_and_pruned_and_nothing_else(engines: Path, tiny_folder:
     assert call("engines", "verify", "--engines", engines, "--model", tiny_folder).exit_code == 0
     with (precision / "vae_decoder" / "model.onnx.data").open("ab") as file:
         file.write(b"!")
-    (precision / "vae_encoder" / SPEC_FILE).unlink()
-    (precision / ".unet.0123abcd.building").mkdir()
+    with (precision / "vae_encoder" / "model.onnx").open("ab") as file:
+        file.write(b"!")
+    (precision / "vae_encoder" / "thesis.txt").write_text("somebody's")
+    new_build(precision / "unet")
     found = call("engines", "verify", "--engines", engines)
     assert found.exit_code == 1
     assert "3 of 5 cannot be used" in found.output
     dry = call("engines", "prune", "--engines", engines, "--dry-run")
-    assert "model.onnx.data is not what was built" in dry.output
-    assert (precision / "vae_decoder").is_dir()
+    assert "onnx vae_decoder fp32" in dry.output and "model.onnx.data is not what was built" in dry.output
+    assert "what a stopped build left" in dry.output
+    assert (precision / "vae_decoder" / "model.onnx").is_file()
     assert call("engines", "prune", "--engines", engines).exit_code == 1  # nobody to ask
-    assert "removed 3 of 3" in call("engines", "prune", "--engines", engines, "--yes").output
-    assert sorted(p.name for p in precision.iterdir() if p.is_dir()) == ["text_encoder", "unet"]
+    done = call("engines", "prune", "--engines", engines, "--yes").output
+    assert (
+        "removed 2 of 3" in done
+        and "removed onnx vae_decoder fp32" in done
+        and "thesis.txt is not of an engine" in done
+    )
+    assert sorted(p.name for p in precision.iterdir() if p.is_dir()) == ["text_encoder", "unet", "vae_encoder"]
+    assert [p.name for p in (precision / "vae_encoder").iterdir()] == ["thesis.txt"]
     assert "nothing to remove" in call("engines", "prune", "--engines", engines, "--yes").output
+
+
+def test_only_what_this_project_made_is_ever_pruned(tmp_path: Path) -> None:
+    """Folders as they lie on disks: a text encoder, somebody's ONNX model, another project's engine.json, a build folder."""
+    foreign = {
+        "text_encoder/model.safetensors": "weights",
+        "thesis/model.tex": "words",
+        "theirs/model.onnx": "graph",
+        "theirs/model.onnx.data": "weights",
+        "game/engine.json": json.dumps({"format": "ogg", "files": {"model.onnx": "x"}}),
+        "game/model.onnx": "graph",
+        "list/engine.json": "[1, 2]",
+        "half/engine.json": '{"format": "onnx", "mod',
+        ".cmake.01234567.building/x.o": "object",
+        ".unet.01234567.building/engine.json": '{"name": "not ours"}',
+    }
+    for name, text in foreign.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / ".unet.89abcdef.building").symlink_to(tmp_path / "thesis")
+    result = call("engines", "prune", "--engines", tmp_path, "--yes")
+    assert "nothing to remove" in result.output, result.output
+    assert {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == foreign
+
+
+def test_a_spec_that_names_files_elsewhere_is_refused_and_prune_leaves_them(engines: Path) -> None:
+    spec = engines / "onnx-fp32" / "unet" / SPEC_FILE
+    told = json.loads(spec.read_text())
+    (engines / "thesis.txt").write_text("somebody's")
+    spec.write_text(
+        json.dumps(told | {"files": {"../../thesis.txt": "0", "model.onnx": "0"}, "module": "unet\x1b[31m[red]"})
+    )
+    (bad,) = [r for r in json.loads(call("engines", "list", "--engines", engines, "--json").output) if r["problems"]]
+    assert "a name in it is not one of a file in this folder" in bad["problems"][0]
+    shown = call("engines", "verify", "--engines", engines).output
+    assert "1 of 4 cannot be used" in shown and "\x1b" not in shown
+    call("engines", "prune", "--engines", engines, "--yes")
+    assert (engines / "thesis.txt").read_text() == "somebody's"
 
 
 def test_engines_of_another_model_go_only_when_a_model_is_named(engines: Path) -> None:
@@ -132,8 +179,7 @@ def test_engines_of_another_model_go_only_when_a_model_is_named(engines: Path) -
 def test_a_build_that_is_under_way_is_left_alone(engines: Path) -> None:
     from iedit.runtime.engine_spec import build_lock
 
-    building = engines / "onnx-fp32" / ".unet.0123abcd.building"
-    building.mkdir()
+    building = new_build(engines / "onnx-fp32" / "unet")
     with build_lock(building.with_name("unet")):
         result = call("engines", "prune", "--engines", engines, "--yes")
     assert "is being built now, left alone" in result.output
@@ -151,10 +197,97 @@ def test_an_edit_uses_the_engines_that_it_is_pointed_at(
     assert done.exit_code == 0, done.output
     profile = json.loads((tmp_path / "p.json").read_text())
     assert {row["backend"] for row in profile["modules"]} == {"onnx"}
-    assert "identical" in call("replay", tmp_path / "out.png").output
-    refused = call(*words, "--engines", tmp_path / "none")
+    replay = ("replay", tmp_path / "out.png", "--model", tiny_folder)
+    assert "identical" in call(*replay, "--engines", engines).output
+    refused = call(*words, "--overwrite", "--engines", tmp_path / "none")
     assert refused.exit_code == 2
     assert "run `iedit export onnx" in refused.output
+
+
+@pytest.fixture
+def quick(tiny_folder: Path, tmp_path: Path, picture: Any) -> tuple[Any, ...]:
+    """The words of an edit that writes out.png."""
+    picture(1).save(tmp_path / "in.png")
+    return ("edit", tmp_path / "in.png", "--prompt", "a blue car on grass at noon", "--source-prompt",
+            "a red car on grass at noon", "--steps", 3, "--mask-seeds", 1, "--model", tiny_folder,
+            "--output", tmp_path / "out.png", "--overwrite")  # fmt: skip
+
+
+def modules(result: Result) -> set[str]:
+    return {row["backend"] for row in json.loads(result.stdout)["profile"]["modules"]}
+
+
+def test_a_picture_of_torch_is_replayed_on_torch_after_an_export(
+    quick: tuple[Any, ...], engines: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """With `auto`, before and after there are engines; then the other way round, with engines that are gone."""
+    where, replay = tmp_path / "later", ("replay", tmp_path / "out.png", "--model", tiny_folder, "--engines")
+    assert modules(call(*quick, "--engines", where, "--json")) == {"torch"}
+    shutil.copytree(engines, where)
+    assert call(*replay, where).stdout.endswith("out.png: identical\n")
+    other = call(*replay, where, "--backend", "onnx")
+    assert other.exit_code == 0, other.output
+    assert re.search(
+        r"out\.png: (identical|within 1 of 255, \d+ pixels? differs? \(backend was torch, is onnx\))\n", other.stdout
+    )
+
+    assert modules(call(*quick, "--engines", where, "--json")) == {"onnx"}
+    assert call(*replay, where).stdout.endswith("out.png: identical\n")
+    os.rename(where / "onnx-fp32" / "vae_decoder", tmp_path / "away")
+    gone = call(*replay, where)
+    assert gone.exit_code == 2
+    assert "made with the onnx engine" in gone.stderr and "of vae_decoder, which is gone in" in gone.stderr
+    assert "--backend torch" in gone.stderr
+    os.rename(tmp_path / "away", where / "onnx-fp32" / "vae_decoder")
+    spec = read_spec(where / "onnx-fp32" / "unet")
+    (where / "onnx-fp32" / "unet" / "notes.txt").write_text("another build")
+    write_spec(where / "onnx-fp32" / "unet", spec, [*spec.files, "notes.txt"])
+    assert "of unet, which is another one now" in call(*replay, where).stderr
+    shutil.rmtree(where)
+    assert (
+        "made with backend onnx for text_encoder, unet, vae_decoder, vae_encoder, which cannot run now"
+        in call(*replay, where).stderr
+    )
+    assert call(*replay, where, "--backend", "torch").exit_code == 0
+
+
+def test_engines_that_everybody_may_change_are_used_only_when_trusted(
+    quick: tuple[Any, ...], engines: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    replay = ("replay", tmp_path / "out.png", "--model", tiny_folder, "--engines", engines)
+    for place in (engines, engines / "onnx-fp32" / "unet", engines / "onnx-fp32" / "unet" / "model.onnx.data"):
+        before = place.stat().st_mode
+        place.chmod(before | 0o002)
+        assert modules(call(*quick, "--engines", engines, "--json")) >= {"torch"}, place
+        refused = call(*quick, "--engines", engines, "--backend", "onnx")
+        assert refused.exit_code == 2 and "every user of this machine may write to" in refused.stderr
+        assert modules(call(*quick, "--engines", engines, "--backend", "onnx", "--trust-engines", "--json")) == {"onnx"}
+        assert "may write to" in call(*replay).stderr
+        assert call(*replay, "--trust-engines").stdout.endswith("identical\n")
+        place.chmod(before)
+
+
+@pytest.mark.parametrize("with_engines", [False, True])
+def test_an_edit_leaves_nothing_in_the_users_home(
+    quick: tuple[Any, ...], engines: Path, tmp_path: Path, root: Path, with_engines: bool
+) -> None:
+    """ONNX Runtime writes a device id and a queue of events when it is imported, unless it is told not to before."""
+    home = tmp_path / "home"
+    home.mkdir()
+    code = (
+        "import sys\nfrom iedit.runtime.cli import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "print('onnxruntime' in sys.modules)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "HF_", "ORT_"))}
+    environment |= {"HOME": str(home), "PYTHONPATH": str(root / ".types")}
+    more = ["--engines", str(engines)] if with_engines else []
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, quick), *more], env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(with_engines)
+    assert [str(p) for p in home.rglob("*") if p.is_file()] == []
 
 
 def test_bad_options_are_one_line_and_write_nothing(tiny_folder: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -192,6 +190,31 @@ def test_a_missing_file_a_folder_and_a_text_are_refused_by_name(tmp_path: Path) 
     (tmp_path / "e.png").touch()
     with pytest.raises(UsageError, match=r"e\.png: not an image"):
         images.load_image(tmp_path / "e.png")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes with names")
+def test_a_pipe_and_a_device_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path, kind in ((tmp_path / "pipe.png", "a pipe"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(UsageError, match=f"{path}: this is {kind}, expected an image file"):
+            images.load_image(path)
+    with pytest.raises(UsageError, match="cannot be opened"):
+        images.load_image(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(
+    "text", ["%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "#define im_width 1\n#define im_height 1\n"]
+)
+def test_formats_that_are_not_on_the_list_never_reach_a_decoder(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text(text)
+    with pytest.raises(UsageError, match=r"not an image in a format that is read \(PNG, JPEG"):
+        images.load_image(tmp_path / "x.png")
+
+
+def test_every_format_on_the_list_is_read(tmp_path: Path) -> None:
+    for kind in images.FORMATS:
+        Image.fromarray(_noise()).save(tmp_path / "x", kind)
+        assert images.load_image(tmp_path / "x").size == Image.fromarray(_noise()).size
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "gif", "bmp"])
@@ -393,74 +416,25 @@ def test_a_picture_without_a_receipt_or_with_a_damaged_one_says_so(tmp_path: Pat
     images.write_png(tmp_path / "plain.png", Image.new("RGB", (2, 2)))
     with pytest.raises(UsageError, match=r"plain\.png: no iedit receipt"):
         images.read_receipt(tmp_path / "plain.png")
-    for text, said in (("{half", "damaged"), ("[1]", "is a list, expected an object")):
+    deep = '{"a":' * 100_000
+    for text, said in (("{half", "damaged"), ("[1]", "is a list, expected an object"), (deep, "nested more than"),
+                       ('{"a": "' + "x" * (1 << 20) + '"}', "damaged")):  # fmt: skip
         info = PngImagePlugin.PngInfo()
-        info.add_itxt("iedit", text)
+        info.add_itxt("iedit", text, zip=True)
         Image.new("RGB", (2, 2)).save(tmp_path / "bad.png", pnginfo=info)
         with pytest.raises(UsageError, match=said):
             images.read_receipt(tmp_path / "bad.png")
+
+
+def test_half_characters_of_a_command_line_survive_in_a_receipt(tmp_path: Path) -> None:
+    images.write_png(tmp_path / "out.png", Image.new("RGB", (2, 2)), {"prompt": "caf\udce9"})
+    assert images.read_receipt(tmp_path / "out.png") == {"prompt": "caf\udce9"}
 
 
 def test_only_a_png_can_carry_a_receipt(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"ends in \.png"):
         images.write_png(tmp_path / "out.jpg", Image.new("RGB", (2, 2)))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_is_missing_or_in_the_way_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"the folder .*gone does not exist"):
-        images.write_whole(tmp_path / "gone" / "a.json", b"{}")
-    with pytest.raises(UsageError, match=r"this is a folder"):
-        images.write_whole(tmp_path, b"{}")
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(3), OSError(28, "No space left on device")])
-@pytest.mark.parametrize("where", ["fsync", "replace"])
-def test_whatever_interrupts_a_write_leaves_the_old_file_and_nothing_else(
-    where: str, stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise stop
-
-    (tmp_path / "out.json").write_bytes(b"old")
-    with monkeypatch.context() as patched:
-        patched.setattr(os, where, refuse)
-        with pytest.raises(RunError if isinstance(stop, OSError) else type(stop)) as caught:
-            images.write_whole(tmp_path / "out.json", b"new")
-    if isinstance(stop, OSError):
-        assert "No space left on device" in str(caught.value)
-    assert os.listdir(tmp_path) == ["out.json"]
-    assert (tmp_path / "out.json").read_bytes() == b"old"
-    images.write_whole(tmp_path / "out.json", b"new")
-    assert (tmp_path / "out.json").read_bytes() == b"new"
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_a_killed_process_leaves_the_old_file(tmp_path: Path, root: Path) -> None:
-    (tmp_path / "out.json").write_bytes(b"old")
-    code = (
-        f"import os, signal, sys; sys.path.insert(0, {str(root / '.types')!r})\n"
-        "from iedit.runtime import images\n"
-        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "images.write_whole(sys.argv[1], b'n' * 1000)\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out.json")], timeout=120)
-    assert ran.returncode == -signal.SIGKILL
-    assert (tmp_path / "out.json").read_bytes() == b"old"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions and links")
-def test_an_output_follows_the_umask_and_a_link(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        images.write_whole(tmp_path / "a", b"1")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    images.write_whole(tmp_path / "link", b"2")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "a").read_bytes() == b"2"
 
 
 # --- contact sheets ---------------------------------------------------------------------------------------------

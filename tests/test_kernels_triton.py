@@ -118,14 +118,19 @@ def _launches(node: ast.AST, guarded: bool = False) -> Iterator[tuple[int, bool]
 
 def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches on the current device: tensors of a second GPU would be read through the first one's context."""
-    found = {}
+    found: dict[str, bool] = {}
     for path in sorted((HERE.parent / "kernels").glob("*_triton.py")):
         launches = list(_launches(ast.parse(path.read_text())))
         assert launches, path
         found |= {f"{path.name}:{line}": guarded for line, guarded in launches}
     assert all(found.values()), found
     entered: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+
+    def enter(device: torch.device) -> contextlib.AbstractContextManager[None]:
+        entered.append(device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
     second: Any = SimpleNamespace(device=torch.device("cuda:1"))
     with on_device_of(second), on_device_of(torch.zeros(1)):
         assert entered == [torch.device("cuda:1")]

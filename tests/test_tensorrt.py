@@ -34,7 +34,7 @@ from iedit.runtime import BACKENDS, backend_tensorrt, backends, module_io
 from iedit.runtime.backend_tensorrt import TensorrtBackend
 from iedit.runtime.backend_torch import Prepared, TorchBackend
 from iedit.runtime.denoiser import Condition
-from iedit.runtime.engine_spec import EngineSpec, Shapes, read_spec, write_spec
+from iedit.runtime.engine_spec import EngineSpec, Shapes, new_build, read_spec, write_spec
 from iedit.runtime.errors import RunError, UsageError
 from iedit.runtime.profile import Profile
 
@@ -310,13 +310,14 @@ def test_a_build_that_stops_leaves_no_engine_and_the_one_before(machine: Machine
 
 
 def test_what_a_killed_build_left_behind_is_removed_by_the_next(machine: Machine) -> None:
-    left = machine.folder / ".unet.0123abcd.building"
-    left.mkdir(parents=True)
+    left, theirs = new_build(machine.folder / "unet"), machine.folder / ".unet.01234567.building"
+    theirs.mkdir()
     (left / "engine.plan").write_text("half")
     with pytest.raises(UsageError, match="can be used"):
         TensorrtBackend(machine.model, machine.folder)
     machine.build("unet")
     assert not left.exists()
+    assert theirs.exists()  # of that name, and not known to be a build's
 
 
 def test_the_timing_cache_is_carried_from_build_to_build(machine: Machine, tmp_path: Path) -> None:

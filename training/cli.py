@@ -220,7 +220,7 @@ def truth(
 def card(work: Path, output: Path, folder: Path | None) -> None:
     """Write the model card: data, steps and hours from WORK, figures of `figures` and `truth` from OUTPUT."""
     from ..runtime.checkpoint import picturebook_folder
-    from ..runtime.images import write_whole
+    from ..runtime.files import write_whole
     from . import embed as training
     from .truth import read_json, render_card
 

@@ -1,0 +1,197 @@
+"""Files in and out: what may be read, what may be written over, and that a file is written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from .errors import RunError, UsageError
+
+_READER_WAIT = 5.0  # seconds that somebody has to open the other end of a pipe
+# A process's own open files by name: what is behind them is written to, never replaced.
+_OWN_STREAMS = ("/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
+
+
+def check_regular(path: str | os.PathLike[str], expected: str = "a file") -> None:
+    """Only a regular file is opened: a pipe would wait for its writer, a device has no end.
+
+    Raises:
+        UsageError: there is none, or it is a folder, a pipe, a socket or a device; which is said.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path}: there is no such file; check the path") from None
+    except PermissionError:
+        raise UsageError(f"{path}: it may not be read; check its permissions") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be opened ({_reason(error)}); check the path") from None
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{path}: this is {_kind(mode)}, expected {expected}")
+
+
+def check_outputs(
+    pictures: Sequence[Path], others: Sequence[Path], inputs: Iterable[str | os.PathLike[str]], overwrite: bool
+) -> None:
+    """Refuse output names before minutes of work, not after.
+
+    Args:
+        pictures: outputs that are PNGs.
+        others: outputs of any name.
+        inputs: files that the command reads; of a folder (a checkpoint's) all that is in it but pictures.
+        overwrite: files that exist may be replaced, inputs never.
+
+    Raises:
+        UsageError: not a PNG's name, in a folder that is missing or may not be written to, a folder or a socket itself, an
+            input of this command, another of its outputs, or a file that exists.
+    """
+    read = [Path(i) for i in inputs]
+    taken: dict[str, Path] = {}
+    for target in (*pictures, *others):
+        if target in pictures and target.suffix.lower() != ".png":
+            raise UsageError(f"{target}: the output is a PNG; give a name that ends in .png")
+        mode = _mode(target)
+        if mode is not None and _is_stream(target, mode):
+            continue
+        place = os.path.realpath(target)
+        folder = Path(place).parent
+        if not folder.is_dir():
+            raise UsageError(f"{target}: the folder {target.parent} does not exist; make it first")
+        if mode is not None and not stat.S_ISREG(mode):
+            raise UsageError(f"{target}: this is {_kind(mode)}, expected a file name")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UsageError(f"{target}: the folder {target.parent} may not be written to; choose another")
+        for source in read:
+            if _is_part_of(target, place, source):
+                raise UsageError(f"{target}: would overwrite {source}, which this command reads; choose another name")
+        if place in taken:
+            raise UsageError(f"{target}: would overwrite another output of this command, {taken[place]}")
+        if mode is not None and not overwrite:
+            raise UsageError(
+                f"{target}: there is such a file already; choose another name, or replace it with --overwrite"
+            )
+        taken[place] = target
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all: a temporary file in the same folder, fsync, rename.
+
+    Whatever interrupts it (Ctrl-C included), `path` holds what it held before, and the temporary file is gone. Only
+    regular files are replaced; to a character device or a pipe (`/dev/null`, `/dev/stdout`, a FIFO) the bytes are written.
+
+    Raises:
+        UsageError: the folder does not exist, or the path is a folder, a socket or a block device; RunError: the system
+            refused (full, read-only), or nobody reads the pipe.
+    """
+    mode = _mode(path)
+    try:
+        if mode is not None and _is_stream(path, mode):
+            _write_stream(path, data)
+            return
+        target = Path(os.path.realpath(path))  # through a link: replace what it points at, not the link
+        if mode is not None and not stat.S_ISREG(mode):
+            raise UsageError(f"{path}: this is {_kind(mode)}, expected a file name")
+        if not target.parent.is_dir():
+            raise UsageError(f"{path}: the folder {target.parent} does not exist; make it first")
+        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
+        try:
+            # Not tempfile: its files are private (0600), an output should follow the umask.
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RunError(f"{path}: could not be written ({_reason(error)}); nothing was left behind") from error
+
+
+def write_outputs(outputs: Mapping[Path, bytes]) -> None:
+    """Write the files of a command, each whole or not at all; one that fails does not keep the others from being written.
+
+    Raises:
+        RunError: some could not be written; one line that says which, why, and which were.
+    """
+    failed: dict[Path, str] = {}
+    for path, data in outputs.items():
+        try:
+            write_whole(path, data)
+        except (RunError, UsageError) as error:
+            failed[path] = str(error).split(": ", 1)[-1].removesuffix("; nothing was left behind")
+    if failed:
+        written = ", ".join(str(p) for p in outputs if p not in failed)
+        why = "; ".join(f"{p}: {told}" for p, told in failed.items())
+        raise RunError(f"{why}; {f'written: {written}' if written else 'nothing was written'}")
+
+
+def _write_stream(path: str | os.PathLike[str], data: bytes) -> None:
+    end = time.monotonic() + _READER_WAIT
+    while True:
+        try:  # not blocking: a pipe without a reader would wait for one without end
+            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_APPEND)
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+    os.set_blocking(handle, True)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+
+
+def _mode(path: str | os.PathLike[str]) -> int | None:
+    """Of what is there, through links; None where nothing is.
+
+    Raises:
+        UsageError: a name that no file can have: links in a circle, too long, a zero byte.
+    """
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError:
+        raise UsageError(f"{path}: the folder {Path(path).parent} may not be looked into; choose another") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be a file's name ({_reason(error)}); choose another") from None
+
+
+def _is_stream(path: str | os.PathLike[str], mode: int) -> bool:
+    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+        return True
+    name = os.path.abspath(path)
+    return any(name == own or (own.endswith("/") and name.startswith(own)) for own in _OWN_STREAMS) and stat.S_ISREG(
+        mode
+    )
+
+
+def _is_part_of(target: Path, place: str, source: Path) -> bool:
+    """Whether a target is the file `source`, also by another name, or a file of the folder `source` that is no picture."""
+    real = os.path.realpath(source)
+    if os.path.isdir(real):
+        return os.path.isfile(place) and place.startswith(real + os.sep) and target.suffix.lower() != ".png"
+    if place == real:
+        return True
+    with contextlib.suppress(OSError):
+        return os.path.samefile(place, real)
+    return False
+
+
+def _kind(mode: int) -> str:
+    for test, name in ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
+                       (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a block device")):  # fmt: skip
+        if test(mode):
+            return name
+    return "a file" if stat.S_ISREG(mode) else "something special"
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
