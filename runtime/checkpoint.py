@@ -127,6 +127,9 @@ _MORE_INPUTS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "
                 "time_cond_proj_dim")  # fmt: skip
 MAX_GUIDANCE = 100.0  # papers and front ends end at 30; what lies far beyond is a slip of the keyboard and gives noise
 MAX_CONTROL = 10.0  # a ControlNet is trained at 1
+MIN_SIDE, MAX_SIDE = 8, 4096  # of a picture that is worked on, pixels
+# Of the side that a model was trained on: far above it a model repeats things, and 16 times the area takes 16 to 256 times as long.
+MAX_TIMES = 4
 MAX_INNER_STEPS = 1000  # of ITO at one timestep; the paper's largest is 30
 
 
@@ -159,11 +162,13 @@ class Checkpoint:
         folder: of the parts.
         controlnets: layout name -> folder.
         recommended: by its `iedit.json`.
+        side: pixels of the square pictures that it was trained on; None where its configs do not say.
     """
 
     folder: Path
     controlnets: Mapping[str, Path]
     recommended: Recommended
+    side: int | None
 
 
 def find_checkpoint(model: str, layouts: Mapping[str, str] | Sequence[str] | None = None) -> Checkpoint:
@@ -200,7 +205,7 @@ def find_checkpoint(model: str, layouts: Mapping[str, str] | Sequence[str] | Non
         if not (path / "config.json").is_file() or not weights_of(path):
             raise UsageError(f"layouts: {path} is not a ControlNet folder (config.json and *.safetensors)")
         _check_controlnet(path / "config.json", folder / "vae" / "config.json")
-    return Checkpoint(folder, controlnets, _recommended(folder / "iedit.json"))
+    return Checkpoint(folder, controlnets, _recommended(folder / "iedit.json"), _side(folder))
 
 
 def check_layouts(model: str, controlnets: Collection[str], names: Iterable[str]) -> None:
@@ -209,6 +214,15 @@ def check_layouts(model: str, controlnets: Collection[str], names: Iterable[str]
         if name not in controlnets:
             known = ", ".join(controlnets) or "none"
             raise UsageError(f"layout {name!r}: {model} has no ControlNet of that name; it has {known}")
+
+
+def check_side(size: tuple[int, int], side: int | None, model: str) -> None:
+    """Raises UsageError for a picture of `size` (width, height) that is far larger than what the model was trained on."""
+    if side is not None and size[0] * size[1] > (MAX_TIMES * side) ** 2:
+        raise UsageError(
+            f"image: {size[0]}x{size[1]} is more than {MAX_TIMES}x{MAX_TIMES} times the {side}x{side} that {model} was trained on; "
+            f"work on it smaller and have the edit pasted back with --resize {side} (to --resize {MAX_TIMES * side}), or cut out a part"
+        )
 
 
 def is_number(value: object) -> bool:
@@ -261,6 +275,12 @@ def _check_scheduler(path: Path) -> None:
         raise UsageError(
             f"model: {path} has num_train_timesteps {timesteps!r}, expected a whole number from 1 to 100000"
         )
+
+
+def _side(folder: Path) -> int | None:
+    cells = read_json(folder / "unet" / "config.json").get("sample_size")
+    blocks = read_json(folder / "vae" / "config.json").get("block_out_channels")
+    return cells * 2 ** (len(blocks) - 1) if _is_count(cells) and isinstance(blocks, list) and blocks else None
 
 
 def _check_unet(path: Path) -> None:

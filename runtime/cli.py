@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import BACKENDS, METHODS, VERSION, uses
-from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS
+from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE
 from .errors import IeditError, UsageError
 from .files import check_outputs, write_outputs
 from .untrusted import printable
@@ -239,6 +239,8 @@ _request_options = _apply([
                  help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5."),
     click.option("--negative-prompt", default="", help=_told("--negative-prompt", "Text of the unconditional half.")),
     click.option("--control-scale", type=_Between(0, MAX_CONTROL), default=1.0, show_default=True, help=_told("--control-scale", "Weight of the layouts.")),
+    click.option("--resize", type=click.IntRange(MIN_SIDE, MAX_SIDE), default=None, metavar="N",
+                 help="Work on a larger picture with its longer side at N pixels, and paste the edit back at full size."),
     click.option("--mask-mode", type=click.Choice(["single", "trajectory", "none"]), default="single", show_default=True,
                  help=_told("--mask-mode", "How the mask is estimated: one evaluation per seed, whole trajectories, or not at all.")),
     click.option("--mask-threshold", type=_Between(0, 1), default=None,
@@ -271,6 +273,7 @@ def _options(values: dict[str, Any], lam: float = 0.6) -> Options:
         final=phase,
         refine=values.get("refine", False),
         composite=values.get("composite", "none"),
+        resize=values["resize"],
     )
 
 
@@ -303,7 +306,8 @@ def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
     """What is wrong with the layouts or with the model's files, from its configs alone."""
-    from .checkpoint import check_layouts, find_checkpoint
+    from .checkpoint import check_layouts, check_side, find_checkpoint
+    from .images import fit
     from .layouts import check_annotator, check_layout
 
     maps, source_maps = inputs["layouts"], inputs["source_layouts"]
@@ -311,6 +315,12 @@ def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
         raise UsageError(f"method {values['method']} needs at least one layout (--layout pose=FILE)")
     checkpoint = find_checkpoint(values["model"], values["controlnet"] or None)
     check_layouts(values["model"], checkpoint.controlnets, [*maps, *source_maps])
+    image, longest = inputs["image"], values["resize"]
+    check_side(
+        image.size if longest is None or max(image.size) <= longest else fit(image, longest).size,
+        checkpoint.side,
+        values["model"],
+    )
     for name, picture in [*maps.items(), *source_maps.items()]:
         check_layout(picture, name, inputs["image"].size)
     for name in maps:
@@ -430,7 +440,9 @@ def _time_left(seconds: float) -> str:
 @click.option("--refine", is_flag=True, help=_told("--refine", "Refine the guidance image with the input (ITO A.5)."))
 @click.option("--composite", type=click.Choice(["none", "latent", "pixel"]), default="none", show_default=True,
               help=_told("--composite", "pixel leaves everything outside the mask exactly as it was."))  # fmt: skip
-@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ...")
+@click.option(
+    "--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ..."
+)
 @click.option("--output", type=click.Path(), default=None, help="PNG. Default: NAME-edited.png in this folder.")
 @_overwrite
 @click.option(

@@ -217,6 +217,18 @@ def to_image(tensor: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """A picture with its longer side at `side` pixels, its proportions kept."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def shrink_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask at a smaller size; a pixel that touches the mask is edited, so that thin parts stay."""
+    return mask.resize(size, Image.Resampling.BOX).point(lambda value: 255 if value else 0)
+
+
 def pad_to_multiple(image: Image.Image, multiple: int = 8) -> tuple[Image.Image, tuple[int, int]]:
     """Grow a picture or mask to the right and downward to multiples, by repeating its last column and row.
 

@@ -213,8 +213,8 @@ def test_every_other_option_reaches_the_request(edit: list[str]) -> None:
     assert (mask["mode"], mask["threshold"], mask["strength"], mask["seeds"]) == ("trajectory", 0.3, 0.6, 3)
     assert (options["final"]["t_u"], options["final"]["k"], options["guidance"]["k"]) == (1, 2, 2)
     assert receipt["model"]["dtype"] == "float32"
-    fine(*edit, "--method", "diffedit", "--ratio", "0.5", "--output", "out.png")
-    assert images.read_receipt("out.png")["request"]["options"]["ratio"] == 0.5
+    fine(*edit, "--method", "diffedit", "--ratio", "0.5", "--output", "diffedit.png")
+    assert images.read_receipt("diffedit.png")["request"]["options"]["ratio"] == 0.5
 
 
 def test_a_controlnet_of_another_folder_can_be_named(edit: list[str], tiny_checkpoint_cli: Path) -> None:
@@ -628,7 +628,7 @@ def test_replay_refuses_a_picture_without_a_receipt_or_of_another_version(edit: 
 def test_a_receipt_opens_no_model_and_fetches_none(edit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    from iedit.runtime import models
+    from iedit.runtime import checkpoint
 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a receipt made something be opened")
@@ -636,7 +636,7 @@ def test_a_receipt_opens_no_model_and_fetches_none(edit: list[str], monkeypatch:
     fine(*edit, "--output", "out.png")
     receipt, picture = images.read_receipt("out.png"), Image.open("out.png")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", never)
-    monkeypatch.setattr(models, "find_folder", never)
+    monkeypatch.setattr(checkpoint, "find_folder", never)
     for name in ("evil/model", "checkpoint", "../checkpoint", "/etc"):
         receipt["run"]["model"] = name
         images.write_png("out.png", picture, receipt)
@@ -680,6 +680,7 @@ def test_a_receipt_holds_no_path_of_the_machine(
     words = [*edit, "--layout", f"pose={home / 'pictures/pose.png'}", "--source-layout", "pose=../pictures/old.png"]
     words[words.index("in.png")] = "../pictures/in.png"
     words[words.index("--model") + 1] = str(home / "my models" / "ckpt")
+    (here / "Jane's engines").mkdir()
     fine(*words, "--controlnet", "pose=../my models/ckpt/controlnet-pose", "--engines", str(here / "Jane's engines"),
          "--output", str(here / "a.png"))  # fmt: skip
     assert "Jane's engines: there are no" in json.dumps(images.read_receipt(here / "a.png"))
