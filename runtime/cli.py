@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib
 import json
 import math
 import os
+import select
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +23,14 @@ from . import BACKENDS, METHODS, VERSION, uses
 from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE
 from .errors import IeditError, UsageError
 from .files import check_outputs, write_outputs
+from .threads import Busy, Choice, choose
 from .untrusted import printable
 
 if TYPE_CHECKING:
     from .editor import Editor, EditRequest, EditResult, Options
     from .profile import Progress
+
+_BUSY = Busy()  # from here on, for the seconds until the libraries are loaded
 
 # Groups of the packages above this one, by name so that imports keep pointing one way.
 _GROUPS = {
@@ -347,6 +354,7 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
     from .editor import Editor
     from .stages import StageCache
 
+    _use_threads()
     return Editor.load(
         values["model"],
         layouts=values["controlnet"] or None,
@@ -362,6 +370,16 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
     )
 
 
+@functools.cache
+def _use_threads() -> Choice:
+    """Compute with the threads that suit this moment; decided once."""
+    import torch
+
+    choice = choose(_BUSY, torch.get_num_threads())
+    torch.set_num_threads(choice.threads)
+    return choice
+
+
 def _quiet_libraries() -> None:
     """Progress bars of loading libraries would tear the live display."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -373,16 +391,54 @@ def _quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def _live() -> Iterator[Callable[[Progress], bool | None]]:
-    """One live line on stderr: stage, step, share of the run, time left. Nothing where stderr is no terminal."""
+def _prompt_interrupts(patience: float = 0.8) -> Iterator[None]:
+    """Ctrl-C acts within a second: Python sees it only when a network's operation has ended, which in a large VAE takes long. Who does
+    not come out of this block in `patience` seconds is ended then, and a second Ctrl-C ends it at once. Nothing is written here."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    before = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while (number := os.read(receive, 1)) and number[0] != signal.SIGINT:
+            pass
+        if not number:
+            return  # the block was left
+        ready, _, _ = select.select([receive], [], [], patience)
+        if not ready or os.read(receive, 1):
+            show_cursor = b"\x1b[?25h" if os.isatty(2) else b""
+            os.write(2, show_cursor + b"\nAborted!\n")
+            os._exit(1)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(send)
+        watcher.join()
+        os.close(receive)
+
+
+@contextlib.contextmanager
+def _live(model: str) -> Iterator[Callable[[Progress], bool | None]]:
+    """One live line on stderr: stage, step, share of the run, time left. Where stderr is no terminal one line that says what is loaded,
+    at once."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
                TextColumn("{task.fields[left]}"))  # fmt: skip
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=1.0, left="")
+    if not console.is_terminal:
+        click.echo(f"loading {printable(model)}", err=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with _prompt_interrupts(), bar:
+        task = bar.add_task(f"loading {printable(model)}"[:40], total=1.0, left="")
 
         def tell(progress: Any) -> bool | None:
             step = f" {progress.step}/{progress.steps}" if progress.steps else ""
@@ -498,8 +554,8 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         overwrite,
     )
     inputs = _inputs(image, values)
-    requests = [_request(inputs, values, seed, _options(values, lam)) for seed, lam in wanted]
-    with _live() as tell:
+    with _live(values["model"]) as tell:
+        requests = [_request(inputs, values, seed, _options(values, lam)) for seed, lam in wanted]
         results = _editor(values, cache).edit_many(requests, tell)
     files = {
         "image": image,
@@ -568,8 +624,9 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
     if values["mask_mode"] == "none":
         raise UsageError("--mask-mode none estimates no mask; use single or trajectory")
     _check_uses(values)
-    request = _request(_inputs(image, values), values, values["seed"], _options(values))
-    with _live() as tell:
+    inputs = _inputs(image, values)
+    with _live(values["model"]) as tell:
+        request = _request(inputs, values, values["seed"], _options(values))
         mask, profile = _editor(values).mask(request, tell)
     assert mask is not None
     write_outputs({target: png_bytes(mask)})
@@ -633,7 +690,7 @@ def replay(output: str, write: str | None, overwrite: bool, **named: Any) -> Non
     if write:
         check_outputs([Path(write)], [], receipts.inputs_of(output, receipts.Named(**named)), overwrite)
 
-    with _live() as tell:
+    with _live("the model") as tell:
         found = receipts.replay(output, receipts.Named(**named), tell)
     if write:
         write_outputs({Path(write): png_bytes(found.image, found.receipt)})
@@ -682,8 +739,9 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     _check_uses(values)
     named = [Path(p) for p in (output, trace) if p]
     check_outputs([Path(plot)] if plot else [], named, _read(image, values), overwrite)
-    request = _request(_inputs(image, values), values, values["seed"], _options(values))
-    with _live() as tell:
+    inputs = _inputs(image, values)
+    with _live(values["model"]) as tell:
+        request = _request(inputs, values, values["seed"], _options(values))
         editor = _editor(values)
         from .stages import StageCache
 
@@ -702,7 +760,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     last = profiles[-1]
     totals = [round(sum(p.seconds.values()), 6) for p in profiles]
     found = last.as_dict() | {"runs": totals, "launches": counted, "backend": editor.backend,
-                              "first_is_cold": True}  # fmt: skip
+                              "first_is_cold": True, "threads": _use_threads().threads, "why_threads": _use_threads().why}  # fmt: skip
     outputs = {}
     if output:
         outputs[Path(output)] = (json.dumps(found, indent=1) + "\n").encode()
@@ -721,6 +779,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
         console.print(table)
     cold, warm = totals[0], totals[1:]
     shown = f", then {', '.join(f'{t:.3f}' for t in warm)}" if warm else ""
+    click.echo(f"threads: {_use_threads()}")
     click.echo(f"backend {editor.backend}; first run {cold:.3f} s (cold){shown}")
     _show_notes(notes)
 
@@ -742,13 +801,15 @@ def info(model: str, as_json: bool) -> None:
     described = describe(model)
     if "problem" not in described:
         described["engines"] = describe_engines(read_digests(model).weights)
+    threads = _use_threads()
     found: dict[str, Any] = {
         "iedit": VERSION,
         "versions": versions(),
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
         "no_gpu": _why_no_gpu(),
         "processor": cpu.describe(),
-        "threads": torch.get_num_threads(),
+        "threads": threads.threads,
+        "why_threads": threads.why,
         "backends": reasons(),
         "model": described,
     }
@@ -762,7 +823,8 @@ def info(model: str, as_json: bool) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("iedit", VERSION)
     table.add_row("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
-    table.add_row("devices", f"{', '.join(found['devices'])}; {found['threads']} thread{'s' * (found['threads'] != 1)}")
+    table.add_row("devices", ", ".join(found["devices"]))
+    table.add_row("threads", str(threads))
     table.add_row("processor", found["processor"])
     if found["no_gpu"]:
         table.add_row("", f"no GPU: {found['no_gpu']}")
@@ -780,11 +842,12 @@ def info(model: str, as_json: bool) -> None:
 @click.option("--bench", type=click.Path(), default=None, help="Append the figures to this CSV of results.")
 def demo(output: str | None, overwrite: bool, bench: str | None) -> None:
     """Run the shipped sample edits with the embedded model and write one contact sheet."""
-    _quiet_libraries()
-    from .demo import run_demo
-
     sheet = Path(output or "demo/edits.png")
-    with _live() as tell:
+    with _live("picturebook") as tell:
+        _quiet_libraries()
+        from .demo import run_demo
+
+        _use_threads()
         figures = run_demo(sheet, tell, Path(bench) if bench else None, overwrite=overwrite or output is None)
     from rich.console import Console
     from rich.table import Table
