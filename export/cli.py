@@ -171,10 +171,12 @@ def _show(reports: dict[str, dict[str, Any]]) -> None:
             table.add_row(r["module"], str(r["batch"]), r["size"], *figures)
         Console().print(table)
         if report["edits"]:
-            table = Table("edit", "mask IoU", "latent error", "L1 inside", "L1 outside", "seconds (torch)")
+            table = Table(
+                "edit", "mask IoU", "latent error", "L1 inside", "L1 outside", "largest, of 255", "seconds (torch)"
+            )
             for r in report["edits"]:
                 table.add_row(r["edit"], f"{r['iou']:.3f}", f"{r['latent']:.1e}", f"{r['l1_inside']:.5f}",
-                              f"{r['l1_outside']:.5f}", f"{r['seconds']:.1f} ({r['seconds_torch']:.1f})")  # fmt: skip
+                              f"{r['l1_outside']:.5f}", str(r["levels"]), f"{r['seconds']:.1f} ({r['seconds_torch']:.1f})")  # fmt: skip
             Console().print(table)
 
 

@@ -1,8 +1,8 @@
 """Do engines say what the model says? Every module against float32 eager, then whole edits; with limits, and a report.
 
 An error is relative to the deviation of the exact output: 0.001 is a thousandth of what the network says. Edits are judged
-by the mask (intersection over union) and by the picture (mean absolute difference of channels in [0, 1], L1, inside and
-outside the mask); a flip of one latent cell of the mask is allowed to show in one edit, not in their mean.
+by the mask (intersection over union) and by the picture: mean absolute difference of channels in [0, 1] (L1) inside and outside the
+mask, and for float32 the largest difference of any value, in 8-bit steps.
 """
 
 from __future__ import annotations
@@ -43,17 +43,19 @@ class Limits:
         largest, mean: error of a module, relative to the deviation of the exact output.
         iou: of masks, mean over the edits, at least.
         l1: of pictures in [0, 1], inside and outside the mask, mean over the edits, at most.
+        levels: largest difference of a value of any edit's picture, of 255; None where a half's rounding sets no bound.
     """
 
     largest: float
     mean: float
     iou: float
     l1: float
+    levels: int | None = None
 
 
 # Measured on the embedded model: fp32 1e-5 and 1e-6, fp16 5e-3 and 1e-3. A half has 11 bits, bfloat16 8: eight times the error.
 LIMITS = {
-    "fp32": Limits(1e-3, 1e-4, 0.98, 0.005),
+    "fp32": Limits(1e-3, 1e-4, 0.98, 0.005, 2),
     "fp16": Limits(5e-2, 1e-2, 0.95, 0.02),
     "bf16": Limits(4e-1, 8e-2, 0.85, 0.05),
 }
@@ -114,14 +116,16 @@ def check_module(model: Model, backend: OnnxBackend, module: str, limits: Limits
 def compare_edits(
     model: Model, backend: Backend, requests: Sequence[tuple[str, EditRequest]], tell: Callable[[str], None] = lambda _: None
 ) -> list[Row]:  # fmt: skip
-    """Each edit by float32 eager and by `backend`: iou, latent (relative error), l1_inside, l1_outside, seconds of both."""
+    """Each edit by float32 eager and by `backend`: iou, latent (relative error), l1_inside, l1_outside, levels (largest difference, of
+    255), seconds of both."""
     exact, quick = (Editor(model, b, cache=StageCache(memory=0)) for b in (TorchBackend(model), backend))
     rows = []
     for name, request in requests:
         tell(f"edit: {name}")
         wanted, got = exact.edit(request), quick.edit(request)
         a, b = (np.asarray(r.mask if r.mask is not None else request.image.convert("1").point(lambda _: 255)) > 127 for r in (wanted, got))  # fmt: skip
-        off = np.abs(np.asarray(wanted.image, np.float64) - np.asarray(got.image, np.float64)).mean(-1) / 255
+        apart = np.abs(np.asarray(wanted.image, np.float64) - np.asarray(got.image, np.float64))
+        off = apart.mean(-1) / 255
         union = float((a | b).sum())
         rows.append(
             {
@@ -130,6 +134,7 @@ def compare_edits(
                 "latent": float((got.latent - wanted.latent).abs().mean() / wanted.latent.std()),
                 "l1_inside": float(off[a].mean()) if a.any() else 0.0,
                 "l1_outside": float(off[~a].mean()) if (~a).any() else 0.0,
+                "levels": int(apart.max()),
                 "seconds_torch": round(sum(wanted.profile.seconds.values()), 3),
                 "seconds": round(sum(got.profile.seconds.values()), 3),
             }
@@ -148,6 +153,9 @@ def edits_pass(rows: Sequence[Row], limits: Limits) -> list[str]:
     for key in ("l1_inside", "l1_outside"):
         if mean[key] > limits.l1:
             found.append(f"edits: mean {key} {mean[key]:.4f}, at most {limits.l1} wanted")
+    worst = max(rows, key=lambda r: r["levels"])
+    if limits.levels is not None and worst["levels"] > limits.levels:
+        found.append(f"edit {worst['edit']}: differs by {worst['levels']} of 255, at most {limits.levels} wanted")
     return found
 
 
@@ -217,6 +225,7 @@ def mark(folder: Path, spec: EngineSpec, calls: Sequence[Row], edits: Sequence[R
     if edits:
         checked["iou"] = round(float(np.mean([r["iou"] for r in edits])), 6)
         checked |= {k: round(float(np.mean([r[k] for r in edits])), 6) for k in ("l1_inside", "l1_outside")}
+        checked["levels"] = max(r["levels"] for r in edits)
     whole = dataclasses.replace(spec, checked=checked)
     write_whole(folder / SPEC_FILE, (json.dumps(dataclasses.asdict(whole), indent=1) + "\n").encode())
 

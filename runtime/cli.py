@@ -93,9 +93,8 @@ class _Commands(click.Group):
         except Exception as error:  # a mistake of this program's: a line for the user, the rest for whoever repairs it
             if os.environ.get("IEDIT_DEBUG") == "1":
                 raise
-            raise _Failure(
-                printable(f"unexpected {type(error).__name__}: {_one_line(error)}; {_write_report(error)}")
-            ) from error
+            line = f"unexpected {type(error).__name__}: {_one_line(error)}; {_write_report(error)}"
+            raise _Failure(printable(line)) from error
 
 
 def _one_line(error: BaseException, longest: int = 200) -> str:
@@ -366,7 +365,6 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
         attention=values["attention"],
         channels_last=values["channels_last"],
         trust_engines=values["trust_engines"],
-        share=not cache,  # what a cache holds must not depend on what it was computed beside: replay is bit for bit
     )
 
 

@@ -53,8 +53,8 @@ class Editor:
         cache: stage results; None makes one of 512 MiB in memory.
         memory: bound in bytes for one network call's activations; decides how many samples share a call.
         share: the inversion of the input shares network calls with the guidance image, 75 sequential steps in place of 100.
-            A network rounds differently in another batch; so an edit whose inversion the cache held differs from a fresh
-            one by that rounding. Without sharing it does not, bit for bit.
+            A network rounds differently in another batch, so an edit whose inversion the cache held differs from a fresh one by
+            that rounding: with the clipped update by at most 1 of 255, with Adam's by up to 30. Without sharing not at all.
     """
 
     def __init__(
@@ -125,7 +125,8 @@ class Editor:
     def edit_many(self, requests: Sequence[EditRequest], callback: Callback | None = None) -> list[EditResult]:
         """Run several edits, batched where size, method, steps and options agree (lambda and seed may differ).
 
-        Each result equals its single run, up to the network's own rounding between batch sizes.
+        Each result equals its single run up to the network's own rounding between batch sizes: with the clipped update within
+        1 of 255, with Adam's within some 30.
         """
         lambdas = [r.options.lam for r in requests if isinstance(r.options, Options)]  # the check says who is none
         return self._run([check_request(self.model, r, lambdas) for r in requests], callback)

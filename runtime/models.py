@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -213,6 +214,22 @@ def _finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws one for each part, diffusers one for each part in shards."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
 def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     """One part with its weights, whichever of the usual names they have."""
     variant = None
@@ -220,21 +237,15 @@ def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     if names and all(".fp16." in n for n in names):
         variant = "fp16"
     keyword = "dtype" if loader.__module__.startswith("transformers") else "torch_dtype"
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # transformers draws one for each part
     try:
-        part, report = loader.from_pretrained(
-            folder, local_files_only=True, variant=variant, output_loading_info=True, **{keyword: dtype}
-        )
+        with _no_progress_bars():
+            part, report = loader.from_pretrained(
+                folder, local_files_only=True, variant=variant, output_loading_info=True, **{keyword: dtype}
+            )
     except Exception as error:
         raise UsageError(
             f"model: {folder} cannot be read ({first_line(error)}); the files may be damaged or cut off"
         ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     missing = sorted(k for k in report["missing_keys"] if not k.endswith("position_ids"))  # a buffer, made anew
     if missing:  # both libraries go on with random weights
         raise UsageError(

@@ -47,7 +47,7 @@ Share = Annotated[float, Range(0, 1)]
 
 @dataclass(frozen=True)
 class ModelPart:
-    """The checkpoint: its name without a folder, the digests of its weights and of its noise schedule."""
+    """The checkpoint: its name without a folder, `Model.digest` and the digest of its noise schedule."""
 
     name: Word
     digest: Digest
@@ -346,8 +346,10 @@ def replay(picture: str, named: Named = Named(), callback: Callback | None = Non
         torch.set_num_threads(min(made.threads, os.cpu_count() or 1))
         loaded = load_model(model, controlnets or None, device=run.device, dtype=run.dtype)
         if loaded.digest != receipt.model.digest:
-            raise UsageError(f"model: {loaded.name} has digest {loaded.digest}, the picture was made with "
-                             f"{receipt.model.digest}; these are other weights")  # fmt: skip
+            raise UsageError(
+                f"model: {loaded.name} has digest {loaded.digest}, the picture was made with {receipt.model.digest}: other "
+                "weights, another config or tokenizer, or ControlNets by other names"
+            )
         if loaded.schedule.digest != receipt.model.schedule:
             raise UsageError(
                 f"model: the scheduler config of {loaded.name} is not the one that the picture was made with"

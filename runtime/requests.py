@@ -342,10 +342,10 @@ def _plain(value: D, inside: str) -> D:
         kinds: list[Any] = [
             get_origin(k) or k for k in (get_args(hint) if get_origin(hint) is not tuple else ()) or (hint,)
         ]
-        first: Any = kinds[0]
-        if dataclasses.is_dataclass(first):
-            if not isinstance(held, first):  # type: ignore[arg-type]
-                raise TypeError(f"{inside}{name} is a {type(held).__name__}, expected {hint.__name__}")
+        first = kinds[0]
+        if isinstance(first, type) and dataclasses.is_dataclass(first):
+            if not isinstance(held, first):
+                raise TypeError(f"{inside}{name} is a {type(held).__name__}, expected {first.__name__}")
             changed[name] = _plain(held, f"{inside}{name}.")
         elif all(k in _KINDS for k in kinds):
             is_truth = isinstance(held, (bool, np.bool_))

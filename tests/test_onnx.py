@@ -566,9 +566,20 @@ def test_twenty_edits_of_the_world_are_the_same_edits(tmp_path: Path) -> None:
     cases = [c for kind in truth.KINDS for c in truth.edit_cases(kind, 20 // len(truth.KINDS) + 1)][:20]
     requests = [(f"{c.kind} {c.number}", truth.edit_request(c, method, 0, 25)) for c in cases]
     rows = verify.compare_edits(model, OnnxBackend(model, tmp_path), requests)
-    print({k: float(np.mean([r[k] for r in rows])) for k in rows[0] if k != "edit"})
+    print({k: float(np.mean([r[k] for r in rows])) for k in rows[0] if k != "edit"}, max(r["levels"] for r in rows))
     assert len(rows) == 20
+    assert max(r["levels"] for r in rows) <= 2
     assert verify.edits_pass(rows, verify.LIMITS["fp32"]) == []
+
+
+def test_an_edit_that_differs_by_more_than_its_limit_fails_by_name() -> None:
+    good = {"edit": "colour 1", "iou": 1.0, "l1_inside": 0.0, "l1_outside": 0.0, "levels": 2}
+    assert verify.edits_pass([good], verify.LIMITS["fp32"]) == []
+    bad = good | {"edit": "thing 3", "levels": 3}
+    assert verify.edits_pass([good, bad], verify.LIMITS["fp32"]) == [
+        "edit thing 3: differs by 3 of 255, at most 2 wanted"
+    ]
+    assert verify.edits_pass([bad], verify.LIMITS["fp16"]) == []
 
 
 @pytest.mark.slow
