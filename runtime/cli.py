@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import BACKENDS, METHODS, VERSION, uses
+from . import BACKENDS, METHODS, VERSION, threads, uses
 from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE
+from .cli_help import Choice, Grouped, show, suggestion
 from .errors import IeditError, UsageError
 from .files import check_outputs, write_outputs
-from .threads import Busy, Choice, choose
 from .untrusted import printable
 
 if TYPE_CHECKING:
     from .editor import Editor, EditRequest, EditResult, Options
     from .profile import Progress
 
-_BUSY = Busy()  # from here on, for the seconds until the libraries are loaded
+_BUSY = threads.Busy()  # from here on, for the seconds until the libraries are loaded
 
 # Groups of the packages above this one, by name so that imports keep pointing one way.
 _GROUPS = {
@@ -60,6 +60,13 @@ class _Commands(click.Group):
             command: click.Command = getattr(importlib.import_module(module), attribute)
             return command
         return super().get_command(ctx, name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}.{suggestion(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []
@@ -130,7 +137,7 @@ def _write_report(error: BaseException) -> str:
     return f"a full report is in {path} (IEDIT_DEBUG=1 shows it here)"
 
 
-@click.group(cls=_Commands)
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="iedit")
 def main() -> None:
     """Localised image editing with diffusion models.
@@ -212,17 +219,17 @@ _model_options = _apply([
                  help="The embedded model, a diffusers folder, or a hub id (owner/name)."),
     click.option("--controlnet", multiple=True, callback=_pairs, metavar="NAME=FOLDER",
                  help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
-    click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", *BACKENDS]),
+    click.option("--backend", default="auto", show_default=True, type=Choice(["auto", *BACKENDS]),
                  help="What runs the networks; auto takes the first that can, per module and size, and says why not the others."),
     click.option("--engines", type=click.Path(file_okay=False, exists=True), default=None,
                  help="Folder of exported engines. Default: the user's cache, by the digest of the model's weights."),
     click.option("--trust-engines", is_flag=True,
                  help="Use engines even if every user of this machine may change them; they run with your rights."),
-    click.option("--attention", type=click.Choice(["sdpa", "xformers"]), default="sdpa", show_default=True,
+    click.option("--attention", type=Choice(["sdpa", "xformers"]), default="sdpa", show_default=True,
                  help="Of the networks that torch runs."),
     click.option("--channels-last", is_flag=True, help="Memory format that convolutions on a GPU prefer; torch only."),
     click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one."),
-    click.option("--dtype", default=None, type=click.Choice(["float32", "float16", "bfloat16"]),
+    click.option("--dtype", default=None, type=Choice(["float32", "float16", "bfloat16"]),
                  help="Default: float16 on a GPU, float32 on a CPU; a half that a CPU has no arithmetic for becomes float32, with a note."),
 ])  # fmt: skip
 
@@ -237,7 +244,7 @@ _request_options = _apply([
                  help="Pose, scribble, edge or line map of the edited picture; repeat for several at once."),
     click.option("--source-layout", multiple=True, callback=_pairs, metavar="NAME=FILE",
                  help="The same for the picture as it is; edge, line and scribble are annotated if not given."),
-    click.option("--method", default="ito", show_default=True, type=click.Choice(METHODS), help="How to edit."),
+    click.option("--method", default="ito", show_default=True, type=Choice(METHODS), help="How to edit."),
     click.option("--steps", default=None, type=click.IntRange(1, 1000),
                  help="Sampling steps. Default: 50 for iedit, 25 for the other methods."),
     click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
@@ -247,7 +254,7 @@ _request_options = _apply([
     click.option("--control-scale", type=_Between(0, MAX_CONTROL), default=1.0, show_default=True, help=_told("--control-scale", "Weight of the layouts.")),
     click.option("--resize", type=click.IntRange(MIN_SIDE, MAX_SIDE), default=None, metavar="N",
                  help="Work on a larger picture with its longer side at N pixels, and paste the edit back at full size."),
-    click.option("--mask-mode", type=click.Choice(["single", "trajectory", "none"]), default="single", show_default=True,
+    click.option("--mask-mode", type=Choice(["single", "trajectory", "none"]), default="single", show_default=True,
                  help=_told("--mask-mode", "How the mask is estimated: one evaluation per seed, whole trajectories, or not at all.")),
     click.option("--mask-threshold", type=_Between(0, 1), default=None,
                  help=_told("--mask-threshold", "Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1.")),
@@ -369,11 +376,11 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
 
 
 @functools.cache
-def _use_threads() -> Choice:
+def _use_threads() -> threads.Choice:
     """Compute with the threads that suit this moment; decided once."""
     import torch
 
-    choice = choose(_BUSY, torch.get_num_threads())
+    choice = threads.choose(_BUSY, torch.get_num_threads())
     torch.set_num_threads(choice.threads)
     return choice
 
@@ -459,7 +466,7 @@ def _time_left(seconds: float) -> str:
 # --- commands ---------------------------------------------------------------------------------------------------
 
 
-@main.command()
+@main.command(cls=Grouped)
 @click.argument("image", type=click.Path())
 @_request_options
 @click.option(
@@ -487,12 +494,12 @@ def _time_left(seconds: float) -> str:
     show_default=True,
     help=_told("--k", "Inner steps at each."),
 )
-@click.option("--update", type=click.Choice(["clipped", "adam"]), default="clipped", show_default=True,
+@click.option("--update", type=Choice(["clipped", "adam"]), default="clipped", show_default=True,
               help=_told("--update", "How ITO moves the latent: by a Newton step of bounded length, or by Adam as in the paper."))  # fmt: skip
 @click.option("--ratio", type=_Between(0, 1, min_open=True), default=None,
               help=_told("--ratio", "Share of the steps that the other methods noise the picture by. Default: the method's own."))  # fmt: skip
 @click.option("--refine", is_flag=True, help=_told("--refine", "Refine the guidance image with the input (ITO A.5)."))
-@click.option("--composite", type=click.Choice(["none", "latent", "pixel"]), default="none", show_default=True,
+@click.option("--composite", type=Choice(["none", "latent", "pixel"]), default="none", show_default=True,
               help=_told("--composite", "pixel leaves everything outside the mask exactly as it was."))  # fmt: skip
 @click.option(
     "--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ..."
@@ -605,7 +612,7 @@ def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
     return contact_sheet(rows, titles=[r.prompt for r in requests])
 
 
-@main.command("mask")
+@main.command("mask", cls=Grouped)
 @click.argument("image", type=click.Path())
 @_request_options
 @click.option("--output", type=click.Path(), default=None, help="PNG. Default: NAME-mask.png in this folder.")
@@ -634,7 +641,7 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
 
 @main.command("layouts")
 @click.argument("image", type=click.Path())
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(["pose", "scribble", "edge", "line"]),
+@click.option("--kind", "kinds", multiple=True, type=Choice(["pose", "scribble", "edge", "line"]),
               help="Which map; repeat for more. Default: all that can be made from a picture.")  # fmt: skip
 @click.option("--output", type=click.Path(), default=None, help="PNG, for one kind. Default: NAME-KIND.png.")
 @_overwrite
@@ -667,7 +674,7 @@ def layouts_command(image: str, kinds: tuple[str, ...], output: str | None, over
 @click.option("--engines", type=click.Path(file_okay=False), default=None,
               help="Folder of the engines that ran it. Default: the user's cache.")  # fmt: skip
 @click.option("--trust-engines", is_flag=True, help="Use engines even if every user of this machine may change them.")
-@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default=None,
+@click.option("--backend", type=Choice(["auto", *BACKENDS]), default=None,
               help="Compare with another backend. Default: what ran each module then.")  # fmt: skip
 @click.option("--write", type=click.Path(), default=None, help="Write the picture made again to this PNG.")
 @_overwrite
@@ -708,7 +715,7 @@ def _why_no_gpu() -> str:
     return "torch sees no device; check the driver and CUDA_VISIBLE_DEVICES"
 
 
-@main.command("profile")
+@main.command("profile", cls=Grouped)
 @click.argument("image", type=click.Path())
 @_request_options
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True,
@@ -770,11 +777,8 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    from rich.console import Console
-
-    console = Console()
     for table in report.tables(last, counted):
-        console.print(table)
+        show(table)
     cold, warm = totals[0], totals[1:]
     shown = f", then {', '.join(f'{t:.3f}' for t in warm)}" if warm else ""
     click.echo(f"threads: {_use_threads()}")
@@ -799,22 +803,21 @@ def info(model: str, as_json: bool) -> None:
     described = describe(model)
     if "problem" not in described:
         described["engines"] = describe_engines(read_digests(model).weights)
-    threads = _use_threads()
+    chosen = _use_threads()
     found: dict[str, Any] = {
         "iedit": VERSION,
         "versions": versions(),
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
         "no_gpu": _why_no_gpu(),
         "processor": cpu.describe(),
-        "threads": threads.threads,
-        "why_threads": threads.why,
+        "threads": chosen.threads,
+        "why_threads": chosen.why,
         "backends": reasons(),
         "model": described,
     }
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -822,7 +825,7 @@ def info(model: str, as_json: bool) -> None:
     table.add_row("iedit", VERSION)
     table.add_row("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
     table.add_row("devices", ", ".join(found["devices"]))
-    table.add_row("threads", str(threads))
+    table.add_row("threads", str(chosen))
     table.add_row("processor", found["processor"])
     if found["no_gpu"]:
         table.add_row("", f"no GPU: {found['no_gpu']}")
@@ -830,7 +833,7 @@ def info(model: str, as_json: bool) -> None:
         table.add_row(f"backend {name}", "can run" if not why else escape("cannot run: " + "; ".join(why)))
     for key, value in found["model"].items():
         table.add_row(f"model {key}", escape(str(value)))
-    Console().print(table)
+    show(table)
 
 
 @main.command()
@@ -847,7 +850,6 @@ def demo(output: str | None, overwrite: bool, bench: str | None) -> None:
 
         _use_threads()
         figures = run_demo(sheet, tell, Path(bench) if bench else None, overwrite=overwrite or output is None)
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="seconds per stage (network evaluations)")
@@ -864,5 +866,5 @@ def demo(output: str | None, overwrite: bool, bench: str | None) -> None:
     totals = (f"{sum(f['seconds'].values()):.2f} ({sum(f['evaluations'].values())})" for f in figures)
     table.add_row("total", *totals)
     table.add_row("peak MiB", *(f"{f['peak_mib']:.0f}" for f in figures))
-    Console().print(table)
+    show(table)
     click.echo(f"{sheet}: {len(figures)} edits; a row is input, layout, mask, guidance image, result")
