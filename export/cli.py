@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from ..runtime.cli_help import show
 from ..runtime.errors import RunError, UsageError
 from ..runtime.untrusted import printable
 from .tensorrt_cli import tensorrt
@@ -159,7 +160,6 @@ def verify(model: str, edits: int, as_json: bool, out: Path | None, device: str 
 
 
 def _show(reports: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     for precision, report in reports.items():
@@ -169,7 +169,7 @@ def _show(reports: dict[str, dict[str, Any]]) -> None:
         for r in report["modules"]:
             figures = (r["skipped"], "") if "skipped" in r else (f"{r['largest']:.1e}", f"{r['mean']:.1e}")
             table.add_row(r["module"], str(r["batch"]), r["size"], *figures)
-        Console().print(table)
+        show(table)
         if report["edits"]:
             table = Table(
                 "edit", "mask IoU", "latent error", "L1 inside", "L1 outside", "largest, of 255", "seconds (torch)"
@@ -177,7 +177,7 @@ def _show(reports: dict[str, dict[str, Any]]) -> None:
             for r in report["edits"]:
                 table.add_row(r["edit"], f"{r['iou']:.3f}", f"{r['latent']:.1e}", f"{r['l1_inside']:.5f}",
                               f"{r['l1_outside']:.5f}", str(r["levels"]), f"{r['seconds']:.1f} ({r['seconds_torch']:.1f})")  # fmt: skip
-            Console().print(table)
+            show(table)
 
 
 # --- engines ----------------------------------------------------------------------------------------------------
@@ -270,7 +270,6 @@ def list_command(folder: Path | None, as_json: bool) -> None:
 
 
 def _table(found: list[Found], last: str) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -288,7 +287,7 @@ def _table(found: list[Found], last: str) -> None:
         table.add_row(
             shown(Path(f.spec.model).name), shown(str(f.spec)), str(f.spec.opset), f"{f.size / 1e6:.1f}", shown(state)
         )
-    Console().print(table)
+    show(table)
 
 
 @engines.command("verify")

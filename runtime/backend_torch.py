@@ -7,8 +7,10 @@ so the model itself stays as diffusers made it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 from .denoiser import Condition, OncePerCondition
 from .errors import UsageError
 from .models import Model
-from .profile import module_call
+from .profile import current, module_call
 
 ATTENTION = ("sdpa", "xformers")
 
@@ -141,6 +143,32 @@ def why_not_xformers(device: torch.device) -> list[str]:
     return []
 
 
+@contextlib.contextmanager
+def told_of(network: Any, stage: str) -> Iterator[None]:
+    """While a half of a VAE runs in `stage`, the profile is told of each of its residual blocks as a step: a large picture takes
+    minutes on a CPU. Another thread's call of the same network passes the same hooks, and tells its own profile.
+    """
+    named = [(name, part) for name, part in network.named_modules() if type(part).__name__ == "ResnetBlock2D"]
+    if stage == "decode":  # which begins in the middle; the encoder ends there
+        named.sort(key=lambda one: not one[0].startswith("mid_block"))
+    blocks = [part for _, part in named]
+
+    def hook(number: int) -> Any:
+        def tell(*_: Any) -> None:
+            running = current()
+            if running is not None and running.stage_name == stage:
+                running.step(number, len(blocks))
+
+        return tell
+
+    handles = [block.register_forward_pre_hook(hook(i)) for i, block in enumerate(blocks, 1)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class TorchBackend:
     """The parts of a `Model`, called as diffusers does; residuals of several ControlNets are summed.
 
@@ -219,13 +247,15 @@ class TorchBackend:
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        with module_call("vae_encoder", self.name, len(images), device=images.device):
+        blocks = told_of(self.model.vae.encoder, "encode")
+        with blocks, module_call("vae_encoder", self.name, len(images), device=images.device):
             mode: Tensor = self.model.vae.encode(images.to(self.dtype)).latent_dist.mode().float()
         return mode
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
-        with module_call("vae_decoder", self.name, len(latents), device=latents.device):
+        blocks = told_of(self.model.vae.decoder, "decode")
+        with blocks, module_call("vae_decoder", self.name, len(latents), device=latents.device):
             images: Tensor = self.model.vae.decode(latents.to(self.dtype)).sample.float()
         return images
 

@@ -128,6 +128,9 @@ _MORE_INPUTS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "
                 "time_cond_proj_dim")  # fmt: skip
 MAX_GUIDANCE = 100.0  # papers and front ends end at 30; what lies far beyond is a slip of the keyboard and gives noise
 MAX_CONTROL = 10.0  # a ControlNet is trained at 1
+MIN_SIDE, MAX_SIDE = 8, 4096  # of a picture that is worked on, pixels
+# Of the side that a model was trained on: far above it a model repeats things, and 16 times the area takes 16 to 256 times as long.
+MAX_TIMES = 4
 MAX_INNER_STEPS = 1000  # of ITO at one timestep; the paper's largest is 30
 
 
@@ -139,12 +142,17 @@ class Recommended:
         guidance_scale: 0 to `MAX_GUIDANCE`.
         mask_strength: above 0 to 1.
         mask_threshold, text_update_share: 0 to 1.
+        words: all that it was trained on, lower case; none where it does not say.
+        reconstruction_error: of its autoencoder on a picture at the size that it was trained on, the largest mean absolute error
+            (0 to 1 of the range) at which the picture is taken to be of its world.
     """
 
     guidance_scale: float | None = None
     mask_strength: float | None = None
     mask_threshold: float | None = None
     text_update_share: float | None = None
+    words: tuple[str, ...] = ()
+    reconstruction_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -155,11 +163,13 @@ class Checkpoint:
         folder: of the parts.
         controlnets: layout name -> folder.
         recommended: by its `iedit.json`.
+        side: pixels of the square pictures that it was trained on; None where its configs do not say.
     """
 
     folder: Path
     controlnets: Mapping[str, Path]
     recommended: Recommended
+    side: int | None
 
 
 def find_checkpoint(model: str, layouts: Mapping[str, str] | Sequence[str] | None = None) -> Checkpoint:
@@ -196,7 +206,7 @@ def find_checkpoint(model: str, layouts: Mapping[str, str] | Sequence[str] | Non
         if not (path / "config.json").is_file() or not weights_of(path):
             raise UsageError(f"layouts: {path} is not a ControlNet folder (config.json and *.safetensors)")
         _check_controlnet(path / "config.json", folder / "vae" / "config.json")
-    return Checkpoint(folder, controlnets, _recommended(folder / "iedit.json"))
+    return Checkpoint(folder, controlnets, _recommended(folder / "iedit.json"), _side(folder))
 
 
 def check_layouts(model: str, controlnets: Collection[str], names: Iterable[str]) -> None:
@@ -207,6 +217,15 @@ def check_layouts(model: str, controlnets: Collection[str], names: Iterable[str]
             raise UsageError(f"layout {name!r}: {model} has no ControlNet of that name; it has {known}")
 
 
+def check_side(size: tuple[int, int], side: int | None, model: str) -> None:
+    """Raises UsageError for a picture of `size` (width, height) that is far larger than what the model was trained on."""
+    if side is not None and size[0] * size[1] > (MAX_TIMES * side) ** 2:
+        raise UsageError(
+            f"image: {size[0]}x{size[1]} is more than {MAX_TIMES}x{MAX_TIMES} times the {side}x{side} that {model} was trained on; "
+            f"work on it smaller and have the edit pasted back with --resize {side} (to --resize {MAX_TIMES * side}), or cut out a part"
+        )
+
+
 def is_number(value: object) -> bool:
     """A finite number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -215,18 +234,22 @@ def is_number(value: object) -> bool:
 def _recommended(path: Path) -> Recommended:
     if not path.is_file():
         return Recommended()
-    found, values = read_json(path), {}
+    found, values = read_json(path), dict[str, Any]()
     for name, high in (
         ("guidance_scale", MAX_GUIDANCE),
         ("mask_strength", 1),
         ("mask_threshold", 1),
         ("text_update_share", 1),
+        ("reconstruction_error", 1),
     ):
         value = values[name] = found.get(name)
         low = "above 0" if name == "mask_strength" else "0"
         if value is not None and not (is_number(value) and 0 <= value <= high and (value > 0 or low == "0")):
             raise UsageError(f"model: {path} recommends {name} {value!r}, expected a number from {low} to {high:g}")
-    return Recommended(**values)
+    words = found.get("words", [])
+    if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+        raise UsageError(f"model: {path} has words that are no list of words; leave them out")
+    return Recommended(**values, words=tuple(words))
 
 
 def _check_pipeline(folder: Path) -> None:
@@ -253,6 +276,12 @@ def _check_scheduler(path: Path) -> None:
         raise UsageError(
             f"model: {path} has num_train_timesteps {timesteps!r}, expected a whole number from 1 to 100000"
         )
+
+
+def _side(folder: Path) -> int | None:
+    cells = read_json(folder / "unet" / "config.json").get("sample_size")
+    blocks = read_json(folder / "vae" / "config.json").get("block_out_channels")
+    return cells * 2 ** (len(blocks) - 1) if _is_count(cells) and isinstance(blocks, list) and blocks else None
 
 
 def _check_unet(path: Path) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib
 import json
 import math
 import os
+import select
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import BACKENDS, METHODS, VERSION, uses
-from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS
+from . import BACKENDS, METHODS, VERSION, threads, uses
+from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE
+from .cli_help import Choice, Grouped, show, suggestion
 from .errors import IeditError, UsageError
 from .files import check_outputs, write_outputs
 from .untrusted import printable
@@ -24,6 +29,8 @@ from .untrusted import printable
 if TYPE_CHECKING:
     from .editor import Editor, EditRequest, EditResult, Options
     from .profile import Progress
+
+_BUSY = threads.Busy()  # from here on, for the seconds until the libraries are loaded
 
 # Groups of the packages above this one, by name so that imports keep pointing one way.
 _GROUPS = {
@@ -54,6 +61,13 @@ class _Commands(click.Group):
             return command
         return super().get_command(ctx, name)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}.{suggestion(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []
         for name in self.list_commands(ctx):
@@ -83,9 +97,7 @@ class _Commands(click.Group):
             raise _Failure(printable(f"{error.filename or 'system'}: {error.strerror or error}")) from error
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
-        except (
-            Exception
-        ) as error:  # a mistake of this program's: the user gets a line, whoever repairs it gets the rest
+        except Exception as error:  # a mistake of this program's: a line for the user, the rest for whoever repairs it
             if os.environ.get("IEDIT_DEBUG") == "1":
                 raise
             line = f"unexpected {type(error).__name__}: {_one_line(error)}; {_write_report(error)}"
@@ -134,7 +146,7 @@ class _Path(click.Path):
         return super().convert(value, param, ctx)
 
 
-@click.group(cls=_Commands)
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="iedit")
 def main() -> None:
     """Localised image editing with diffusion models.
@@ -216,17 +228,17 @@ _model_options = _apply([
                  help="The embedded model, a diffusers folder, or a hub id (owner/name)."),
     click.option("--controlnet", multiple=True, callback=_pairs, metavar="NAME=FOLDER",
                  help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
-    click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", *BACKENDS]),
+    click.option("--backend", default="auto", show_default=True, type=Choice(["auto", *BACKENDS]),
                  help="What runs the networks; auto takes the first that can, per module and size, and says why not the others."),
     click.option("--engines", type=_Path(file_okay=False, exists=True), default=None,
                  help="Folder of exported engines. Default: the user's cache, by the digest of the model's weights."),
     click.option("--trust-engines", is_flag=True,
                  help="Use engines even if every user of this machine may change them; they run with your rights."),
-    click.option("--attention", type=click.Choice(["sdpa", "xformers"]), default="sdpa", show_default=True,
+    click.option("--attention", type=Choice(["sdpa", "xformers"]), default="sdpa", show_default=True,
                  help="Of the networks that torch runs."),
     click.option("--channels-last", is_flag=True, help="Memory format that convolutions on a GPU prefer; torch only."),
     click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one."),
-    click.option("--dtype", default=None, type=click.Choice(["float32", "float16", "bfloat16"]),
+    click.option("--dtype", default=None, type=Choice(["float32", "float16", "bfloat16"]),
                  help="Default: float16 on a GPU, float32 on a CPU; a half that a CPU has no arithmetic for becomes float32, with a note."),
 ])  # fmt: skip
 
@@ -241,7 +253,7 @@ _request_options = _apply([
                  help="Pose, scribble, edge or line map of the edited picture; repeat for several at once."),
     click.option("--source-layout", multiple=True, callback=_pairs, metavar="NAME=FILE",
                  help="The same for the picture as it is; edge, line and scribble are annotated if not given."),
-    click.option("--method", default="ito", show_default=True, type=click.Choice(METHODS), help="How to edit."),
+    click.option("--method", default="ito", show_default=True, type=Choice(METHODS), help="How to edit."),
     click.option("--steps", default=None, type=click.IntRange(1, 1000),
                  help="Sampling steps. Default: 50 for iedit, 25 for the other methods."),
     click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
@@ -249,7 +261,9 @@ _request_options = _apply([
                  help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5."),
     click.option("--negative-prompt", default="", help=_told("--negative-prompt", "Text of the unconditional half.")),
     click.option("--control-scale", type=_Between(0, MAX_CONTROL), default=1.0, show_default=True, help=_told("--control-scale", "Weight of the layouts.")),
-    click.option("--mask-mode", type=click.Choice(["single", "trajectory", "none"]), default="single", show_default=True,
+    click.option("--resize", type=click.IntRange(MIN_SIDE, MAX_SIDE), default=None, metavar="N",
+                 help="Work on a larger picture with its longer side at N pixels, and paste the edit back at full size."),
+    click.option("--mask-mode", type=Choice(["single", "trajectory", "none"]), default="single", show_default=True,
                  help=_told("--mask-mode", "How the mask is estimated: one evaluation per seed, whole trajectories, or not at all.")),
     click.option("--mask-threshold", type=_Between(0, 1), default=None,
                  help=_told("--mask-threshold", "Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1.")),
@@ -281,6 +295,7 @@ def _options(values: dict[str, Any], lam: float = 0.6) -> Options:
         final=phase,
         refine=values.get("refine", False),
         composite=values.get("composite", "none"),
+        resize=values["resize"],
     )
 
 
@@ -313,7 +328,8 @@ def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
     """What is wrong with the layouts or with the model's files, from its configs alone."""
-    from .checkpoint import check_layouts, find_checkpoint
+    from .checkpoint import check_layouts, check_side, find_checkpoint
+    from .images import fit
     from .layouts import check_annotator, check_layout
 
     maps, source_maps = inputs["layouts"], inputs["source_layouts"]
@@ -321,6 +337,12 @@ def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
         raise UsageError(f"method {values['method']} needs at least one layout (--layout pose=FILE)")
     checkpoint = find_checkpoint(values["model"], values["controlnet"] or None)
     check_layouts(values["model"], checkpoint.controlnets, [*maps, *source_maps])
+    image, longest = inputs["image"], values["resize"]
+    check_side(
+        image.size if longest is None or max(image.size) <= longest else fit(image, longest).size,
+        checkpoint.side,
+        values["model"],
+    )
     for name, picture in [*maps.items(), *source_maps.items()]:
         check_layout(picture, name, inputs["image"].size)
     for name in maps:
@@ -347,6 +369,7 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
     from .editor import Editor
     from .stages import StageCache
 
+    _use_threads()
     return Editor.load(
         values["model"],
         layouts=values["controlnet"] or None,
@@ -361,6 +384,16 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
     )
 
 
+@functools.cache
+def _use_threads() -> threads.Choice:
+    """Compute with the threads that suit this moment; decided once."""
+    import torch
+
+    choice = threads.choose(_BUSY, torch.get_num_threads())
+    torch.set_num_threads(choice.threads)
+    return choice
+
+
 def _quiet_libraries() -> None:
     """Progress bars of loading libraries would tear the live display."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -372,16 +405,54 @@ def _quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def _live() -> Iterator[Callable[[Progress], bool | None]]:
-    """One live line on stderr: stage, step, share of the run, time left. Nothing where stderr is no terminal."""
+def _prompt_interrupts(patience: float = 0.8) -> Iterator[None]:
+    """Ctrl-C acts within a second: Python sees it only when a network's operation has ended, which in a large VAE takes long. Who does
+    not come out of this block in `patience` seconds is ended then, and a second Ctrl-C ends it at once. Nothing is written here."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    before = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while (number := os.read(receive, 1)) and number[0] != signal.SIGINT:
+            pass
+        if not number:
+            return  # the block was left
+        ready, _, _ = select.select([receive], [], [], patience)
+        if not ready or os.read(receive, 1):
+            show_cursor = b"\x1b[?25h" if os.isatty(2) else b""
+            os.write(2, show_cursor + b"\nAborted!\n")
+            os._exit(1)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(send)
+        watcher.join()
+        os.close(receive)
+
+
+@contextlib.contextmanager
+def _live(model: str) -> Iterator[Callable[[Progress], bool | None]]:
+    """One live line on stderr: stage, step, share of the run, time left. Where stderr is no terminal one line that says what is loaded,
+    at once."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
                TextColumn("{task.fields[left]}"))  # fmt: skip
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=1.0, left="")
+    if not console.is_terminal:
+        click.echo(f"loading {printable(model)}", err=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with _prompt_interrupts(), bar:
+        task = bar.add_task(f"loading {printable(model)}"[:40], total=1.0, left="")
 
         def tell(progress: Any) -> bool | None:
             step = f" {progress.step}/{progress.steps}" if progress.steps else ""
@@ -404,7 +475,7 @@ def _time_left(seconds: float) -> str:
 # --- commands ---------------------------------------------------------------------------------------------------
 
 
-@main.command()
+@main.command(cls=Grouped)
 @click.argument("image", type=_Path())
 @_request_options
 @click.option(
@@ -432,12 +503,12 @@ def _time_left(seconds: float) -> str:
     show_default=True,
     help=_told("--k", "Inner steps at each."),
 )
-@click.option("--update", type=click.Choice(["clipped", "adam"]), default="clipped", show_default=True,
+@click.option("--update", type=Choice(["clipped", "adam"]), default="clipped", show_default=True,
               help=_told("--update", "How ITO moves the latent: by a Newton step of bounded length, or by Adam as in the paper."))  # fmt: skip
 @click.option("--ratio", type=_Between(0, 1, min_open=True), default=None,
               help=_told("--ratio", "Share of the steps that the other methods noise the picture by. Default: the method's own."))  # fmt: skip
 @click.option("--refine", is_flag=True, help=_told("--refine", "Refine the guidance image with the input (ITO A.5)."))
-@click.option("--composite", type=click.Choice(["none", "latent", "pixel"]), default="none", show_default=True,
+@click.option("--composite", type=Choice(["none", "latent", "pixel"]), default="none", show_default=True,
               help=_told("--composite", "pixel leaves everything outside the mask exactly as it was."))  # fmt: skip
 @click.option(
     "--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ..."
@@ -497,8 +568,8 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         overwrite,
     )
     inputs = _inputs(image, values)
-    requests = [_request(inputs, values, seed, _options(values, lam)) for seed, lam in wanted]
-    with _live() as tell:
+    with _live(values["model"]) as tell:
+        requests = [_request(inputs, values, seed, _options(values, lam)) for seed, lam in wanted]
         results = _editor(values, cache).edit_many(requests, tell)
     files = {
         "image": image,
@@ -550,7 +621,7 @@ def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
     return contact_sheet(rows, titles=[r.prompt for r in requests])
 
 
-@main.command("mask")
+@main.command("mask", cls=Grouped)
 @click.argument("image", type=_Path())
 @_request_options
 @click.option("--output", type=_Path(), default=None, help="PNG. Default: NAME-mask.png in this folder.")
@@ -567,8 +638,9 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
     if values["mask_mode"] == "none":
         raise UsageError("--mask-mode none estimates no mask; use single or trajectory")
     _check_uses(values)
-    request = _request(_inputs(image, values), values, values["seed"], _options(values))
-    with _live() as tell:
+    inputs = _inputs(image, values)
+    with _live(values["model"]) as tell:
+        request = _request(inputs, values, values["seed"], _options(values))
         mask, profile = _editor(values).mask(request, tell)
     assert mask is not None
     write_outputs({target: png_bytes(mask)})
@@ -578,7 +650,7 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
 
 @main.command("layouts")
 @click.argument("image", type=_Path())
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(["pose", "scribble", "edge", "line"]),
+@click.option("--kind", "kinds", multiple=True, type=Choice(["pose", "scribble", "edge", "line"]),
               help="Which map; repeat for more. Default: all that can be made from a picture.")  # fmt: skip
 @click.option("--output", type=_Path(), default=None, help="PNG, for one kind. Default: NAME-KIND.png.")
 @_overwrite
@@ -611,7 +683,7 @@ def layouts_command(image: str, kinds: tuple[str, ...], output: str | None, over
 @click.option("--engines", type=_Path(file_okay=False), default=None,
               help="Folder of the engines that ran it. Default: the user's cache.")  # fmt: skip
 @click.option("--trust-engines", is_flag=True, help="Use engines even if every user of this machine may change them.")
-@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default=None,
+@click.option("--backend", type=Choice(["auto", *BACKENDS]), default=None,
               help="Compare with another backend. Default: what ran each module then.")  # fmt: skip
 @click.option("--write", type=_Path(), default=None, help="Write the picture made again to this PNG.")
 @_overwrite
@@ -632,7 +704,7 @@ def replay(output: str, write: str | None, overwrite: bool, **named: Any) -> Non
     if write:
         check_outputs([Path(write)], [], receipts.inputs_of(output, receipts.Named(**named)), overwrite)
 
-    with _live() as tell:
+    with _live("the model") as tell:
         found = receipts.replay(output, receipts.Named(**named), tell)
     if write:
         write_outputs({Path(write): png_bytes(found.image, found.receipt)})
@@ -652,7 +724,7 @@ def _why_no_gpu() -> str:
     return "torch sees no device; check the driver and CUDA_VISIBLE_DEVICES"
 
 
-@main.command("profile")
+@main.command("profile", cls=Grouped)
 @click.argument("image", type=_Path())
 @_request_options
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True,
@@ -681,8 +753,9 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     _check_uses(values)
     named = [Path(p) for p in (output, trace) if p]
     check_outputs([Path(plot)] if plot else [], named, _read(image, values), overwrite)
-    request = _request(_inputs(image, values), values, values["seed"], _options(values))
-    with _live() as tell:
+    inputs = _inputs(image, values)
+    with _live(values["model"]) as tell:
+        request = _request(inputs, values, values["seed"], _options(values))
         editor = _editor(values)
         from .stages import StageCache
 
@@ -701,7 +774,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     last = profiles[-1]
     totals = [round(sum(p.seconds.values()), 6) for p in profiles]
     found = last.as_dict() | {"runs": totals, "launches": counted, "backend": editor.backend,
-                              "first_is_cold": True}  # fmt: skip
+                              "first_is_cold": True, "threads": _use_threads().threads, "why_threads": _use_threads().why}  # fmt: skip
     outputs = {}
     if output:
         outputs[Path(output)] = (json.dumps(found, indent=1) + "\n").encode()
@@ -713,13 +786,11 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    from rich.console import Console
-
-    console = Console()
     for table in report.tables(last, counted):
-        console.print(table)
+        show(table)
     cold, warm = totals[0], totals[1:]
     shown = f", then {', '.join(f'{t:.3f}' for t in warm)}" if warm else ""
+    click.echo(f"threads: {_use_threads()}")
     click.echo(f"backend {editor.backend}; first run {cold:.3f} s (cold){shown}")
     _show_notes(notes)
 
@@ -741,27 +812,29 @@ def info(model: str, as_json: bool) -> None:
     described = describe(model)
     if "problem" not in described:
         described["engines"] = describe_engines(read_digests(model).weights)
+    chosen = _use_threads()
     found: dict[str, Any] = {
         "iedit": VERSION,
         "versions": versions(),
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
         "no_gpu": _why_no_gpu(),
         "processor": cpu.describe(),
-        "threads": torch.get_num_threads(),
+        "threads": chosen.threads,
+        "why_threads": chosen.why,
         "backends": reasons(),
         "model": described,
     }
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("iedit", VERSION)
     table.add_row("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
-    table.add_row("devices", f"{', '.join(found['devices'])}; {found['threads']} thread{'s' * (found['threads'] != 1)}")
+    table.add_row("devices", ", ".join(found["devices"]))
+    table.add_row("threads", str(chosen))
     table.add_row("processor", found["processor"])
     if found["no_gpu"]:
         table.add_row("", f"no GPU: {found['no_gpu']}")
@@ -769,7 +842,7 @@ def info(model: str, as_json: bool) -> None:
         table.add_row(f"backend {name}", "can run" if not why else escape(printable("cannot run: " + "; ".join(why))))
     for key, value in found["model"].items():
         table.add_row(f"model {key}", escape(printable(str(value))))
-    Console().print(table)
+    show(table)
 
 
 @main.command()
@@ -779,13 +852,13 @@ def info(model: str, as_json: bool) -> None:
 @click.option("--bench", type=_Path(), default=None, help="Append the figures to this CSV of results.")
 def demo(output: str | None, overwrite: bool, bench: str | None) -> None:
     """Run the shipped sample edits with the embedded model and write one contact sheet."""
-    _quiet_libraries()
-    from .demo import run_demo
-
     sheet = Path(output or "demo/edits.png")
-    with _live() as tell:
+    with _live("picturebook") as tell:
+        _quiet_libraries()
+        from .demo import run_demo
+
+        _use_threads()
         figures = run_demo(sheet, tell, Path(bench) if bench else None, overwrite=overwrite or output is None)
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="seconds per stage (network evaluations)")
@@ -802,5 +875,5 @@ def demo(output: str | None, overwrite: bool, bench: str | None) -> None:
     totals = (f"{sum(f['seconds'].values()):.2f} ({sum(f['evaluations'].values())})" for f in figures)
     table.add_row("total", *totals)
     table.add_row("peak MiB", *(f"{f['peak_mib']:.0f}" for f in figures))
-    Console().print(table)
+    show(table)
     click.echo(f"{printable(str(sheet))}: {len(figures)} edits; a row is input, layout, mask, guidance image, result")

@@ -156,8 +156,9 @@ class Editor:
             size: (width, height); the UNet's training size by default.
         """
         model, profile = self.model, Profile()
-        side = model.unet.config.sample_size * model.factor
-        width, height = size or (side, side)
+        if size is None and model.side is None:
+            raise UsageError("size: the model's config does not say what it was trained on; give (width, height)")
+        width, height = size or (model.side or 0, model.side or 0)
         chunks = max(len(model.token_chunks(p)) for p in prompts)
         maps = {n: torch.cat([(pictures.to_tensor(m) + 1) / 2 for m in given]) for n, given in (layouts or {}).items()}
         condition = Condition(
@@ -233,7 +234,9 @@ class Editor:
             results = []
             for j, pixels in zip(jobs, decoded, strict=True):
                 image, mask = pictures.crop_back(pictures.to_image(pixels), j.size), self._mask_picture(j)
-                if options.composite == "pixel" and mask is not None:
+                if j.full is not None:
+                    image, mask = restored(j, image, mask)
+                elif options.composite == "pixel" and mask is not None:
                     image = paste(pictures.as_rgb(j.request.image), image, mask, options.feather)
                 # Copies: what the caller does with them must not reach the cache.
                 latent, source = (j.found[s]["value"].cpu().clone() for s in (stage, "encode"))
@@ -250,7 +253,7 @@ class Editor:
         """Where the edit was allowed, at the size of the picture; see `EditResult.mask`."""
         if job.mask is None:
             return None
-        if job.mask_picture is not None and job.request.options.composite == "pixel":
+        if job.mask_picture is not None and (job.request.options.composite == "pixel" or job.full is not None):
             return job.mask_picture
         cells = (job.mask[0, 0].cpu() * 255).round().byte()
         large = Image.fromarray(cells.numpy()).resize(
@@ -279,6 +282,19 @@ class Editor:
             area = round(pictures.mask_coverage(mask), 6)
             receipt["mask"] = {"area": area, "estimated": job.given_mask is None}
         return receipts.without_paths(receipt, *self.folders)
+
+
+def restored(job: Job, edited: Image.Image, mask: Image.Image | None) -> tuple[Image.Image, Image.Image | None]:
+    """An edit that was made on a smaller picture (`Options.resize`), at the size of the picture that was given, with its mask.
+
+    With a mask all outside it is the given picture, bit for bit; without one everything is the edit, enlarged.
+    """
+    assert job.full is not None
+    large = edited.resize(job.full.size, Image.Resampling.LANCZOS)
+    if mask is None:
+        return large, None
+    mask = mask.resize(job.full.size, Image.Resampling.NEAREST)  # a given one is of that size already
+    return paste(job.full, large, mask, job.request.options.feather), mask
 
 
 def paste(source: Image.Image, edited: Image.Image, mask: Image.Image, feather: float) -> Image.Image:

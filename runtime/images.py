@@ -29,6 +29,7 @@ MAX_PIXELS = 4096 * 4096  # a float32 UNet at that size already wants hundreds o
 # formats that nobody edits are the ones that nobody checks.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "TGA", "JPEG2000")
 RECEIPT_KEY = "iedit"
+_DROPPED = "iedit dropped"  # in a picture's `info`: what was lost when it was read
 # What Pillow's decoders raise on damaged files, beside OSError.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
@@ -40,12 +41,34 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, backg
     """A file as a picture: EXIF orientation applied, transparency on `background`, the first frame of an animation.
 
     Returns:
-        RGB; see `as_rgb` for what the modes become.
+        RGB; see `as_rgb` for what the modes become, `dropped` for what was lost.
 
     Raises:
         UsageError: missing, unreadable, truncated, not an image, or more than `max_pixels` pixels.
     """
-    return as_rgb(_open(path, max_pixels), str(path), background)
+    image = _open(path, max_pixels)
+    picture = as_rgb(image, str(path), background)
+    picture.info[_DROPPED] = dropped(image)
+    return picture
+
+
+def dropped(image: Image.Image) -> list[str]:
+    """What `load_image` lost of a picture, and what `as_rgb` would lose: other frames, transparency."""
+    found = list(image.info.get(_DROPPED, ()))
+    if has_transparency(image):
+        found.append("the picture's transparency was dropped: it was laid on white")
+    return found
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether a pixel of the picture lets something through."""
+    if "A" not in image.mode and "a" not in image.mode and "transparency" not in image.info:
+        return False
+    try:
+        lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
+    except ValueError:  # a mode that `as_rgb` refuses by name
+        return False
+    return isinstance(lowest, (int, float)) and lowest < 255
 
 
 def as_picture(
@@ -103,12 +126,16 @@ def _open(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
         check_size(image, str(path), max_pixels)
         try:
             image.load()
+            several = bool(getattr(image, "is_animated", False))
         except _DAMAGED as error:
             raise UsageError(f"{path}: damaged or truncated ({error}); copy it or save it again") from None
         try:
-            return ImageOps.exif_transpose(image)
+            upright = ImageOps.exif_transpose(image)
         except _DAMAGED:  # the pixels are fine: a damaged EXIF block is no reason to refuse them
-            return image.copy()
+            upright = image.copy()
+    if several:
+        upright.info[_DROPPED] = ["the file holds several pictures: only the first was used"]
+    return upright
 
 
 def check_size(image: Image.Image, name: str = "image", max_pixels: int = MAX_PIXELS) -> None:
@@ -188,6 +215,18 @@ def to_image(tensor: Tensor) -> Image.Image:
         )
     pixels = np.rint(np.clip((values + np.float32(1)) * np.float32(127.5), 0, 255)).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """A picture with its longer side at `side` pixels, its proportions kept."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def shrink_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask at a smaller size; a pixel that touches the mask is edited, so that thin parts stay."""
+    return mask.resize(size, Image.Resampling.BOX).point(lambda value: 255 if value else 0)
 
 
 def pad_to_multiple(image: Image.Image, multiple: int = 8) -> tuple[Image.Image, tuple[int, int]]:

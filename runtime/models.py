@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +50,7 @@ class Model:
             of every part in use, the tokenizer, and which ControlNet goes by which name; 16 hex digits.
         weights_digest: over the weights alone; names the folder that engines are kept in.
         modules: the backend that runs VAE and text encoder; None is eager torch.
+        words, reconstruction_error: what its `iedit.json` says of its world (see `checkpoint.Recommended`).
         notes: what was settled otherwise than asked while it was loaded; every result of an edit repeats them.
         part_digests: over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
         guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
@@ -74,6 +76,8 @@ class Model:
     text_update_share: float | None = None
     part_digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    words: frozenset[str] = frozenset()
+    reconstruction_error: float | None = None
     modules: Modules | None = None
 
     def module_digest(self, module: str) -> str:
@@ -89,6 +93,12 @@ class Model:
     def factor(self) -> int:
         """Pixels per latent cell."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def side(self) -> int | None:
+        """Pixels of the square pictures that it was trained on; None where its config does not say."""
+        cells = self.unet.config.sample_size
+        return cells * self.factor if isinstance(cells, int) else None
 
     @property
     def multiple(self) -> int:
@@ -204,6 +214,22 @@ def _finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws one for each part, diffusers one for each part in shards."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
 def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     """One part with its weights, whichever of the usual names they have."""
     variant = None
@@ -211,21 +237,15 @@ def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     if names and all(".fp16." in n for n in names):
         variant = "fp16"
     keyword = "dtype" if loader.__module__.startswith("transformers") else "torch_dtype"
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # transformers draws one for each part
     try:
-        part, report = loader.from_pretrained(
-            folder, local_files_only=True, variant=variant, output_loading_info=True, **{keyword: dtype}
-        )
+        with _no_progress_bars():
+            part, report = loader.from_pretrained(
+                folder, local_files_only=True, variant=variant, output_loading_info=True, **{keyword: dtype}
+            )
     except Exception as error:
         raise UsageError(
             f"model: {folder} cannot be read ({first_line(error)}); the files may be damaged or cut off"
         ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     missing = sorted(k for k in report["missing_keys"] if not k.endswith("position_ids"))  # a buffer, made anew
     if missing:  # both libraries go on with random weights
         raise UsageError(
@@ -388,6 +408,8 @@ def load_model(
         weights_digest=digests.weights,
         part_digests=digests.parts,
         notes=tuple(notes),
+        words=frozenset(told.words),
+        reconstruction_error=told.reconstruction_error,
         guidance_scale=7.5 if told.guidance_scale is None else float(told.guidance_scale),
         mask_strength=told.mask_strength,
         mask_threshold=told.mask_threshold,
@@ -398,7 +420,8 @@ def load_model(
 def describe(model: str) -> dict[str, str]:
     """A model's folder, parts and sizes without loading its weights; what is wrong with it in place of a part."""
     try:
-        folder = find_checkpoint(model).folder
+        found = find_checkpoint(model)
+        folder = found.folder
         config = read_json(folder / "unet" / "config.json")
         side = config.get("sample_size", "?")
         unet = f"{config['block_out_channels']} channels, {config['in_channels']}x{side}x{side} latents"
@@ -414,4 +437,4 @@ def describe(model: str) -> dict[str, str]:
         "size": f"{size / 1e6:.1f} MB",
         "unet": unet,
         "layouts": ", ".join(controls) or "none",
-    }
+    } | ({"words": ", ".join(found.recommended.words)} if found.recommended.words else {})

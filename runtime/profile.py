@@ -75,7 +75,7 @@ class Progress:
         stage: encode, mask, invert, guidance, invert-guidance, refine, final, decode or sample.
         step, steps: 1-based step of the stage and how many it has; 0 when the stage begins.
         fraction: share of the run's network evaluations that is done, [0, 1].
-        seconds_left: estimate of the time left, None before there is one.
+        seconds_left: estimate of the time left, None before there is one; before the first evaluation that of the stage.
     """
 
     stage: str
@@ -230,6 +230,9 @@ class Profile:
         done = min(1.0, (self.before + sum(self.evaluations.values())) / self.expected) if self.expected > 0 else 0.0
         spent = time.perf_counter() - self.began
         left = spent * (1 - done) / done if done > 0 else None
+        if left is None and step > 1:  # before the first evaluation: of this stage alone
+            stage = next(x.start for x in reversed(self.steps) if x.step == 0)
+            left = (spent - stage) / (step - 1) * (steps - step + 1)
         answer = self.callback(Progress(self.stage_name, step, steps, done, left))
         if isinstance(answer, (bool, np.bool_)) and not answer:
             raise Cancelled(f"cancelled in {self.where}; nothing was written")

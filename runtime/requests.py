@@ -7,7 +7,8 @@ import functools
 import hashlib
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
@@ -19,7 +20,7 @@ from ..kernels.ito_step import UPDATES
 from . import METHODS, uses
 from . import images as pictures
 from . import layouts as layout_maps
-from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, check_layouts
+from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE, check_layouts, check_side
 from .errors import UsageError
 from .ito import Phase
 from .models import Model
@@ -91,6 +92,8 @@ class Options:
         kept_area: normalise the preservation loss by the kept area.
         composite: "none"; "latent" (source latent outside the mask at the end); "pixel" (feathered paste of the input).
         feather: width of the pixel paste's edge, pixels.
+        resize: a picture with a longer side is worked on at this size of it, pixels, and the edit is pasted back into the picture
+            as it was: where there is a mask, nothing outside it changes.
     """
 
     lam: float = 0.6
@@ -112,6 +115,7 @@ class Options:
     kept_area: bool = False
     composite: str = "none"
     feather: float = 4.0
+    resize: int | None = None
 
     def settled(self, model: Model, steps: int, layouts: bool = False) -> Options:
         """With a number for what was left to the checkpoint; `layouts`: the edit has some."""
@@ -143,6 +147,7 @@ class Options:
         within("mask seeds", self.mask.seeds, 1, 1000)
         within("mask sigma", self.mask.sigma, 0, 1000)
         within("feather", self.feather, 0, 1000)
+        within("resize", MIN_SIDE if self.resize is None else self.resize, MIN_SIDE, MAX_SIDE)
         within("guidance_scale", 0 if self.guidance_scale is None else self.guidance_scale, 0, MAX_GUIDANCE)
         within("inversion_scale", self.inversion_scale, 0, MAX_GUIDANCE)
         within("control_scale", self.control_scale, 0, MAX_CONTROL)
@@ -235,6 +240,9 @@ class Job:
     """A checked request with its tensors on the device.
 
     Attributes:
+        size, pixels: of the picture as it is worked on: width and height, and (1, 3, H, W) padded.
+        mask_picture: the given mask, at the size of the picture that was given.
+        full: that picture, RGB, where it is worked on smaller (`Options.resize`).
         found: stage results by stage name.
         notes: what of the request is not used as its author may expect.
     """
@@ -247,6 +255,7 @@ class Job:
     source_maps: dict[str, Tensor]
     given_mask: Tensor | None
     mask_picture: Image.Image | None
+    full: Image.Image | None
     chunks: int
     source_prompt: str
     notes: list[str] = field(default_factory=list)
@@ -288,6 +297,7 @@ def asked_of(
         layouts=bool(request.layouts),
         composite=o.composite,
         refine=o.refine,
+        resize=o.resize is not None,
         guidance_scale=guidance_scale if o.guidance_scale is None else o.guidance_scale,
         other_uses_of_negative=o.inversion == "unconditional" or o.inversion_scale != 1,
     )
@@ -347,6 +357,18 @@ def _plain(value: D, inside: str) -> D:
     return dataclasses.replace(value, **changed)  # type: ignore[type-var]
 
 
+def _unknown_words(model: Model, texts: Iterable[str]) -> list[str]:
+    """A note, where the model says which words it knows and there are others."""
+    words = dict.fromkeys(w for text in texts for w in re.findall(r"[^\W_]+", text.lower()))
+    unknown = [w for w in words if w not in model.words] if model.words else []
+    if not unknown:
+        return []
+    shown = ", ".join(f'"{w}"' for w in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+    return [
+        f"{model.name} does not know {shown}: what it draws of that means nothing; `iedit info` lists the words that it knows"
+    ]
+
+
 def _settled(model: Model, request: EditRequest, steps: int, asked: uses.Asked) -> Options:
     """A request's options with a number for what was left to the checkpoint, where the edit uses it: a receipt says what ran."""
     o = request.options
@@ -392,10 +414,15 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
     if extra:
         raise UsageError(f"source layout {extra[0]!r} has no layout to go with it: give layouts[{extra[0]!r}] too")
     pictures.check_size(request.image)
-    image = pictures.as_rgb(request.image)
+    image, full = pictures.as_rgb(request.image), None
+    if request.options.resize is not None and max(image.size) > request.options.resize:
+        full, image = image, pictures.fit(image, request.options.resize)
+    check_side(image.size, model.side, model.name)
     padded, size = pictures.pad_to_multiple(image, model.multiple)
 
     def tensor_of(name: str, picture: Image.Image) -> Tensor:
+        if picture.size != size:  # a source's map may have been made of the picture at its own size or at this one
+            picture = layout_maps.check_layout(picture, name, request.image.size).resize(size, Image.Resampling.LANCZOS)
         layout = layout_maps.check_layout(picture, name, size)
         framed = Image.new("RGB", padded.size)
         framed.paste(layout, (0, 0))
@@ -409,9 +436,10 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
             source_maps[name] = tensor_of(name, layout_maps.annotate(image, name) if given is None else given)
     given_mask, mask = None, None
     if request.mask is not None:
-        mask = pictures.load_mask(request.mask, size)
+        mask = pictures.load_mask(request.mask, request.image.size)
+        small = mask if full is None else pictures.shrink_mask(mask, size)
         latent = (padded.height // model.factor, padded.width // model.factor)
-        given_mask = pictures.mask_to_latent(mask, latent, padded.size).to(model.device)
+        given_mask = pictures.mask_to_latent(small, latent, padded.size).to(model.device)
     source_prompt = request.source_prompt or (request.prompt if request.layouts else "")
     texts = (request.prompt, source_prompt, request.options.negative_prompt)
     return Job(
@@ -423,9 +451,14 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         source_maps=source_maps,
         given_mask=given_mask,
         mask_picture=mask,
+        full=full,
         chunks=max(len(model.token_chunks(t)) for t in texts),
         source_prompt=source_prompt,
-        notes=uses.notes(asked, bool(request.source_prompt), bool(request.source_layouts)),
+        notes=[
+            *pictures.dropped(request.image),
+            *uses.notes(asked, bool(request.source_prompt), bool(request.source_layouts)),
+            *_unknown_words(model, texts),
+        ],
     )
 
 

@@ -36,6 +36,7 @@ class Asked:
     layouts: bool = False
     composite: str = "none"
     refine: bool = False
+    resize: bool = False
     guidance_scale: float | None = None
     other_uses_of_negative: bool = False
 
@@ -62,7 +63,10 @@ class Asked:
             ),
             "a guidance image": (min(self.lambdas) < 1, "lambda 1 makes no guidance image"),
             "refinement": (self.refine, "the guidance image is not refined (--refine)"),
-            "the pixel composite": (self.composite == "pixel", "the composite is not pixel"),
+            "the pixel composite or resize": (
+                self.composite == "pixel" or self.resize,
+                "the composite is not pixel, and nothing is resized",
+            ),
         }[need]
         return "" if there else why
 
@@ -112,7 +116,8 @@ USES = (
     Use("options.inversion_scale", INVERTING),
     Use("options.inversion_evaluate", INVERTING),
     Use("options.composite", MASKED, "--composite", "a mask"),
-    Use("options.feather", MASKED, needs="the pixel composite"),
+    Use("options.feather", MASKED, needs="the pixel composite or resize"),
+    Use("options.resize", METHODS, "--resize"),
 )
 
 

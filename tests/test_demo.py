@@ -119,7 +119,7 @@ def test_the_command_prints_a_table_and_where_the_sheet_is(
     assert result.exit_code == 0, result.output
     assert all(word in result.stdout for word in ("recolour", "new pose", "peak MiB", *STAGES))
     assert result.stdout.splitlines()[-1].startswith("edits.png: 2 edits")
-    assert result.stderr == ""
+    assert result.stderr == "loading picturebook\n"
     assert CliRunner().invoke(main, ["demo", "--output", "edits.jpg"]).exit_code == 2
 
 

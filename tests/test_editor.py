@@ -164,7 +164,8 @@ def test_a_note_of_one_edit_is_not_in_the_receipts_of_its_batch(editor: RealEdit
     results = editor.edit_many([ask(picture(0), "iedit", mask=m, steps=2) for m in (full, part)])
     assert results[0].profile is results[1].profile  # one batch
     assert any("the mask covers 100.0%" in note for note in results[0].notes)
-    assert results[1].notes == [] == results[1].receipt["notes"]
+    assert results[1].notes == results[1].receipt["notes"]
+    assert not any("the mask covers" in note for note in results[1].notes)
 
 
 def test_iedit_takes_its_own_50_steps_and_the_last_70_percent_of_them(editor: RealEditor, picture: Picture) -> None:

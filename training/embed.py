@@ -64,6 +64,9 @@ BFLOAT16 = "bfloat16 autocast"
 GUIDANCE_SCALE = 5.0
 # Of the mask: compared at full noise in place of half of it, and cut at 0.3 in place of 0.1. The card has the measurement.
 MASK_STRENGTH, MASK_THRESHOLD = 1.0, 0.3
+# Mean absolute error of the autoencoder, of the range, above which a picture is not of the world. On 120 held-out renders it was 0.007 (at
+# most 0.011), on 30 of them as JPEG of quality 40 0.014 (at most 0.017); on 24 photographs and drawings of image libraries 0.045 to 0.179.
+RECONSTRUCTION_ERROR = 0.03
 TEXT_UPDATE_SHARE = 1.0  # of the steps, that ITO updates, in place of 15 of 25; likewise
 
 
@@ -789,7 +792,7 @@ def write_model(work: Path, log: Callable[[str], None], out: Path | None = None)
     }
     (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
     hints = {"guidance_scale": GUIDANCE_SCALE, "mask_strength": MASK_STRENGTH, "mask_threshold": MASK_THRESHOLD,
-             "text_update_share": TEXT_UPDATE_SHARE}  # fmt: skip
+             "text_update_share": TEXT_UPDATE_SHARE, "words": WORDS, "reconstruction_error": RECONSTRUCTION_ERROR}  # fmt: skip
     (out / "iedit.json").write_text(json.dumps(hints) + "\n")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     log(f"model: written to {out}, {size / 1e6:.1f} MB")

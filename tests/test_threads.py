@@ -1,0 +1,135 @@
+"""Threads are chosen by what else the machine does, and Ctrl-C does not wait for a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from iedit.runtime import cli, threads
+from iedit.runtime.cli import main
+
+
+class Fixed(threads.Busy):
+    """So many processors are busy."""
+
+    def __init__(self, others: float):
+        self.fixed = others
+
+    def others(self) -> float:
+        return self.fixed
+
+
+@pytest.mark.parametrize(
+    ("have", "others", "most", "wanted"),
+    [(2, 0.0, 2, 2), (2, 0.3, 2, 2), (2, 0.9, 2, 1), (2, 2.0, 2, 1), (8, 3.2, 8, 5), (8, 3.2, 4, 4), (1, 5.0, 1, 1), (64, 2.0, 32, 32)],
+)  # fmt: skip
+def test_there_are_as_many_threads_as_processors_that_nobody_else_keeps_busy(
+    monkeypatch: pytest.MonkeyPatch, have: int, others: float, most: int, wanted: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "processors", lambda: list(range(have)))
+    choice = threads.choose(Fixed(others), most)
+    assert choice.threads == wanted
+    assert f"of {have} processor" in choice.why and f"{others:.1f} are busy with other work" in choice.why
+
+
+def test_omp_num_threads_is_the_user_s_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert threads.choose(Fixed(9.0), 7) == threads.Choice(7, "OMP_NUM_THREADS")
+
+
+def test_only_the_work_of_others_on_this_process_s_processors_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stat, ticks = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
+
+    def tell(*busy: float) -> None:
+        rows = [f"cpu{n} {round(b * ticks)} 0 0 99 99 0 0 0 0 0" for n, b in enumerate(busy)]
+        stat.write_text("\n".join(["cpu 1 2 3 4 5 6 7 8 9 10", *rows, "intr 5"]))
+
+    clock = {"now": 100.0, "own": 10.0}
+    monkeypatch.setattr(threads, "_STAT", stat)
+    monkeypatch.setattr(threads, "processors", lambda: [1, 2])
+    monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
+    monkeypatch.setattr(threads, "_own_seconds", lambda: clock["own"])
+    tell(50.0, 20.0, 30.0, 7.0)
+    busy = threads.Busy()
+    tell(52.0, 22.0, 31.0, 9.0)  # cpu0 and cpu3 are not ours
+    clock.update(now=102.0, own=11.0)
+    assert busy.others() == pytest.approx((3.0 - 1.0) / 2.0)
+    monkeypatch.setattr(threads, "_STAT", tmp_path / "none")
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.7, 0.0, 0.0))
+    assert threads.Busy().others() == 1.7
+
+
+def test_info_and_profile_say_how_many_threads_and_why(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint_cli: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    monkeypatch.setattr(cli, "_use_threads", lambda: threads.Choice(1, "of 2 processors 1.0 are busy with other work"))
+    model = ["--model", str(tiny_checkpoint_cli)]
+    found = json.loads(CliRunner().invoke(main, ["info", "--json", *model]).stdout)
+    assert (found["threads"], found["why_threads"]) == (1, "of 2 processors 1.0 are busy with other work")
+    Image.new("RGB", (32, 32)).save(tmp_path / "in.png")
+    words = ["profile", str(tmp_path / "in.png"), "--prompt", "x", "--method", "sdedit", "--steps", "1", "--runs", "1"]
+    assert "threads: 1 (of 2 processors" in CliRunner().invoke(main, [*words, *model]).stdout
+    assert json.loads(CliRunner().invoke(main, [*words, *model, "--json"]).stdout)["threads"] == 1
+
+
+STUCK = """
+import numpy, sys
+from iedit.runtime.cli import _live
+a = numpy.ones((9000, 9000))
+with _live("x"):
+    print("ready", flush=True)
+    for _ in range(20):
+        a @ a  # many seconds in one operation, which no signal interrupts
+print("finished")
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_a_command_that_is_inside_one_long_operation(root: Path, times: int) -> None:
+    environment = os.environ | {"PYTHONPATH": str(root / ".types"), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", STUCK], env=environment, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as running:  # fmt: skip
+        assert running.stdout is not None and running.stdout.readline() == "ready\n"
+        time.sleep(0.3)  # into the operation
+        for _ in range(times):
+            os.kill(running.pid, signal.SIGINT)
+            time.sleep(0.05)
+        out, err = running.communicate(timeout=30)
+    assert running.returncode == 1
+    assert (out, err.split()) == ("", ["loading", "x", "Aborted!"])
+
+
+def test_a_block_that_is_left_in_time_is_not_ended(root: Path) -> None:
+    code = """
+import time
+from iedit.runtime.cli import _prompt_interrupts
+try:
+    with _prompt_interrupts(0.2):
+        print("ready", flush=True)
+        time.sleep(30)
+except KeyboardInterrupt:
+    time.sleep(0.6)
+    print("cleaned up")
+"""
+    environment: Any = os.environ | {"PYTHONPATH": str(root / ".types")}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as running:  # fmt: skip
+        assert running.stdout is not None and running.stdout.readline() == "ready\n"
+        os.kill(running.pid, signal.SIGINT)
+        out, _ = running.communicate(timeout=30)
+    assert (running.returncode, out) == (0, "cleaned up\n")
