@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,51 +286,54 @@ def _odd_paths(box: Sandbox) -> list[str]:
             "$(reboot).png", "*.png", "in.png ", " in.png", "\\\\server\\a.png", str(box.home / "secret.txt"), "/etc/passwd"]  # fmt: skip
 
 
-def test_paths(sandbox: Sandbox) -> None:
+def _may_be_made(box: Sandbox, words: Sequence[str], path: str, cache: bool) -> set[str]:
+    """What a command may make or change that was given `path` as an output: the file that it names, if there is none or if
+    --overwrite was said; of a cache's folder its own folder and those above it that are new."""
+    if not path:
+        return set()
+    place = os.path.abspath(os.path.expanduser(path)) + "/" + stages.FOLDER if cache else os.path.realpath(path)
+    while cache and not os.path.lexists(os.path.dirname(place)):
+        place = os.path.dirname(place)
+    fresh = cache or not os.path.exists(path) or "--overwrite" in words
+    return {os.path.relpath(place, box.root)} if fresh else set()
+
+
+def test_paths(sandbox: Sandbox, reference: Any) -> None:
     draw, odd = random.Random(SEED + 1), _odd_paths(sandbox)
     model = ["--model", str(sandbox.model)]
+    asked = [*WORDS, *model]
+    edit = ["edit", "in.png", *asked, "--output", "out.png"]
     for _ in range(COUNTS["paths"]):
         path, other = draw.choice(odd), draw.choice(odd)
-        commands: list[Callable[[], list[str]]] = [
-            lambda: ["layouts", path, "--output", "out.png", "--kind", "line"],  # noqa: B023 (called at once)
-            lambda: ["layouts", "in.png", "--output", path, "--kind", "line"],  # noqa: B023
-            lambda: ["edit", path, *WORDS, *model, "--output", "out.png"],  # noqa: B023
-            lambda: ["edit", "in.png", *WORDS, *model, "--output", path, "--overwrite"],  # noqa: B023
-            lambda: ["edit", "in.png", *WORDS, *model, "--output", "out.png", draw.choice(["--mask", "--stages"]), path],  # noqa: B023
-            lambda: ["edit", "in.png", *WORDS, *model, "--output", "out.png", "--profile", path],  # noqa: B023
-            lambda: ["edit", "in.png", *WORDS, *model, "--output", "out.png", "--cache", path],  # noqa: B023
-            lambda: ["edit", "in.png", *WORDS, *model, "--output", "out.png", "--engines", path],  # noqa: B023
-            lambda: ["edit", "in.png", *WORDS, *model, "--output", "out.png", "--layout", f"pose={path}", "--source-layout", f"pose={other}"],  # noqa: B023
-            lambda: ["edit", "in.png", *WORDS, "--output", "out.png", "--model", path],  # noqa: B023
-            lambda: ["mask", path, *WORDS, *model, "--output", other],  # noqa: B023
-            lambda: ["replay", path, *model],  # noqa: B023
-            lambda: ["replay", "reference.png", "--image", path, *model],  # noqa: B023
-            lambda: ["replay", "in.png", "--write", path, *model],  # noqa: B023
-            lambda: ["engines", draw.choice(["list", "verify"]), "--engines", path],  # noqa: B023
-            lambda: ["info", "--model", path],  # noqa: B023
-        ]  # fmt: skip
-        words = draw.choice(commands)()
-        if (
-            words[0] in ("engines", "info", "edit")
-            and path in ("/", "~", ".", "..")
-            and (words[-2] != "--model" or words[0] == "info")
-        ):
-            continue  # the whole of a disk is a legitimate, slow question
-        named = {"work/out.png"}
-        if "--output" in words or "--stages" in words or "--profile" in words:
-            # Whoever names a file in the sandbox as the output, and it is new or --overwrite was said, means it.
-            named |= {os.path.relpath(os.path.realpath(p), sandbox.root) for p in words if p.endswith(".png") and "\0" not in p and len(p) < 4000
-                      and ("--overwrite" in words or not os.path.lexists(p) or os.path.basename(p) == "dangling.png")}  # fmt: skip
-            named -= {"work/in.png", "work/old.png"}
-        if "--cache" in words and path:
-            made = os.path.abspath(os.path.expanduser(path)) + "/iedit-cache-v1"
-            while not os.path.lexists(os.path.dirname(made)):  # folders above it are made too
-                made = os.path.dirname(made)
-            named |= {os.path.relpath(made, sandbox.root)}
-        if "--profile" in words and path not in ("", ".", "..") and "\0" not in path and not os.path.lexists(path):
-            named |= {os.path.relpath(os.path.abspath(path), sandbox.root)}
+        reads = [
+            ["layouts", path, "--output", "out.png", "--kind", "line"],
+            ["edit", path, *asked, "--output", "out.png"],
+            [*edit, "--mask", path],
+            [*edit, "--layout", f"pose={path}", "--source-layout", f"pose={other}"],
+            ["edit", "in.png", *WORDS, "--output", "out.png", "--model", path],
+            [*edit, "--engines", path],
+            ["replay", path, *model],
+            ["replay", "reference.png", "--image", path, *model],
+            ["engines", draw.choice(["list", "verify"]), "--engines", path],
+            ["info", "--model", path],
+        ]
+        writes = [
+            ["layouts", "in.png", "--kind", "line", "--output", path],
+            ["edit", "in.png", *asked, "--overwrite", "--output", path],
+            [*edit, "--stages", path],
+            [*edit, "--profile", path],
+            [*edit, "--cache", path],
+            ["mask", other, *asked, "--output", path],
+            ["replay", "reference.png", *model, "--write", path],
+        ]
+        words = draw.choice(reads + writes)
+        made = _may_be_made(sandbox, words, path, "--cache" in words) if words in writes else set()
+        if words[0] in ("engines", "info", "edit") and path in ("/", "~", ".", "..") and not made:
+            words = [
+                str(sandbox.root / "odd") if w == path else w for w in words
+            ]  # to search a whole disk is no hostile wish
         before = set(os.listdir("."))
-        run(sandbox, words, named)
+        run(sandbox, words, {"work/out.png", *made} - {"work/in.png", "work/reference.png"})
         _clean(sandbox, *(set(os.listdir(".")) - before))
     assert (sandbox.root / "elsewhere" / "thesis.txt").read_text() == "years of work"
     shutil.rmtree(sandbox.root / "odd")
