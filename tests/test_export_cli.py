@@ -199,6 +199,7 @@ def test_an_edit_uses_the_engines_that_it_is_pointed_at(
     assert {row["backend"] for row in profile["modules"]} == {"onnx"}
     replay = ("replay", tmp_path / "out.png", "--model", tiny_folder)
     assert "identical" in call(*replay, "--engines", engines).output
+    (tmp_path / "none").mkdir()
     refused = call(*words, "--overwrite", "--engines", tmp_path / "none")
     assert refused.exit_code == 2
     assert "run `iedit export onnx" in refused.output
@@ -222,8 +223,9 @@ def test_a_picture_of_torch_is_replayed_on_torch_after_an_export(
 ) -> None:
     """With `auto`, before and after there are engines; then the other way round, with engines that are gone."""
     where, replay = tmp_path / "later", ("replay", tmp_path / "out.png", "--model", tiny_folder, "--engines")
+    where.mkdir()
     assert modules(call(*quick, "--engines", where, "--json")) == {"torch"}
-    shutil.copytree(engines, where)
+    shutil.copytree(engines, where, dirs_exist_ok=True)
     assert call(*replay, where).stdout.endswith("out.png: identical\n")
     other = call(*replay, where, "--backend", "onnx")
     assert other.exit_code == 0, other.output
