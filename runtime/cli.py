@@ -541,7 +541,6 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     The output PNG carries a receipt; `iedit replay OUT.png` makes it again. Exit code 2: it cannot be done as asked, and
     nothing was written. 1: it failed while running; nothing was written but what the error says.
     """
-    from . import receipt as receipts
     from .images import png_bytes
 
     first = Path(output or f"{Path(image).stem}-edited.png")
@@ -562,6 +561,8 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     with _live(values["model"]) as tell:
         requests = [_request(inputs, values, seed, _options(values, lam)) for seed, lam in wanted]
         results = _editor(values, cache).edit_many(requests, tell)
+    from . import receipt as receipts
+
     files = {
         "image": image,
         "mask": values["mask"],
@@ -688,14 +689,14 @@ def replay(output: str, write: str | None, overwrite: bool, **named: Any) -> Non
     The receipt opens no folder and fetches nothing: a model that is not the embedded one is named with --model, inputs lie
     beside OUTPUT or are named.
     """
-    _quiet_libraries()
-    from . import receipt as receipts
     from .images import png_bytes
 
-    if write:
-        check_outputs([Path(write)], [], receipts.inputs_of(output, receipts.Named(**named)), overwrite)
-
     with _live("the model") as tell:
+        _quiet_libraries()
+        from . import receipt as receipts
+
+        if write:
+            check_outputs([Path(write)], [], receipts.inputs_of(output, receipts.Named(**named)), overwrite)
         found = receipts.replay(output, receipts.Named(**named), tell)
     if write:
         write_outputs({Path(write): png_bytes(found.image, found.receipt)})
