@@ -343,18 +343,19 @@ def new_session(
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(graph.parent.resolve())
     )
-    source: bytes | str = str(graph)
     tensorrt = any("Tensorrt" in str(p) for p in providers)  # which has its own GroupNormalization
-    if not tensorrt and not missing("onnx", extra="onnx"):
-        import onnx
-
-        proto = onnx.load(str(graph), load_external_data=False)
-        instance_norms(proto.graph)
-        source = proto.SerializeToString()
     try:
+        source: bytes | str = str(graph)
+        if not tensorrt and not missing("onnx", extra="onnx"):
+            import onnx
+
+            proto = onnx.load(str(graph), load_external_data=False)
+            instance_norms(proto.graph)
+            source = proto.SerializeToString()
         return onnxruntime.InferenceSession(source, options, providers=list(providers))
     except Exception as error:
-        raise RunError(f"{graph}: onnxruntime cannot load it: {str(error).splitlines()[0][:300]}") from error
+        told = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise RunError(f"{graph}: onnxruntime cannot load it: {told}") from error
 
 
 def instance_norms(graph: Any) -> None:

@@ -3,7 +3,6 @@ can be run here. Nothing heavy is imported and no weights are read, so that this
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from .errors import UsageError
 from .module_io import CONTROLNET_PREFIX
+from .untrusted import parse_json
 
 PICTUREBOOK = "picturebook"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -74,8 +74,9 @@ def first_line(error: BaseException, longest: int = 160) -> str:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    return files or sorted(folder.glob("*.bin"))
+    """Its files of weights; a pipe of such a name is none."""
+    files = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    return files or sorted(p for p in folder.glob("*.bin") if p.is_file())
 
 
 def check_files(folder: Path, part: str) -> None:
@@ -93,7 +94,7 @@ def check_files(folder: Path, part: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"model: {path} cannot be read ({first_line(error)}); fetch it again") from error
     if not isinstance(found, dict):

@@ -137,6 +137,15 @@ def _write_report(error: BaseException) -> str:
     return f"a full report is in {path} (IEDIT_DEBUG=1 shows it here)"
 
 
+class _Path(click.Path):
+    """A path that is not empty: an unset variable of a shell script is no wish for the default."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the name is empty; name a file, or leave the option out", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="iedit")
 def main() -> None:
@@ -221,7 +230,7 @@ _model_options = _apply([
                  help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
     click.option("--backend", default="auto", show_default=True, type=Choice(["auto", *BACKENDS]),
                  help="What runs the networks; auto takes the first that can, per module and size, and says why not the others."),
-    click.option("--engines", type=click.Path(file_okay=False, exists=True), default=None,
+    click.option("--engines", type=_Path(file_okay=False, exists=True), default=None,
                  help="Folder of exported engines. Default: the user's cache, by the digest of the model's weights."),
     click.option("--trust-engines", is_flag=True,
                  help="Use engines even if every user of this machine may change them; they run with your rights."),
@@ -467,11 +476,11 @@ def _time_left(seconds: float) -> str:
 
 
 @main.command(cls=Grouped)
-@click.argument("image", type=click.Path())
+@click.argument("image", type=_Path())
 @_request_options
 @click.option(
     "--mask",
-    type=click.Path(),
+    type=_Path(),
     default=None,
     help=_told("--mask", "White is edited, black is kept; estimated if not given."),
 )
@@ -504,14 +513,14 @@ def _time_left(seconds: float) -> str:
 @click.option(
     "--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ..."
 )
-@click.option("--output", type=click.Path(), default=None, help="PNG. Default: NAME-edited.png in this folder.")
+@click.option("--output", type=_Path(), default=None, help="PNG. Default: NAME-edited.png in this folder.")
 @_overwrite
 @click.option(
     "--no-receipt", is_flag=True, help="Leave out the receipt: prompts, options, versions, names of the inputs."
 )
-@click.option("--stages", type=click.Path(), default=None, help="Also a sheet: input, layout, mask, guidance, result.")
-@click.option("--profile", type=click.Path(), default=None, help="Also seconds and evaluations per stage, as JSON.")
-@click.option("--cache", type=click.Path(file_okay=False), default=None,
+@click.option("--stages", type=_Path(), default=None, help="Also a sheet: input, layout, mask, guidance, result.")
+@click.option("--profile", type=_Path(), default=None, help="Also seconds and evaluations per stage, as JSON.")
+@click.option("--cache", type=_Path(file_okay=False), default=None,
               help="Keep stage results in this folder: a second edit of the picture runs only what changed.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 @_model_options
@@ -591,7 +600,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     spent = sum(results[0].profile.seconds.values())
     for target, result in zip(targets, results, strict=True):
         area = "" if result.receipt["mask"] is None else f", mask {result.receipt['mask']['area']:.0%}"
-        click.echo(f"{target}: {result.image.width}x{result.image.height}{area}")
+        click.echo(f"{printable(str(target))}: {result.image.width}x{result.image.height}{area}")
     click.echo(f"{spent:.1f} s, {sum(results[0].profile.evaluations.values())} network evaluations", err=True)
 
 
@@ -614,9 +623,9 @@ def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
 
 
 @main.command("mask", cls=Grouped)
-@click.argument("image", type=click.Path())
+@click.argument("image", type=_Path())
 @_request_options
-@click.option("--output", type=click.Path(), default=None, help="PNG. Default: NAME-mask.png in this folder.")
+@click.option("--output", type=_Path(), default=None, help="PNG. Default: NAME-mask.png in this folder.")
 @_overwrite
 @_model_options
 def mask_command(image: str, output: str | None, overwrite: bool, **values: Any) -> None:
@@ -637,14 +646,14 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
     assert mask is not None
     write_outputs({target: png_bytes(mask)})
     _show_notes(profile.notes)
-    click.echo(f"{target}: {mask_coverage(mask):.0%} of the picture")
+    click.echo(f"{printable(str(target))}: {mask_coverage(mask):.0%} of the picture")
 
 
 @main.command("layouts")
-@click.argument("image", type=click.Path())
+@click.argument("image", type=_Path())
 @click.option("--kind", "kinds", multiple=True, type=Choice(["pose", "scribble", "edge", "line"]),
               help="Which map; repeat for more. Default: all that can be made from a picture.")  # fmt: skip
-@click.option("--output", type=click.Path(), default=None, help="PNG, for one kind. Default: NAME-KIND.png.")
+@click.option("--output", type=_Path(), default=None, help="PNG, for one kind. Default: NAME-KIND.png.")
 @_overwrite
 def layouts_command(image: str, kinds: tuple[str, ...], output: str | None, overwrite: bool) -> None:
     """Photograph to pose, scribble, edge or line map, to draw on and to give to --layout."""
@@ -659,25 +668,25 @@ def layouts_command(image: str, kinds: tuple[str, ...], output: str | None, over
     picture = load_image(image)
     write_outputs({target: png_bytes(annotate(picture, kind)) for target, kind in zip(targets, wanted, strict=True)})
     for target in targets:
-        click.echo(str(target))
+        click.echo(printable(str(target)))
 
 
 @main.command()
-@click.argument("output", type=click.Path())
-@click.option("--image", type=click.Path(), default=None, help="The input, if it is not beside OUTPUT under its name.")
-@click.option("--mask", type=click.Path(), default=None, help="The mask, likewise.")
+@click.argument("output", type=_Path())
+@click.option("--image", type=_Path(), default=None, help="The input, if it is not beside OUTPUT under its name.")
+@click.option("--mask", type=_Path(), default=None, help="The mask, likewise.")
 @click.option("--layout", "layouts", multiple=True, callback=_pairs, metavar="NAME=FILE", help="A layout, likewise.")
 @click.option("--source-layout", "source_layouts", multiple=True, callback=_pairs, metavar="NAME=FILE",
               help="A layout of the picture as it was, likewise.")  # fmt: skip
 @click.option("--model", default=None, help="The model, if it is not the embedded one; its weights must be the same.")
 @click.option("--controlnet", "controlnets", multiple=True, callback=_pairs, metavar="NAME=FOLDER",
               help="A ControlNet that was not inside the model; its weights must be the same.")  # fmt: skip
-@click.option("--engines", type=click.Path(file_okay=False), default=None,
+@click.option("--engines", type=_Path(file_okay=False), default=None,
               help="Folder of the engines that ran it. Default: the user's cache.")  # fmt: skip
 @click.option("--trust-engines", is_flag=True, help="Use engines even if every user of this machine may change them.")
 @click.option("--backend", type=Choice(["auto", *BACKENDS]), default=None,
               help="Compare with another backend. Default: what ran each module then.")  # fmt: skip
-@click.option("--write", type=click.Path(), default=None, help="Write the picture made again to this PNG.")
+@click.option("--write", type=_Path(), default=None, help="Write the picture made again to this PNG.")
 @_overwrite
 def replay(output: str, write: str | None, overwrite: bool, **named: Any) -> None:
     """Make the picture OUTPUT again from the receipt inside it, and compare.
@@ -700,7 +709,7 @@ def replay(output: str, write: str | None, overwrite: bool, **named: Any) -> Non
         found = receipts.replay(output, receipts.Named(**named), tell)
     if write:
         write_outputs({Path(write): png_bytes(found.image, found.receipt)})
-    click.echo(f"{output}: {found}")
+    click.echo(f"{printable(output)}: {found}")
     if not found.same:
         sys.exit(1)
 
@@ -717,13 +726,13 @@ def _why_no_gpu() -> str:
 
 
 @main.command("profile", cls=Grouped)
-@click.argument("image", type=click.Path())
+@click.argument("image", type=_Path())
 @_request_options
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True,
               help="Edits; the first is cold, the last is shown. Nothing is kept between them.")  # fmt: skip
-@click.option("--output", type=click.Path(), default=None, help="Write all figures of the last run as JSON.")
-@click.option("--trace", type=click.Path(), default=None, help="Write a trace for chrome://tracing or ui.perfetto.dev.")
-@click.option("--plot", type=click.Path(), default=None, help="Write the timeline of the last run as a PNG.")
+@click.option("--output", type=_Path(), default=None, help="Write all figures of the last run as JSON.")
+@click.option("--trace", type=_Path(), default=None, help="Write a trace for chrome://tracing or ui.perfetto.dev.")
+@click.option("--plot", type=_Path(), default=None, help="Write the timeline of the last run as a PNG.")
 @click.option(
     "--launches", is_flag=True, help="One more run under torch's profiler: kernel launches, or operators on a CPU."
 )
@@ -838,10 +847,10 @@ def info(model: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--output", type=click.Path(), default=None,
+@click.option("--output", type=_Path(), default=None,
               help="The contact sheet. Default: demo/edits.png, which every demo writes anew.")  # fmt: skip
 @_overwrite
-@click.option("--bench", type=click.Path(), default=None, help="Append the figures to this CSV of results.")
+@click.option("--bench", type=_Path(), default=None, help="Append the figures to this CSV of results.")
 def demo(output: str | None, overwrite: bool, bench: str | None) -> None:
     """Run the shipped sample edits with the embedded model and write one contact sheet."""
     sheet = Path(output or "demo/edits.png")
@@ -868,4 +877,4 @@ def demo(output: str | None, overwrite: bool, bench: str | None) -> None:
     table.add_row("total", *totals)
     table.add_row("peak MiB", *(f"{f['peak_mib']:.0f}" for f in figures))
     show(table)
-    click.echo(f"{sheet}: {len(figures)} edits; a row is input, layout, mask, guidance image, result")
+    click.echo(f"{printable(str(sheet))}: {len(figures)} edits; a row is input, layout, mask, guidance image, result")

@@ -127,7 +127,18 @@ def file_digest(path: Path) -> str:
 
 
 def new_build(target: Path) -> Path:
-    """A new folder beside `target` to build in, marked as such: `.NAME.xxxxxxxx.building`. Nothing else is one."""
+    """A new folder beside `target` to build in, marked as such: `.NAME.xxxxxxxx.building`. Nothing else is one.
+
+    Raises:
+        UsageError: `target`, which the build will replace, holds something that is not an engine's.
+    """
+    there = sorted(target.iterdir()) if target.is_dir() else [target] if os.path.lexists(target) else []
+    strangers = set(there) - set(own_files(target) or ())
+    if strangers:
+        raise UsageError(
+            f"{target}: {min(strangers).name} is there, which is of no engine of iedit, and the build would replace it; move it "
+            "away, or build in another folder"
+        )
     building = target.parent / f".{target.name}.{secrets.token_hex(4)}.building"
     building.mkdir(parents=True)
     (building / BUILD_MARKER).write_text(json.dumps({"iedit": "build", "of": target.name}) + "\n")

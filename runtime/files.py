@@ -60,6 +60,8 @@ def check_outputs(
         if mode is not None and _is_stream(target, mode):
             continue
         place = os.path.realpath(target)
+        if target in pictures and not place.lower().endswith(".png"):
+            raise UsageError(f"{target}: this is a link to {place}, and the output is a PNG; choose another name")
         folder = Path(place).parent
         if not folder.is_dir():
             raise UsageError(f"{target}: the folder {target.parent} does not exist; make it first")

@@ -356,6 +356,11 @@ def load_model(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is None:
             raise UsageError(f"model: {folder / 'tokenizer'} has no {name}, which every prompt needs; fetch it again")
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int) or isinstance(longest, bool) or longest < 3:  # a beginning, an end and a word
+        raise UsageError(
+            f"model: {folder / 'tokenizer'} has a model_max_length of {longest!r}, expected a number of 3 or more; fetch it again"
+        )
     scheduler = folder / "scheduler" / "scheduler_config.json"
     try:
         schedule = Schedule.from_config(read_json(scheduler))

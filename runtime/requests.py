@@ -393,6 +393,10 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         raise UsageError(f"method is {request.method!r}, expected one of {', '.join(METHODS)}")
     if not request.prompt.strip():
         raise UsageError("the prompt is empty: say what the edited picture shows")
+    for name, text in (("prompt", request.prompt), ("source prompt", request.source_prompt),
+                       ("negative prompt", request.options.negative_prompt)):  # fmt: skip
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UsageError(f"the {name} holds bytes that are no UTF-8; type it again, or set the terminal to UTF-8")
     if request.method.startswith("controlnet") and not request.layouts:
         raise UsageError(f"method {request.method} needs at least one layout (--layout pose=FILE)")
     request.options.check()

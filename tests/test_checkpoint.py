@@ -114,6 +114,14 @@ def test_a_tokenizer_without_the_tokens_that_frame_a_prompt_is_refused(
         load_model(str(copy), device="cpu")
 
 
+@pytest.mark.parametrize("longest", ["", 2, -1, True, 7.5, [32]])
+def test_a_tokenizer_without_room_for_a_word_is_refused(copy: Path, longest: object) -> None:
+    path = copy / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": longest}))
+    with pytest.raises(UsageError, match=r"tokenizer.*(model_max_length|cannot be read)"):
+        load_model(str(copy), device="cpu")
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_with_ddim_s_noise_levels_is_accepted(copy: Path, scheduler: str) -> None:
     put(SCHEDULER, _class_name=scheduler)(copy)

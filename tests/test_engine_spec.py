@@ -18,6 +18,8 @@ from iedit.runtime.engine_spec import (
     build_lock,
     damaged,
     find_engines,
+    is_build,
+    new_build,
     read_spec,
     write_spec,
 )
@@ -104,6 +106,20 @@ def test_a_half_written_spec_and_a_build_under_way_are_no_engines(engine: Path) 
     write_spec(engine, SPEC, ["model.onnx"])
     engine.rename(engine.with_name(".unet.0123abcd.building"))
     assert list(find_engines(engine.parent)) == []
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "model.tex", "model.onnx"])
+def test_a_build_never_takes_the_place_of_what_is_not_an_engine(engine: Path, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / name).touch()
+    if name != "model.onnx":
+        (engine / name).touch()
+    for target in [theirs, *([engine] if name != "model.onnx" else [])]:
+        with pytest.raises(UsageError, match=f"{name} is there, which is of no engine of iedit"):
+            new_build(target)
+    if name == "model.onnx":
+        assert is_build(new_build(engine))
 
 
 def _hold(folder: str, held: Any) -> None:

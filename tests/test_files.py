@@ -151,6 +151,9 @@ def test_a_file_that_exists_is_refused_without_overwrite(tmp_path: Path) -> None
             files.check_outputs(pictures, others, [], overwrite=False)
         files.check_outputs(pictures, others, [], overwrite=True)
     files.check_outputs([tmp_path / "b.png"], [Path(os.devnull)], [], overwrite=False)
+    (tmp_path / "link.png").symlink_to(tmp_path / "p.json")
+    with pytest.raises(UsageError, match=r"link\.png: this is a link to .*p\.json, and the output is a PNG"):
+        files.check_outputs([tmp_path / "link.png"], [], [], overwrite=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links")

@@ -110,3 +110,21 @@ def test_options_named_in_the_help_texts_exist() -> None:
         everywhere = known | {o for c in main.commands.values() for p in c.params for o in p.opts}
         told = " ".join([command.help or "", *(getattr(p, "help", None) or "" for p in command.params)])
         assert set(re.findall(r"--[a-z][a-z-]*", told)) <= everywhere, name
+
+
+def test_every_promise_names_a_test_that_exists(root: Path) -> None:
+    text = (root / "README.md").read_text()
+    section = text.split("\n## Promises\n")[1].split("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("| ") and not row.startswith("| Promise ")]
+    assert len(rows) >= 30
+    for row in rows:
+        (place,) = re.findall(r"`(tests/test_\w+\.py)::(test_\w+)`", row)
+        tree = ast.parse((root / place[0]).read_text())
+        assert place[1] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, row
+
+
+def test_the_formats_that_the_readme_names_are_those_that_are_read(root: Path) -> None:
+    from iedit.runtime.images import FORMATS
+
+    (told,) = re.findall(r"Pictures are read from regular files in (.*?)\.\s", (root / "README.md").read_text())
+    assert tuple(re.split(", | or ", told.replace("JPEG 2000", "JPEG2000").replace("WebP", "WEBP"))) == FORMATS

@@ -44,6 +44,27 @@ def test_a_missing_reader_says_how_to_make_it(tmp_path: Path) -> None:
     assert "iedit train classifier" in result.output
 
 
+def test_a_card_is_replaced_and_somebody_s_readme_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from iedit.runtime.cli import main
+    from iedit.training import embed
+
+    made = "---\nlicense: apache-2.0\n---\n# picturebook\n\nA model.\n"
+    monkeypatch.setattr(embed, "card", lambda *_: made)
+    (tmp_path / "figures.json").write_text('{"about": {}}')
+    monkeypatch.setattr(truth, "render_card", lambda _: "")
+    words = ["train", "card", "--output", str(tmp_path), "--folder", str(tmp_path)]
+    readme = tmp_path / "README.md"
+    for _ in range(2):
+        assert CliRunner().invoke(main, words).exit_code == 0
+        assert readme.read_text() == made
+    readme.write_text("# Mine\n")
+    refused = CliRunner().invoke(main, words)
+    assert refused.exit_code == 2 and "replace it with --overwrite" in refused.stderr
+    assert readme.read_text() == "# Mine\n"
+    assert CliRunner().invoke(main, [*words, "--overwrite"]).exit_code == 0
+    assert readme.read_text() == made
+
+
 @dataclass
 class Options:
     lam: float = 0.6

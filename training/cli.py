@@ -217,10 +217,14 @@ def truth(
     default=None,
     help="The model. Default: the embedded one.",
 )
-def card(work: Path, output: Path, folder: Path | None) -> None:
-    """Write the model card: data, steps and hours from WORK, figures of `figures` and `truth` from OUTPUT."""
+@click.option("--overwrite", is_flag=True, help="Also replace a README.md that is not such a card.")
+def card(work: Path, output: Path, folder: Path | None, overwrite: bool) -> None:
+    """Write the model card: data, steps and hours from WORK, figures of `figures` and `truth` from OUTPUT.
+
+    It is the model's README.md; a card that is there is replaced.
+    """
     from ..runtime.checkpoint import picturebook_folder
-    from ..runtime.files import write_whole
+    from ..runtime.files import check_outputs, write_whole
     from . import embed as training
     from .truth import read_json, render_card
 
@@ -230,5 +234,8 @@ def card(work: Path, output: Path, folder: Path | None) -> None:
             f"{output / 'figures.json'} is not there; run `iedit train figures` and `truth` first"
         )
     model = picturebook_folder() if folder is None else folder
-    write_whole(model / "README.md", training.card(work, model, render_card(found)).encode())
+    target, made = model / "README.md", training.card(work, model, render_card(found))
+    head = made.split("\n\n", 1)[0]  # up to the heading
+    check_outputs([], [target], [], overwrite or (target.is_file() and target.read_text().startswith(head)))
+    write_whole(target, made.encode())
     click.echo(f"wrote {model / 'README.md'}")
