@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import BACKENDS, METHODS, VERSION, threads, uses
-from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE
+from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE, check_engines
 from .cli_help import Choice, Grouped, show, suggestion
 from .errors import IeditError, UsageError
 from .files import check_outputs, write_outputs
@@ -303,6 +303,7 @@ def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
     """The files of a request, read before the slow imports so that what is wrong with them, or with the model, is told at once."""
     from .images import load_image, load_layout, load_mask, mask_coverage
 
+    check_engines(values["engines"])
     if not values["prompt"].strip():
         raise UsageError("the prompt is empty: say what the edited picture shows")
     picture = load_image(image)

@@ -222,8 +222,9 @@ def test_a_picture_of_torch_is_replayed_on_torch_after_an_export(
 ) -> None:
     """With `auto`, before and after there are engines; then the other way round, with engines that are gone."""
     where, replay = tmp_path / "later", ("replay", tmp_path / "out.png", "--model", tiny_folder, "--engines")
+    where.mkdir()
     assert modules(call(*quick, "--engines", where, "--json")) == {"torch"}
-    shutil.copytree(engines, where)
+    shutil.copytree(engines, where, dirs_exist_ok=True)
     assert call(*replay, where).stdout.endswith("out.png: identical\n")
     other = call(*replay, where, "--backend", "onnx")
     assert other.exit_code == 0, other.output
