@@ -230,7 +230,7 @@ _model_options = _apply([
                  help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
     click.option("--backend", default="auto", show_default=True, type=Choice(["auto", *BACKENDS]),
                  help="What runs the networks; auto takes the first that can, per module and size, and says why not the others."),
-    click.option("--engines", type=_Path(file_okay=False, exists=True), default=None,
+    click.option("--engines", type=_Path(file_okay=False), default=None,
                  help="Folder of exported engines. Default: the user's cache, by the digest of the model's weights."),
     click.option("--trust-engines", is_flag=True,
                  help="Use engines even if every user of this machine may change them; they run with your rights."),
