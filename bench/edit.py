@@ -203,6 +203,8 @@ def main(model: str, backends: str, engines: Path | None, pipelines: bool, devic
         full_size.write(Path(folder))
     loaded = load_model(folder, device=device, dtype=dtype)
     loaded.name = model
+    for note in loaded.notes:
+        click.echo(f"note: {note}", err=True)
     asked, cases = requests_of(model, size, edits, steps)
     variants: dict[str, Callable[[EditRequest], Run]] = {"naive": naive(loaded, steps)}
     editors: dict[str, Editor] = {}

@@ -4,6 +4,7 @@ can be run here. Nothing heavy is imported and no weights are read, so that this
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,14 @@ def check_layouts(model: str, controlnets: Collection[str], names: Iterable[str]
         if name not in controlnets:
             known = ", ".join(controlnets) or "none"
             raise UsageError(f"layout {name!r}: {model} has no ControlNet of that name; it has {known}")
+
+
+def check_engines(folder: str | os.PathLike[str] | None) -> None:
+    """Raises UsageError for a folder of engines that was named and is not there."""
+    if folder is not None and not Path(folder).is_dir():
+        raise UsageError(
+            f"engines: {folder} is not a folder; run `iedit export onnx` first, name another, or leave it out"
+        )
 
 
 def check_side(size: tuple[int, int], side: int | None, model: str) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import BACKENDS, METHODS, VERSION, threads, uses
-from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE
+from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE, check_engines
 from .cli_help import Choice, Grouped, show, suggestion
 from .errors import IeditError, UsageError
 from .files import check_outputs, write_outputs
@@ -230,7 +230,7 @@ _model_options = _apply([
                  help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
     click.option("--backend", default="auto", show_default=True, type=Choice(["auto", *BACKENDS]),
                  help="What runs the networks; auto takes the first that can, per module and size, and says why not the others."),
-    click.option("--engines", type=_Path(file_okay=False, exists=True), default=None,
+    click.option("--engines", type=_Path(file_okay=False), default=None,
                  help="Folder of exported engines. Default: the user's cache, by the digest of the model's weights."),
     click.option("--trust-engines", is_flag=True,
                  help="Use engines even if every user of this machine may change them; they run with your rights."),
@@ -303,6 +303,7 @@ def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
     """The files of a request, read before the slow imports so that what is wrong with them, or with the model, is told at once."""
     from .images import load_image, load_layout, load_mask, mask_coverage
 
+    check_engines(values["engines"])
     if not values["prompt"].strip():
         raise UsageError("the prompt is empty: say what the edited picture shows")
     picture = load_image(image)
@@ -550,7 +551,6 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     The output PNG carries a receipt; `iedit replay OUT.png` makes it again. Exit code 2: it cannot be done as asked, and
     nothing was written. 1: it failed while running; nothing was written but what the error says.
     """
-    from . import receipt as receipts
     from .images import png_bytes
 
     first = Path(output or f"{Path(image).stem}-edited.png")
@@ -571,6 +571,8 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     with _live(values["model"]) as tell:
         requests = [_request(inputs, values, seed, _options(values, lam)) for seed, lam in wanted]
         results = _editor(values, cache).edit_many(requests, tell)
+    from . import receipt as receipts
+
     files = {
         "image": image,
         "mask": values["mask"],
@@ -697,14 +699,14 @@ def replay(output: str, write: str | None, overwrite: bool, **named: Any) -> Non
     The receipt opens no folder and fetches nothing: a model that is not the embedded one is named with --model, inputs lie
     beside OUTPUT or are named.
     """
-    _quiet_libraries()
-    from . import receipt as receipts
     from .images import png_bytes
 
-    if write:
-        check_outputs([Path(write)], [], receipts.inputs_of(output, receipts.Named(**named)), overwrite)
-
     with _live("the model") as tell:
+        _quiet_libraries()
+        from . import receipt as receipts
+
+        if write:
+            check_outputs([Path(write)], [], receipts.inputs_of(output, receipts.Named(**named)), overwrite)
         found = receipts.replay(output, receipts.Named(**named), tell)
     if write:
         write_outputs({Path(write): png_bytes(found.image, found.receipt)})

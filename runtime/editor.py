@@ -30,7 +30,7 @@ from . import images as pictures
 from . import receipt as receipts
 from .backends import Backend, check_backend, load_backend
 from .batch import Batch, vae_batches
-from .checkpoint import PICTUREBOOK
+from .checkpoint import PICTUREBOOK, check_engines
 from .denoiser import Condition, Denoiser, Network
 from .errors import UsageError
 from .ito import Phase, masked_sampling
@@ -100,10 +100,7 @@ class Editor:
             UsageError: the model cannot be loaded, or the backend is not one that can run.
         """
         check_backend(backend)
-        if engines is not None and not Path(engines).is_dir():
-            raise UsageError(
-                f"engines: {engines} is not a folder; give the one that `iedit export` wrote to, or leave it out"
-            )
+        check_engines(engines)
         loaded = load_model(model, layouts, device=device, dtype=dtype)
         runs = load_backend(backend, loaded, None if engines is None else Path(engines), **options)
         editor = cls(loaded, runs, cache=cache, memory=memory, share=share)

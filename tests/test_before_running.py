@@ -35,7 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--layout", "scribble=small.png"], "layout scribble: it is 16x16 and the image 32x32"),
         (["--source-layout", "depth=map.png"], "layout 'depth'"),
         (["--method", "controlnet"], "needs at least one layout"),
-        (["--engines", "nowhere"], "nowhere' does not exist"),
+        (["--engines", "nowhere"], "engines: nowhere is not a folder; run `iedit export onnx` first"),
         (["--output", "loop.png"], "loop.png: cannot be a file's name"),
         (["--output", "x" * 300 + ".png"], "cannot be a file's name .File name too long"),
         (["--stages", "in.png/sheet.png"], "in.png"),

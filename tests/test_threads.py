@@ -133,3 +133,24 @@ except KeyboardInterrupt:
         os.kill(running.pid, signal.SIGINT)
         out, _ = running.communicate(timeout=30)
     assert (running.returncode, out) == (0, "cleaned up\n")
+
+
+@pytest.mark.parametrize("command", ["edit", "mask", "profile", "replay", "demo"])
+def test_what_is_loaded_is_said_before_the_libraries_are(root: Path, tmp_path: Path, command: str) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "in.png")
+    words = {"replay": ["in.png"], "demo": []}.get(command, ["in.png", "--prompt", "x"])
+    code = f"""
+import click, sys
+def echo(text, err=False):
+    print(text, err, sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules)))
+    sys.exit()
+click.echo = echo
+from iedit.runtime.cli import main
+main(prog_name="iedit", args={[command, *words]!r})
+"""
+    environment = os.environ | {"PYTHONPATH": str(root / ".types")}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    wanted = "the model" if command == "replay" else "picturebook"
+    assert out.stdout == f"loading {wanted} True []\n", out.stderr

@@ -68,6 +68,8 @@ def test_a_card_is_replaced_and_somebody_s_readme_is_not(tmp_path: Path, monkeyp
 @dataclass
 class Options:
     lam: float = 0.6
+    guidance: Any = None
+    final: Any = None
 
 
 @dataclass
@@ -128,15 +130,16 @@ def test_the_truth_command_runs_every_method_on_its_kinds_and_writes_card_rows_a
     arguments = ["truth", "--reader", str(reader), "--output", str(output), "--n", "2"]
     result = CliRunner().invoke(train, [*arguments, "--sheet", "1"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    counted: dict[tuple[str, float], int] = {}
+    counted: dict[tuple[str, float, str], int] = {}
     for request in Editor.asked:
-        key = (request.method, request.options.lam)
+        key = (request.method, request.options.lam, getattr(request.options.final, "update", "clipped"))
         counted[key] = counted.get(key, 0) + 1
         assert set(request.layouts) == set(request.source_layouts) <= {"pose", "scribble"}
-    assert counted == {("ito", 0.6): 10, ("ito", 1.0): 6, ("diffedit", 0.6): 6, ("sdedit", 0.6): 6,
-                       ("controlnet", 0.6): 4, ("controlnet-diffedit", 0.6): 4}  # fmt: skip
-    assert len(list(output.glob("*.png"))) == 5 + 3 * 3 + 2 * 2 + 5
+    assert counted == {("ito", 0.6, "clipped"): 10, ("ito", 0.6, "adam"): 10, ("ito", 1.0, "clipped"): 6,
+                       ("diffedit", 0.6, "clipped"): 6, ("sdedit", 0.6, "clipped"): 6, ("controlnet", 0.6, "clipped"): 4,
+                       ("controlnet-diffedit", 0.6, "clipped"): 4}  # fmt: skip
+    assert len(list(output.glob("*.png"))) == 2 * 5 + 3 * 3 + 2 * 2 + 5
     assert "### Edits of held-out scenes" in (output / "card.md").read_text()
     assert json.loads((output / "figures.json").read_text())["edits"][0]["n"] == 2
     CliRunner().invoke(train, arguments, catch_exceptions=False)
-    assert len(Editor.asked) == 36  # nothing was run again
+    assert len(Editor.asked) == 46  # nothing was run again
