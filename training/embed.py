@@ -745,8 +745,8 @@ their accuracy. With that mask ITO updates every step of an edit without layouts
 ground of that seed the L1 outside went from 0.057 to 0.045 (sky) and from 0.015 to 0.010 (ground), with the same accuracy. Edits with a layout
 keep 15 of 25: on 64 outlines and 48 poses of that seed every step took the L1 outside from 0.010 to 0.007 and from 0.013 to 0.010, but what
 was asked from 77 % to 73 % and from 100 % to 96 %, and the old was still there in 6 % and 4 % in place of 5 % and 2 % (with the scribble
-ControlNet at 2300 steps). The remaining defaults are
-the papers'.
+ControlNet at 2300 steps). All of this was measured with the papers' update, Adam; the figures below are with the default, clipped, and with
+Adam beside it ("ito adam"; docs/update.md says why). The remaining defaults are the papers'.
 
 The two cores were shared with other work, so the hours are upper bounds. Steps were changed
 while it ran, so the cosine of the learning rate was not one piece everywhere: the autoencoder's first 2000 and the denoiser's first
