@@ -535,8 +535,9 @@ def test_9_an_ito_edit_is_the_equations_with_diffusers_and_autograd(
     from diffusers import DDIMInverseScheduler
 
     steps, lam, phase, mask = 8, 0.6, Phase(t_u=5, k=k, update=update), square()
-    options = Options(lam=lam, guidance_scale=7.5, guidance=phase, final=phase, refine=refine,
-                      refinement=Phase(t_u=6, update=update))  # fmt: skip
+    options = Options(lam=lam, guidance_scale=7.5, guidance=phase, final=phase)
+    if refine:
+        options = dataclasses.replace(options, refine=True, refinement=Phase(t_u=6, update=update))
     result = editor_of(model).edit(request(picture, steps=steps, mask=mask, options=options))
     scheduler = parts_of(model, model.schedule.prediction)["scheduler"]
     inverse = DDIMInverseScheduler.from_config(scheduler.config)
