@@ -343,27 +343,34 @@ def test_8_the_same_seed_gives_the_same_bits_with_and_without_the_cache(
         assert not torch.equal(other.latent, first.latent)
 
 
-WORLD_STEPS = 4  # every step tells of the same; 25 are in the slow test below
+WORLD_STEPS = 3  # every step tells of the same; 25 are in the slow test below
 
 
-def grouped_otherwise(editor: RealEditor, kind: str, count: int, steps: int, cache: StageCache) -> dict[str, list[int]]:
-    """Largest difference, of 255, of the embedded model's edits of `count` held-out scenes from those of the default settings
-    one by one: without shared calls, as one batch, and from what the batch left in the cache."""
+def grouped_otherwise(editor: RealEditor, kind: str, count: int, steps: int, alone: int) -> dict[str, list[int]]:
+    """Largest difference, of 255, of the embedded model's edits of `count` held-out scenes from those of one batch: without shared
+    calls, from what the batch left in the cache (so the final pass runs one by one), and the first `alone` one by one from
+    the beginning."""
     asked = [truth.edit_request(c, truth.METHODS["ito"], 7, steps) for c in truth.edit_cases(kind, count, seed=31337)]
+    if kind in truth.LAYOUT_KINDS and steps == WORLD_STEPS:  # ten seeds under ControlNets are most of a short edit
+        asked = [dataclasses.replace(a, options=Options(mask=MaskOptions(seeds=3))) for a in asked]
+    cache = StageCache()
 
     def runs(share: bool = True, held: StageCache | None = None) -> RealEditor:
-        return RealEditor(editor.model, editor.denoiser, share=share, cache=held or StageCache(memory=0))
+        # Calls of 16 samples: larger ones cost a CPU more a sample, and these are split at more places.
+        return RealEditor(
+            editor.model, editor.denoiser, share=share, cache=held or StageCache(memory=0), memory=64 << 20
+        )
 
-    alone = [runs().edit(a) for a in asked]
+    batch = runs(held=cache).edit_many(asked)
     others = {
-        "batch, not shared": runs(share=False).edit_many(asked),
-        "batch": runs(held=cache).edit_many(asked),
+        "not shared": runs(share=False).edit_many(asked),
         "cached": [runs(held=cache).edit(a) for a in asked],
+        "alone": [runs().edit(a) for a in asked[:alone]],
     }
     assert all("invert" in r.profile.cached for r in others["cached"])
-    pictures = [np.asarray(r.image).astype(int) for r in alone]
+    pictures = [np.asarray(r.image).astype(int) for r in batch]
     return {
-        how: [int(np.abs(a - np.asarray(r.image)).max()) for a, r in zip(pictures, found, strict=True)]
+        how: [int(np.abs(a - np.asarray(r.image)).max()) for a, r in zip(pictures, found)]
         for how, found in others.items()
     }
 
@@ -377,7 +384,7 @@ def embedded() -> RealEditor:
 @pytest.mark.parametrize("kind", truth.KINDS)
 def test_8_calls_grouped_otherwise_give_the_same_picture_within_1_of_255(embedded: RealEditor, kind: str) -> None:
     """20 edits of each kind; the network rounds differently in another batch, and the clipped update leaves that rounding."""
-    for how, worst in grouped_otherwise(embedded, kind, 20, WORLD_STEPS, StageCache()).items():
+    for how, worst in grouped_otherwise(embedded, kind, 20, WORLD_STEPS, alone=2).items():
         assert max(worst) <= 1, (how, worst)
 
 
@@ -385,7 +392,7 @@ def test_8_calls_grouped_otherwise_give_the_same_picture_within_1_of_255(embedde
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", truth.KINDS)
 def test_8_at_25_steps(embedded: RealEditor, kind: str) -> None:
-    for how, worst in grouped_otherwise(embedded, kind, 20, 25, StageCache()).items():
+    for how, worst in grouped_otherwise(embedded, kind, 20, 25, alone=20).items():
         assert max(worst) <= 1, (how, worst)
 
 
