@@ -12,9 +12,9 @@ cancel to 1e-8 or less, float32 leaves the sign of the step to chance (errors of
 at 4x64x64; with only the sums in float64 still at one in 7 000). In float64, with divisions and roots done in float32 and
 corrected by their residual, every value is the exact answer rounded once, cancelled or not, also after 30 steps. Value and
 moments stay float64 between those: rounding the value each step puts 0.1 % (k=3) to 10 % (k=30) of the values over twice the
-error of one rounding. The clipped update has no such cliff, and its float64 costs the same loads. That is some 20 float64 operations a value (35 a step for k>1): hidden behind the loads on sm_80, 90 and
-100, which have one float64 unit to two float32 ones; by arithmetic, not measured, 80 microseconds a launch at 4x64x64 on
-sm_89, which has one to 64.
+error of one rounding. The clipped update has no such cliff: it is in float64 because it shares these passes. That is some 20
+float64 operations a value (35 a step for k>1): hidden behind the loads on sm_80, 90 and 100, which have one float64 unit to two
+float32 ones; by arithmetic, not measured, 80 microseconds a launch at 4x64x64 on sm_89, which has one to 64.
 """
 
 from __future__ import annotations

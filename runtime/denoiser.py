@@ -235,9 +235,8 @@ class Network:
         # Conditions put together or cut before, with what they were made of: a loop asks with the same ones at every step,
         # and a backend that keeps what it computed of a text or a layout knows it again by the tensor.
         self._made: dict[tuple[Any, ...], tuple[Any, Condition]] = {}
-        self._constants: dict[
-            tuple[Any, ...], Any
-        ] = {}  # timesteps and coefficients as tensors, two for each level and batch
+        # Timesteps and coefficients as tensors, two for each level and batch.
+        self._constants: dict[tuple[Any, ...], Any] = {}
 
     def drive(self, loop: Loop[T]) -> T:
         """Run one loop in the running stage."""
