@@ -343,7 +343,7 @@ def test_8_the_same_seed_gives_the_same_bits_with_and_without_the_cache(
         assert not torch.equal(other.latent, first.latent)
 
 
-WORLD_STEPS = 3  # every step tells of the same; 25 are in the slow test below
+WORLD_STEPS = 2  # every step tells of the same; 25 are in the slow test below
 
 
 def grouped_otherwise(editor: RealEditor, kind: str, count: int, steps: int, alone: int) -> dict[str, list[int]]:
