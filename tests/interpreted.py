@@ -54,9 +54,9 @@ def sensitivity(*args: torch.Tensor | None, **kwargs: object) -> float:
 
 
 KS, MASKS = (1, 3, 30), ("empty", "full", "binary", "soft")
-# The clipped update shares its sums and passes with Adam's: the round shapes, and 30 steps on soft masks, tell of its own lines.
+# The clipped update shares its sums and passes with Adam's: two ragged shapes, and 30 steps on soft masks, tell of its own lines.
 ITO_CASES = [("adam", shape, k, kind) for shape in SHAPES for k in KS for kind in MASKS]
-ITO_CASES += [("clipped", s, k, m) for s in SHAPES[:4] for k in KS for m in MASKS if k < 30 or m == "soft"]
+ITO_CASES += [("clipped", s, k, m) for s in (SHAPES[1], SHAPES[3]) for k in KS for m in MASKS if k < 30 or m == "soft"]
 
 
 @pytest.mark.parametrize(("update", "shape", "k", "kind"), ITO_CASES)
