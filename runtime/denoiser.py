@@ -1,6 +1,6 @@
 """The Denoiser protocol and the one place that calls it: guidance batching, memory bound, counting, NaN and cancel checks.
 
-A backend is anything with `predict(x, t, condition)`; the steps in `ito.py`, `mask.py` and `methods.py` call `Network`, which
+A backend is anything with `predict(x, t, condition)`; the loops in `ito.py` and `mask.py` ask `Network`, which
 wraps one, and do not know which backend answers.
 """
 
