@@ -66,15 +66,24 @@ def train() -> None:
 @train.command()
 @_work
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="One for each core.")
-def embed(work: Path, processes: int) -> None:
+@click.option("--base", default=None, metavar="MODEL",
+              help="Train a finished model on (UNet, then the ControlNets): picturebook, or a folder.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=None,
+              help="Folder of the model. Default: in place of the embedded one.")  # fmt: skip
+def embed(work: Path, processes: int, base: str | None, out: Path | None) -> None:
     """Train the embedded model: autoencoder, UNet and text encoder, ControlNets, CLIP.
 
     Takes hours on two cores. Every part writes a checkpoint every few minutes: stop it with Ctrl-C and give the same
     command again to go on.
     """
+    from ..runtime.checkpoint import picturebook_folder
     from . import embed as training
 
-    training.train_all(work=work, log=click.echo, processes=processes)
+    start = picturebook_folder() if base == "picturebook" else None if base is None else Path(base)
+    try:
+        training.train_all(work=work, log=click.echo, processes=processes, out=out, base=start)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 @train.command()
@@ -209,7 +218,6 @@ def truth(
 
 
 @train.command()
-@_work
 @_output
 @click.option(
     "--folder",
@@ -218,8 +226,8 @@ def truth(
     help="The model. Default: the embedded one.",
 )
 @click.option("--overwrite", is_flag=True, help="Also replace a README.md that is not such a card.")
-def card(work: Path, output: Path, folder: Path | None, overwrite: bool) -> None:
-    """Write the model card: data, steps and hours from WORK, figures of `figures` and `truth` from OUTPUT.
+def card(output: Path, folder: Path | None, overwrite: bool) -> None:
+    """Write the model card: data, steps and hours from its training.json, figures of `figures` and `truth` from OUTPUT.
 
     It is the model's README.md; a card that is there is replaced.
     """
@@ -234,7 +242,7 @@ def card(work: Path, output: Path, folder: Path | None, overwrite: bool) -> None
             f"{output / 'figures.json'} is not there; run `iedit train figures` and `truth` first"
         )
     model = picturebook_folder() if folder is None else folder
-    target, made = model / "README.md", training.card(work, model, render_card(found))
+    target, made = model / "README.md", training.card(model, render_card(found))
     head = made.split("\n\n", 1)[0]  # up to the heading
     check_outputs([], [target], [], overwrite or (target.is_file() and target.read_text().startswith(head)))
     write_whole(target, made.encode())

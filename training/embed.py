@@ -20,7 +20,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from ..runtime import cpu
+from ..runtime.module_io import CONTROLNET_PREFIX
 from . import world
 
 VAE_CHANNELS = (16, 32, 64, 128)
@@ -49,7 +50,7 @@ class Part:
     ema: float = 0.999
 
 
-# What the embedded model was trained with (see the model card for how it went).
+# What the embedded model was first trained with (see the model card for how it went).
 PARTS = {
     "vae": Part(2800, 32, 1.5e-3),
     "decoder": Part(2500, 8, 8e-4),
@@ -57,6 +58,13 @@ PARTS = {
     "controlnet-pose": Part(1000, 32, 6e-4),
     "controlnet-scribble": Part(5000, 32, 6e-4),
     "clip": Part(800, 64, 1e-3),
+}
+# How a finished model is trained on (`--base`). Lower peaks, because the weights are good already, and smaller batches: more steps from
+# the same samples. The ControlNets follow the UNet, on whose features they were trained.
+CONTINUED = {
+    "denoiser": Part(7000, 32, 4e-4, seed=1),
+    "controlnet-pose": Part(1500, 32, 3e-4, seed=1),
+    "controlnet-scribble": Part(2000, 32, 3e-4, seed=1),
 }
 CONTROLS = ("pose", "scribble")
 SHARDS = 16
@@ -101,6 +109,52 @@ def write_whole(path: Path, data: Any) -> None:
     temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
     torch.save(data, temporary)
     os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a work folder is for: which parts are trained, how, and on top of what.
+
+    Attributes:
+        work: folder of the checkpoints.
+        parts: the parts trained here. Any other part is taken from `base` as it is.
+        base: folder of a finished model (a copy in `work/base`) that training goes on from; None trains from scratch.
+    """
+
+    work: Path
+    parts: Mapping[str, Part]
+    base: Path | None = None
+
+    def start(self, folder: str, new: Callable[[], Any]) -> Any:
+        """The model's part under `folder` to begin with, float32: the base's, or `new()` without a base."""
+        if self.base is None:
+            return new()
+        made = new()
+        return type(made).from_pretrained(self.base / folder, torch_dtype=torch.float32).train()
+
+
+def plan_of(work: Path, base: Path | None = None) -> Plan:
+    """The plan of a work folder. A base is copied into it first, so that the run does not change with the folder it came from.
+
+    Raises:
+        ValueError: `work` holds a run on top of another base, or one from scratch.
+    """
+    kept = work / "base"
+    if base is not None and not kept.exists():
+        begun = sorted(p.stem for p in work.glob("*.pt") if p.stem in PARTS)
+        if begun:
+            raise ValueError(
+                f"embed: {work} holds a run from scratch ({', '.join(begun)}); give another --work for --base"
+            )
+        temporary = kept.with_name(f"base.{os.getpid()}.tmp")
+        shutil.copytree(base, temporary)
+        os.replace(temporary, kept)
+    elif base is not None and (base / "unet" / UNET_FILE).read_bytes() != (kept / "unet" / UNET_FILE).read_bytes():
+        raise ValueError(f"embed: {work} goes on from another model than {base}; give another --work")
+    return Plan(work, CONTINUED, kept) if kept.exists() else Plan(work, PARTS)
+
+
+UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def train_loop(
@@ -236,14 +290,16 @@ def reconstruction_loss(got: Tensor, want: Tensor) -> Tensor:
     return F.l1_loss(got, want) + 4 * F.mse_loss(got, want) + 0.5 * (dx.abs().mean() + dy.abs().mean())
 
 
-def train_vae(work: Path, log: Callable[[str], None]) -> Any:
+def train_vae(plan: Plan, log: Callable[[str], None]) -> Any:
     """The autoencoder: crops of 64 for the first 80 % of the steps, then whole pictures, a quarter as many.
 
     Returns it with the scaling factor measured (1 / standard deviation of the latents), kept in `work/scaling.json`.
     """
-    part = PARTS["vae"]
-    torch.manual_seed(part.seed)
-    vae = new_vae()
+    part = plan.parts.get("vae")
+    torch.manual_seed(0)
+    vae = plan.start("vae", new_vae)
+    if part is None:
+        return vae
 
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         whole = step >= 0.8 * part.steps
@@ -256,8 +312,8 @@ def train_vae(work: Path, log: Callable[[str], None]) -> Any:
         mse = F.mse_loss(got.detach(), images).item() / 4
         return reconstruction_loss(got, images) + 2e-4 * kl, {"psnr": -10 * math.log10(mse), "kl": kl.item()}
 
-    train_loop("vae", part, nn.ModuleDict({"vae": vae}), loss_of, work, log)
-    noted = work / "scaling.json"
+    train_loop("vae", part, nn.ModuleDict({"vae": vae}), loss_of, plan.work, log)
+    noted = plan.work / "scaling.json"
     if not noted.exists():  # processes that train together find the same number; each writes it whole
         temporary = noted.with_name(f"{noted.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(measure_scaling(vae)))
@@ -344,13 +400,15 @@ class Latents:
         return torch.stack([self.data[s][i] for s, i in names]).float(), [shard_scene(s, i) for s, i in names]
 
 
-def train_decoder(vae: Any, work: Path, log: Callable[[str], None]) -> Any:
+def train_decoder(vae: Any, plan: Plan, log: Callable[[str], None]) -> Any:
     """The decoder alone, encoder frozen: whole pictures from stored latents."""
-    part = PARTS["decoder"]
+    part = plan.parts.get("decoder")
+    if part is None:
+        return vae
     vae.requires_grad_(False)
     modules = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     modules.requires_grad_(True)
-    latents = Latents(work)
+    latents = Latents(plan.work)
 
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         z, scenes = latents.draw(rng, batch)
@@ -361,7 +419,7 @@ def train_decoder(vae: Any, work: Path, log: Callable[[str], None]) -> Any:
         mse = F.mse_loss(got.detach(), images).item() / 4
         return reconstruction_loss(got, images), {"psnr": -10 * math.log10(mse)}
 
-    train_loop("decoder", part, modules, loss_of, work, log)
+    train_loop("decoder", part, modules, loss_of, plan.work, log)
     return vae
 
 
@@ -482,12 +540,15 @@ def noisy(z: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return a.sqrt() * z + (1 - a).sqrt() * noise, t, noise, (5 * (1 - a) / a).clamp(max=1.0)
 
 
-def train_denoiser(vae: Any, tokenizer: Any, work: Path, log: Callable[[str], None]) -> tuple[Any, Any]:
+def train_denoiser(vae: Any, tokenizer: Any, plan: Plan, log: Callable[[str], None]) -> tuple[Any, Any]:
     """Text encoder and UNet together, from scratch; 10 % of the captions are dropped for guidance."""
-    part = PARTS["denoiser"]
-    torch.manual_seed(part.seed)
-    text, unet, alphas = new_text_encoder(tokenizer), new_unet(), new_scheduler().alphas_cumprod
-    latents, scale = Latents(work), vae.config.scaling_factor
+    part = plan.parts.get("denoiser")
+    torch.manual_seed(0)
+    text = plan.start("text_encoder", lambda: new_text_encoder(tokenizer))
+    unet, alphas = plan.start("unet", new_unet), new_scheduler().alphas_cumprod
+    if part is None:
+        return text, unet
+    latents, scale = Latents(plan.work), vae.config.scaling_factor
 
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         if step % 100 == 0:
@@ -500,7 +561,7 @@ def train_denoiser(vae: Any, tokenizer: Any, work: Path, log: Callable[[str], No
         error = (got.float() - noise) ** 2
         return (weight * error).mean(), {"mse": error.detach().mean().item()}
 
-    train_loop("denoiser", part, nn.ModuleDict({"text": text, "unet": unet}), loss_of, work, log)
+    train_loop("denoiser", part, nn.ModuleDict({"text": text, "unet": unet}), loss_of, plan.work, log)
     return text, unet
 
 
@@ -513,21 +574,25 @@ def train_controlnet(
     tokenizer: Any,
     text: Any,
     unet: Any,
-    work: Path,
+    plan: Plan,
     log: Callable[[str], None],
 ) -> Any:
     """The ControlNet of one layout on the frozen UNet; half of the captions are dropped so that it reads the map."""
     from diffusers import ControlNetModel
 
-    part = PARTS[f"controlnet-{name}"]
-    torch.manual_seed(part.seed)
-    control = ControlNetModel.from_unet(
-        unet, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 48, 64)
+    part = plan.parts.get(f"controlnet-{name}")
+    torch.manual_seed(0)
+    widths = (16, 32, 48, 64)
+    control = plan.start(
+        CONTROLNET_PREFIX + name,
+        lambda: ControlNetModel.from_unet(unet, conditioning_channels=3, conditioning_embedding_out_channels=widths),
     )
+    if part is None:
+        return control
     unet.requires_grad_(False)
     text.requires_grad_(False)
     alphas, scale = new_scheduler().alphas_cumprod, vae.config.scaling_factor
-    latents = Latents(work, (lambda s: any(t.kind == "person" for t in s.things)) if name == "pose" else None)
+    latents = Latents(plan.work, (lambda s: any(t.kind == "person" for t in s.things)) if name == "pose" else None)
 
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         z, scenes = latents.draw(rng, batch)
@@ -542,7 +607,7 @@ def train_controlnet(
         error = (got.float() - noise) ** 2
         return (weight * error).mean(), {"mse": error.detach().mean().item()}
 
-    train_loop(f"controlnet-{name}", part, nn.ModuleDict({"control": control}), loss_of, work, log)
+    train_loop(f"controlnet-{name}", part, nn.ModuleDict({"control": control}), loss_of, plan.work, log)
     return control
 
 
@@ -570,11 +635,13 @@ def new_clip(tokenizer: Any) -> Any:
     )
 
 
-def train_clip(tokenizer: Any, work: Path, log: Callable[[str], None]) -> Any:
+def train_clip(tokenizer: Any, plan: Plan, log: Callable[[str], None]) -> Any:
     """Picture and caption embeddings by the symmetric contrastive loss; pictures in CLIP's own normalisation."""
-    part = PARTS["clip"]
-    torch.manual_seed(part.seed)
-    clip = new_clip(tokenizer)
+    part = plan.parts.get("clip")
+    torch.manual_seed(0)
+    clip = plan.start("clip", lambda: new_clip(tokenizer))
+    if part is None:
+        return clip
     processor = new_image_processor()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
 
@@ -588,7 +655,7 @@ def train_clip(tokenizer: Any, work: Path, log: Callable[[str], None]) -> Any:
         loss = (F.cross_entropy(logits.float(), right) + F.cross_entropy(logits.float().t(), right)) / 2
         return loss, {"top1": (logits.argmax(1) == right).float().mean().item()}
 
-    train_loop("clip", part, nn.ModuleDict({"clip": clip}), loss_of, work, log)
+    train_loop("clip", part, nn.ModuleDict({"clip": clip}), loss_of, plan.work, log)
     return clip
 
 
@@ -604,55 +671,59 @@ def new_image_processor() -> Any:
 ORDER = ("vae", "latents", "decoder", "denoiser", *(f"controlnet-{n}" for n in CONTROLS), "clip")
 
 
-def run_part(name: str, work: Path, log: Callable[[str], None]) -> Any:
-    """Train one part, or go on with it; what it builds on is read from `work` and must be finished."""
-    tokenizer = make_tokenizer(work / "tokenizer")
+def run_part(name: str, plan: Plan, log: Callable[[str], None]) -> Any:
+    """Train one part, or go on with it; what it builds on is read from `plan.work` or the base and must be finished."""
+    tokenizer = make_tokenizer(plan.work / "tokenizer")
     if name == "vae":
-        return train_vae(work, log)
+        return train_vae(plan, log)
     if name == "clip":
-        return train_clip(tokenizer, work, log)
+        return train_clip(tokenizer, plan, log)
     quiet: Callable[[str], None] = lambda _: None  # noqa: E731
-    vae = train_vae(work, quiet)
+    vae = train_vae(plan, quiet)
     if name == "latents":
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return make_shards(vae, work, log, range(rank, SHARDS, processes))
+        return make_shards(vae, plan.work, log, range(rank, SHARDS, processes))
     if name == "decoder":
-        return train_decoder(vae, work, log)
+        return train_decoder(vae, plan, log)
     if name == "denoiser":
-        return train_denoiser(vae, tokenizer, work, log)
+        return train_denoiser(vae, tokenizer, plan, log)
     if name.startswith("controlnet-"):
-        text, unet = train_denoiser(vae, tokenizer, work, quiet)
-        return train_controlnet(name.removeprefix("controlnet-"), vae, tokenizer, text, unet, work, log)
+        text, unet = train_denoiser(vae, tokenizer, plan, quiet)
+        return train_controlnet(name.removeprefix("controlnet-"), vae, tokenizer, text, unet, plan, log)
     raise ValueError(f"run_part: name is {name!r}, expected one of {', '.join(ORDER)}")
 
 
-def _worker(rank: int, processes: int, name: str, work: Path, meeting: str) -> None:
+def _worker(rank: int, processes: int, name: str, plan: Plan, meeting: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
-    run_part(name, work, lambda line: print(line, flush=True))
+    run_part(name, plan, lambda line: print(line, flush=True))
     dist.destroy_process_group()
 
 
 def train_all(
-    work: Path, log: Callable[[str], None], processes: int = 1, out: Path | None = None, parts: tuple[str, ...] = ORDER
+    work: Path, log: Callable[[str], None], processes: int = 1, out: Path | None = None, base: Path | None = None
 ) -> Path:
-    """Train `parts` in order and, when every part is there, write the model.
+    """Train the parts in order and write the model.
 
     Args:
         work: checkpoints; the same call goes on where it was stopped.
         processes: data-parallel processes of one thread each.
         out: folder of the model; default the package's `picturebook`.
+        base: folder of a finished model to train on (`CONTINUED`); default from scratch.
 
     Returns:
         The folder written.
     """
-    for name in parts:
+    plan = plan_of(work, base)
+    for name in ORDER:
+        if name != "latents" and name not in plan.parts:
+            continue
         if processes == 1:
-            run_part(name, work, log)
+            run_part(name, plan, log)
             continue
         with tempfile.TemporaryDirectory() as folder:
-            spawn(_worker, (processes, name, work, f"{folder}/meeting"), nprocs=processes)
-    return write_model(work, log, out)
+            spawn(_worker, (processes, name, plan, f"{folder}/meeting"), nprocs=processes)
+    return write_model(plan, log, out)
 
 
 def write_samples(folder: Path) -> None:
@@ -693,19 +764,33 @@ def write_samples(folder: Path) -> None:
     (folder / "samples.json").write_text(json.dumps(listed, indent=1) + "\n")
 
 
-def card(work: Path, out: Path, figures: str) -> str:
-    """The model card: what it is, data, steps, hours and seeds from the checkpoints, and the figures (markdown)."""
-    from ..runtime.module_io import CONTROLNET_PREFIX
-
-    rows, arithmetic = [], list[str]()
-    for name, part in PARTS.items():
-        path = work / f"{name}.pt"
+def training_history(plan: Plan) -> list[dict[str, Any]]:
+    """How the model was trained: the base's rows (its `training.json`), then one of each part trained in `plan.work`."""
+    rows: list[dict[str, Any]] = []
+    if plan.base is not None and (plan.base / HISTORY_FILE).exists():
+        rows += json.loads((plan.base / HISTORY_FILE).read_text())
+    for name, part in plan.parts.items():
+        path = plan.work / f"{name}.pt"
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
-            arithmetic += state.get("arithmetic", [BFLOAT16])
-            rows.append(
-                f"| {name} | {state['step']} | {part.batch} | {part.lr:g} | {part.seed} | {state['seconds'] / 3600:.2f} |"
-            )
+            rows.append({
+                "part": name, "steps": state["step"], "batch": part.batch, "learning_rate": part.lr, "seed": part.seed,
+                "hours": round(state["seconds"] / 3600, 2), "arithmetic": state.get("arithmetic", [BFLOAT16]),
+            })  # fmt: skip
+    return rows
+
+
+HISTORY_FILE = "training.json"
+
+
+def card(out: Path, figures: str) -> str:
+    """The model card (markdown): what the model in `out` is, its training from `training.json`, and the figures."""
+    history = json.loads((out / HISTORY_FILE).read_text())
+    arithmetic = [a for row in history for a in row["arithmetic"]]
+    rows = [
+        f"| {r['part']} | {r['steps']} | {r['batch']} | {r['learning_rate']:g} | {r['seed']} | {r['hours']:.2f} |"
+        for r in history
+    ]
     size = sum(p.stat().st_size for p in out.rglob("*.safetensors"))
     controls = ", ".join(p.name.removeprefix(CONTROLNET_PREFIX) for p in sorted(out.glob(CONTROLNET_PREFIX + "*")))
     return f"""---
@@ -757,24 +842,23 @@ that the figures below do not use, and their IoU from 0.81 to 0.85.
 {figures}"""
 
 
-def write_model(work: Path, log: Callable[[str], None], out: Path | None = None) -> Path:
+def write_model(plan: Plan, log: Callable[[str], None], out: Path | None = None) -> Path:
     """The trained parts as a diffusers folder of float16 safetensors, with `iedit.json` and `model_index.json`."""
     from ..runtime.checkpoint import picturebook_folder
-    from ..runtime.module_io import CONTROLNET_PREFIX
 
     out = picturebook_folder() if out is None else out
     tokenizer = make_tokenizer(out / "tokenizer")
-    vae = train_decoder(train_vae(work, log), work, log)
-    text, unet = train_denoiser(vae, tokenizer, work, log)
+    vae = train_decoder(train_vae(plan, log), plan, log)
+    text, unet = train_denoiser(vae, tokenizer, plan, log)
     for module, name in ((vae, "vae"), (text, "text_encoder"), (unet, "unet")):
         save_folder(module.half(), out / name)
     unet.float()
     for name in CONTROLS:
-        if (work / f"controlnet-{name}.pt").exists():
-            control = train_controlnet(name, vae, tokenizer, text, unet, work, log)
+        if plan.base is not None or (plan.work / f"controlnet-{name}.pt").exists():
+            control = train_controlnet(name, vae, tokenizer, text, unet, plan, log)
             save_folder(control.half(), out / f"{CONTROLNET_PREFIX}{name}")
-    if (work / "clip.pt").exists():
-        save_folder(train_clip(tokenizer, work, log).half(), out / "clip")
+    if plan.base is not None or (plan.work / "clip.pt").exists():
+        save_folder(train_clip(tokenizer, plan, log).half(), out / "clip")
         new_image_processor().save_pretrained(out / "clip")
     new_scheduler().save_pretrained(out / "scheduler")
     write_samples(out / "samples")
@@ -790,6 +874,7 @@ def write_model(work: Path, log: Callable[[str], None], out: Path | None = None)
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    (out / HISTORY_FILE).write_text(json.dumps(training_history(plan), indent=1) + "\n")
     (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
     hints = {"guidance_scale": GUIDANCE_SCALE, "mask_strength": MASK_STRENGTH, "mask_threshold": MASK_THRESHOLD,
              "text_update_share": TEXT_UPDATE_SHARE, "words": WORDS, "reconstruction_error": RECONSTRUCTION_ERROR}  # fmt: skip
