@@ -28,12 +28,12 @@ from naive import Naive
 
 from iedit.runtime import images as pictures
 from iedit.runtime.backends import load_backend
-from iedit.runtime.demo import append_csv
+from iedit.runtime.cli.demo import append_csv
 from iedit.runtime.editor import Editor, EditRequest
 from iedit.runtime.errors import UsageError
-from iedit.runtime.models import load_model
+from iedit.runtime.model.model import load_model
 from iedit.runtime.profile import module_call, peak_memory
-from iedit.runtime.stages import StageCache
+from iedit.runtime.stage_cache import StageCache
 from iedit.training import truth
 
 RANDOM = "sd15-random"  # --model: the shapes of SD 1.5 with random weights, made on the spot
@@ -74,7 +74,7 @@ def ours(editor: Editor) -> Callable[[EditRequest], Run]:
         result = editor.edit(request)
         synchronise(editor.model.device)
         seconds = time.perf_counter() - began
-        factor = editor.model.factor
+        factor = editor.model.vae_scale_factor
         assert result.mask is not None
         mask = result.mask.resize((result.mask.width // factor, result.mask.height // factor), Image.Resampling.NEAREST)
         share = result.profile.outside_modules() / sum(result.profile.seconds.values())

@@ -148,7 +148,7 @@ def edit(folder: Path, table: Path | None = None) -> dict[str, Any]:
     """
     from PIL import Image, ImageDraw
 
-    from iedit.runtime.demo import PeakMemory, append_csv
+    from iedit.runtime.cli.demo import PeakMemory, append_csv
     from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
 
     picture = Image.effect_noise((256, 256), 60)

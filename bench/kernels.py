@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
                     rows.append(row)
     os.environ.pop(VARIABLE, None)
     if not options.no_table:
-        from iedit.runtime.demo import write_rows
+        from iedit.runtime.cli.demo import write_rows
 
         write_rows(options.table, rows)
         print(f"{options.table}: {len(rows)} rows added")

@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from iedit.runtime.editor import Editor, EditRequest, EditResult, MaskOptions, Options
-from iedit.runtime.stages import StageCache
+from iedit.runtime.stage_cache import StageCache
 from iedit.training import world
 
 STEPS = 6

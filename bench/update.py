@@ -16,10 +16,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from iedit.runtime import batch as pipeline
+from iedit.runtime import pipeline
 from iedit.runtime.editor import Editor, EditRequest, Options
 from iedit.runtime.images import write_png
-from iedit.runtime.ito import Phase, ito_pass
+from iedit.runtime.options import ItoSettings
+from iedit.runtime.sampling import ito_pass
 from iedit.training import truth
 
 UPDATES = ("adam", "clipped")
@@ -30,20 +31,17 @@ def final_passes(editor: Editor, request: EditRequest) -> list[float]:
     """Mean |y - x| over the kept area at every level that the final pass reaches."""
     found: list[float] = []
 
-    def watched(
-        network: Any, y: Tensor, levels: Any, start: int, *args: Any, **more: Any
-    ) -> Generator[Any, Tensor, Tensor]:
-        sampler = ito_pass(network, y, levels, start, *args, **more)
+    def watched(y: Tensor, path: Any, *args: Any, **more: Any) -> Generator[Any, Tensor, Tensor]:
+        sampler = ito_pass(y, path, *args, **more)
         if more["guidance"] is None:  # the guidance image's pass
             return (yield from sampler)
         source, keep = more["source"], (1 - more["mask"]).expand_as(y) > 0.5
-        level, ask = start, next(sampler)
+        step = next(sampler)
         while True:
-            latent = yield ask
-            level += 1
-            found.append(float((latent - source(level))[keep].abs().mean()))
+            latent = yield step
+            found.append(float((latent - source.at(step.to))[keep].abs().mean()))
             try:
-                ask = sampler.send(latent)
+                step = sampler.send(latent)
             except StopIteration as stop:
                 return stop.value
 
@@ -106,13 +104,13 @@ def main(cases: int, seed: int, steps: int, t_u: int | None, output: Path) -> No
     """Follow the kept area through the final pass with both updates."""
     torch.set_num_threads(1)
     editor = Editor.load(device="cpu")
-    settled = Options(final=Phase(t_u=t_u)).settled(editor.model, steps).final
+    settled = Options(final=ItoSettings(t_u=t_u)).settled(editor.model, steps).final
     curves: dict[str, list[list[float]]] = {u: [] for u in UPDATES}
     asked = [c for kind in truth.TEXT_KINDS for c in truth.edit_cases(kind, cases, seed)]
     with click.progressbar(asked, label="edits") as shown:
         for case in shown:
             for update in UPDATES:
-                phase = Phase(t_u=t_u, update=update)
+                phase = ItoSettings(t_u=t_u, update=update)
                 method = truth.Method("ito", "ito", truth.TEXT_KINDS, {"guidance": phase, "final": phase})
                 curves[update].append(final_passes(editor, truth.edit_request(case, method, case.number, steps)))
     arrays = {u: np.array(c) for u, c in curves.items()}

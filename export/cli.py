@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from ..runtime.cli_help import show
+from ..runtime.cli.help import show
 from ..runtime.errors import RunError, UsageError
 from ..runtime.untrusted import printable
 from .tensorrt_cli import tensorrt
@@ -105,8 +105,8 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
 
     check_export(precision, int(opset))
     _quiet_libraries()
-    from ..runtime.engine_spec import engines_folder
-    from ..runtime.models import load_model
+    from ..runtime.backends.engine_spec import engines_folder
+    from ..runtime.model.model import load_model
 
     with _line(f"loading {model}") as tell:
         loaded = load_model(model, device=device, dtype="float32")
@@ -143,8 +143,8 @@ def verify(model: str, edits: int, as_json: bool, out: Path | None, device: str 
 
     check_backend("onnx")
     _quiet_libraries()
-    from ..runtime.engine_spec import engines_folder
-    from ..runtime.models import load_model
+    from ..runtime.backends.engine_spec import engines_folder
+    from ..runtime.model.model import load_model
     from .verify import verify_onnx
 
     with _line(f"loading {model}") as tell:
@@ -213,8 +213,8 @@ def find_all(folder: Path, model: str | None = None, digests: bool = True) -> li
         model: engines of other weights are problems too.
         digests: compare files with their digests, which reads all of them.
     """
-    from ..runtime.engine_spec import damaged, find_engines, is_build, own_files
-    from ..runtime.models import module_digest, read_digests
+    from ..runtime.backends.engine_spec import damaged, find_engines, is_build, own_files
+    from ..runtime.model.model import module_digest, read_digests
 
     parts = read_digests(model).parts if model else {}
     found = []
@@ -237,7 +237,7 @@ def find_all(folder: Path, model: str | None = None, digests: bool = True) -> li
 
 
 def _cache() -> Path:
-    from ..runtime.engine_spec import engines_folder
+    from ..runtime.backends.engine_spec import engines_folder
 
     return engines_folder("any").parent
 
@@ -320,7 +320,7 @@ def prune(model: str | None, dry_run: bool, yes: bool, folder: Path | None) -> N
     Only folders with a spec (engine.json) or a build marker that iedit wrote are looked at, and of an engine only the
     files that its spec names are removed.
     """
-    from ..runtime.engine_spec import build_lock
+    from ..runtime.backends.engine_spec import build_lock
 
     where = folder or _cache()
     bad = [f for f in find_all(where, model) if f.problems]
@@ -353,7 +353,7 @@ def prune(model: str | None, dry_run: bool, yes: bool, folder: Path | None) -> N
 
 def _remove(found: Found) -> str:
     """Remove what an engine consists of, and its folder; what else is in it stays. Returns what is left, in words."""
-    from ..runtime.engine_spec import is_build, own_files
+    from ..runtime.backends.engine_spec import is_build, own_files
 
     if is_build(found.folder):  # made for the build, and nobody else's
         shutil.rmtree(found.folder, ignore_errors=True)

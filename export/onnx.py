@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime import backends, module_io
-from ..runtime.backend_torch import AsIs, runnable
-from ..runtime.engine_spec import (
+from ..runtime.backends.base import missing
+from ..runtime.backends.eager import AsIs, runnable
+from ..runtime.backends.engine_spec import (
     BUILD_MARKER,
     PRECISIONS,
     SPEC_FILE,
@@ -41,8 +41,9 @@ from ..runtime.engine_spec import (
     write_spec,
 )
 from ..runtime.errors import RunError, UsageError
-from ..runtime.models import Model
-from ..runtime.module_io import CONTROLNET_PREFIX, HINT_PREFIX
+from ..runtime.model import module_io
+from ..runtime.model.model import Model
+from ..runtime.model.module_io import CONTROLNET_PREFIX, HINT_PREFIX
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 OPSETS = (22, 23)  # 23 has the Attention operator, 22 spells it as MatMul and Softmax
@@ -231,10 +232,13 @@ def function(model: Model, module: str, precision: str = "fp32") -> Function:
         return torch.zeros(shape, device=model.device)
 
     # Sizes of the examples: all different, and none 0 or 1, which the tracer takes for constants.
-    cells = model.multiple // model.factor
+    cells = model.multiple // model.vae_scale_factor
     batch, h, w, length = 2, 2 * cells, 3 * cells, 11
     width, channels = int(model.unet.config.cross_attention_dim), int(model.unet.config.block_out_channels[0])
-    picture = (zeros(batch, 3, h * model.factor, w * model.factor), ("batch", 3, "image_height", "image_width"))
+    picture = (
+        zeros(batch, 3, h * model.vae_scale_factor, w * model.vae_scale_factor),
+        ("batch", 3, "image_height", "image_width"),
+    )
     latent = (zeros(batch, model.channels, h, w), ("batch", model.channels, "height", "width"))
     hint = (zeros(batch, channels, h, w), ("batch", channels, "height", "width"))
     ids = (torch.ones((batch, length), dtype=torch.int64, device=model.device), ("batch", "length"))
@@ -435,7 +439,7 @@ def tool_versions() -> dict[str, str]:
 
 def check_export(precision: str, opset: int) -> None:
     """Raises UsageError where nothing can be exported as asked; before a model is loaded for it."""
-    why = backends.missing("onnx", "onnxscript", extra="onnx")
+    why = missing("onnx", "onnxscript", extra="onnx")
     if why:
         raise UsageError(f"export: {'; '.join(why)}")
     if precision not in PRECISIONS:
@@ -492,7 +496,7 @@ def export_onnx(
 
 def default_shapes(model: Model, size: tuple[int, int] | None = None, batch: int = 2) -> Shapes:
     """Any batch and size; the best at the UNet's training size, or at `size` (width, height), and `batch`."""
-    side = int(model.unet.config.sample_size) * model.factor
+    side = int(model.unet.config.sample_size) * model.vae_scale_factor
     width, height = size or (side, side)
     low = model.multiple
     return Shapes(batch=(1, batch, 0), height=(low, height, 0), width=(low, width, 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..runtime.engine_spec import Shapes
+from ..runtime.backends.engine_spec import Shapes
 from ..runtime.errors import UsageError
 
 

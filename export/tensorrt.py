@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from ..runtime import backend_tensorrt, module_io
-from ..runtime.backend_tensorrt import PLAN, last_errors, new_logger
-from ..runtime.engine_spec import (
+from ..runtime.backends import trt as backend_tensorrt
+from ..runtime.backends.engine_spec import (
     SPEC_FILE,
     EngineSpec,
     Shapes,
@@ -28,8 +27,10 @@ from ..runtime.engine_spec import (
     read_spec,
     write_spec,
 )
+from ..runtime.backends.trt import PLAN, last_errors, new_logger
 from ..runtime.errors import RunError, UsageError
 from ..runtime.files import write_whole
+from ..runtime.model import module_io
 from . import onnx
 from .onnx import replace_folder
 
@@ -61,7 +62,7 @@ def build_tensorrt(
         timing_cache: file of tactic timings, read and written: a second build takes a fraction of the first.
         refit: the weights can be exchanged later; costs some speed.
         tell: is given a line for every phase of the build.
-        factor: pixels per latent cell (`Model.factor`).
+        factor: pixels per latent cell (`Model.vae_scale_factor`).
         text: (min, opt, max) of the text's length in tokens, where the graph leaves it open.
         workspace: bytes that layers may use for scratch; None is all that the GPU has.
 
@@ -314,7 +315,7 @@ def build_all(
                 timing_cache=timing_cache,
                 refit=refit,
                 tell=tell,
-                factor=model.factor,
+                factor=model.vae_scale_factor,
                 text=(tokens, tokens, longest),
                 device=model.device,
                 force=force,

@@ -39,8 +39,8 @@ def tensorrt(
     parse_shapes(sizes, batch, 1)  # what is mistyped is said before anything heavy
     check_backend("tensorrt")
 
-    from ..runtime.engine_spec import engines_folder
-    from ..runtime.models import load_model
+    from ..runtime.backends.engine_spec import engines_folder
+    from ..runtime.model.model import load_model
 
     loaded = load_model(model)
     shapes = parse_shapes(sizes, batch, loaded.multiple)

@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..runtime import module_io
-from ..runtime.backend_onnx import OnnxBackend
-from ..runtime.backend_torch import TorchBackend
-from ..runtime.backends import Backend
-from ..runtime.demo import sample_requests
-from ..runtime.denoiser import Condition
+from ..runtime.backends.base import Backend
+from ..runtime.backends.eager import TorchBackend
+from ..runtime.backends.engine_spec import REPORT_FILE, SPEC_FILE, EngineSpec, find_engines
+from ..runtime.backends.ort import OnnxBackend
+from ..runtime.cli.demo import sample_requests
+from ..runtime.denoise_step import Condition, ControlInput
 from ..runtime.editor import Editor, EditRequest
-from ..runtime.engine_spec import REPORT_FILE, SPEC_FILE, EngineSpec, find_engines
 from ..runtime.errors import UsageError
 from ..runtime.files import write_whole
-from ..runtime.models import Model
-from ..runtime.module_io import HINT_PREFIX
-from ..runtime.stages import StageCache
+from ..runtime.model import module_io
+from ..runtime.model.model import Model
+from ..runtime.model.module_io import HINT_PREFIX
+from ..runtime.stage_cache import StageCache
 from .onnx import DTYPES
 
 Row = dict[str, Any]
@@ -71,7 +71,7 @@ def _inputs(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw).to(model.device)
 
-    latents = normal(batch, model.channels, height // model.factor, width // model.factor)
+    latents = normal(batch, model.channels, height // model.vae_scale_factor, width // model.vae_scale_factor)
     images = torch.rand((batch, 3, height, width), generator=draw).to(model.device)
     if module == "vae_encoder":
         return lambda b: b.encode_image(2 * images - 1)
@@ -85,8 +85,10 @@ def _inputs(
         return lambda b: b.hint(module.removeprefix(HINT_PREFIX), images).float()
     times = torch.randint(0, 1000, (batch,), generator=draw).to(model.device)  # every sample at a level of its own
     text = normal(batch, length, int(model.unet.config.cross_attention_dim))
-    layouts = tuple((name, images.roll(i, 0), 0.5 + 0.25 * i) for i, name in enumerate(module_io.layouts(module)))
-    return lambda b: b.predict(latents, times, Condition(text, layouts))
+    controls = tuple(
+        ControlInput(name, images.roll(i, 0), 0.5 + 0.25 * i) for i, name in enumerate(module_io.layouts(module))
+    )
+    return lambda b: b.predict(latents, times, Condition(text, controls))
 
 
 def check_module(model: Model, backend: OnnxBackend, module: str, limits: Limits) -> list[Row]:

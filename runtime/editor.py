@@ -1,4 +1,4 @@
-"""The public API: `Editor.edit(EditRequest) -> EditResult`. The main path itself is `batch.Batch.run`.
+"""The public API: `Editor.edit(EditRequest) -> EditResult`. The main path itself is `pipeline.Pipeline.run`.
 
 Requests that can share network calls (same size, method, steps and options) form a batch and run stage by stage; every
 stage first asks the cache for what it has (see `stages.py`), so a second edit of the same image runs only what changed.
@@ -28,19 +28,22 @@ from torch import Tensor
 from . import METHODS, VERSION
 from . import images as pictures
 from . import receipt as receipts
-from .backends import Backend, check_backend, load_backend
-from .batch import Batch, vae_batches
-from .checkpoint import PICTUREBOOK, check_engines
-from .denoiser import Condition, Denoiser, Network
+from .backends import check_backend, load_backend
+from .backends.base import Backend, Denoiser
+from .denoise_step import Condition, ControlInput
 from .errors import UsageError
-from .ito import Phase, masked_sampling
-from .models import Model, load_model
+from .model.checkpoint import PICTUREBOOK, check_engines
+from .model.model import Model, load_model
+from .network import Network
+from .options import RATIOS, ItoSettings, MaskOptions, Options
+from .pipeline import Pipeline, group_key, vae_batches
 from .profile import Callback, Profile
-from .requests import RATIOS, EditRequest, EditResult, Job, MaskOptions, Options, check_request, group_key
+from .request import EditRequest, EditResult, PreparedRequest, check_request
+from .sampling import masked_sampling
 from .schedule import seeded_noise
-from .stages import StageCache
+from .stage_cache import StageCache
 
-__all__ = ["METHODS", "RATIOS", "EditRequest", "EditResult", "Editor", "MaskOptions", "Options", "Phase"]
+__all__ = ["METHODS", "RATIOS", "EditRequest", "EditResult", "Editor", "ItoSettings", "MaskOptions", "Options"]
 
 
 class Editor:
@@ -160,19 +163,17 @@ class Editor:
         maps = {n: torch.cat([(pictures.to_tensor(m) + 1) / 2 for m in given]) for n, given in (layouts or {}).items()}
         condition = Condition(
             model.encode_text(prompts, chunks),
-            tuple((n, m.to(model.device), 1.0) for n, m in maps.items()),
+            tuple(ControlInput(n, m.to(model.device), 1.0) for n, m in maps.items()),
         )
-        uncond = condition.with_text(model.encode_text([""], chunks))
-        shape = (model.channels, height // model.factor, width // model.factor)
+        uncond = condition.with_prompt(model.encode_text([""], chunks))
+        shape = (model.channels, height // model.vae_scale_factor, width // model.vae_scale_factor)
         numbers = range(len(prompts)) if seeds is None else seeds
         levels = model.schedule.levels(steps)
         noise = torch.stack([seeded_noise(s, "generate", shape) for s in numbers]).to(model.device)
         scale = model.guidance_scale if guidance_scale is None else guidance_scale
         network = Network(self.denoiser, model.schedule.prediction, self.max_batch(shape), profile)
         with profile.stage("sample"):
-            latents = network.drive(
-                masked_sampling(network, noise, levels, 0, condition, uncond, scale, source=None, mask=None)
-            )
+            latents = network.run(masked_sampling(noise, levels.path(), condition, uncond, scale), steps)
         return [pictures.to_image(i) for i in vae_batches(self.model.decode, latents)]
 
     def reconstruct(self, images: Sequence[Image.Image]) -> list[Image.Image]:
@@ -191,17 +192,17 @@ class Editor:
     # --- running ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _run(self, jobs: list[Job], callback: Callback | None, only_mask: bool = False) -> list[EditResult]:
+    def _run(self, jobs: list[PreparedRequest], callback: Callback | None, only_mask: bool = False) -> list[EditResult]:
         """Every group of jobs as one batch; results in the order of the jobs."""
-        groups: dict[str, list[Job]] = {}
+        groups: dict[str, list[PreparedRequest]] = {}
         for job in jobs:
             groups.setdefault(group_key(job), []).append(job)
         batches = []
         for members in groups.values():
             height, width = members[0].pixels.shape[-2:]
-            shape = (self.model.channels, height // self.model.factor, width // self.model.factor)
+            shape = (self.model.channels, height // self.model.vae_scale_factor, width // self.model.vae_scale_factor)
             batches.append(
-                Batch(
+                Pipeline(
                     self.model,
                     self.denoiser,
                     self.backend,
@@ -217,17 +218,17 @@ class Editor:
             # The bar runs over all batches: what is done before this one, and what is expected in all.
             batch.profile.before, batch.profile.expected = behind, behind + ahead
             ahead -= batch.expected()
-            for job, result in zip(batch.jobs, self._finish(batch, batch.run(only_mask)), strict=True):
+            for job, result in zip(batch.requests, self._finish(batch, batch.run(only_mask)), strict=True):
                 results[id(job)] = result
             behind += sum(batch.profile.evaluations.values())
         return [results[id(job)] for job in jobs]
 
-    def _finish(self, batch: Batch, stage: str) -> list[EditResult]:
+    def _finish(self, batch: Pipeline, stage: str) -> list[EditResult]:
         """Composite, decode, and write the receipts."""
-        jobs, options, profile = batch.jobs, batch.options, batch.profile
+        jobs, options, profile = batch.requests, batch.options, batch.profile
         batch.composite(stage)
         with profile.stage("decode"):
-            decoded = batch.vae(self.model.decode, torch.stack([j.found[stage]["value"] for j in jobs]))
+            decoded = batch.vae(self.model.decode, torch.stack([j.results[stage] for j in jobs]))
             results = []
             for j, pixels in zip(jobs, decoded, strict=True):
                 image, mask = pictures.crop_back(pictures.to_image(pixels), j.size), self._mask_picture(j)
@@ -236,8 +237,8 @@ class Editor:
                 elif options.composite == "pixel" and mask is not None:
                     image = paste(pictures.as_rgb(j.request.image), image, mask, options.feather)
                 # Copies: what the caller does with them must not reach the cache.
-                latent, source = (j.found[s]["value"].cpu().clone() for s in (stage, "encode"))
-                guidance = j.found["guidance"]["value"].cpu().clone() if "guidance" in j.found else None
+                latent, source = (j.results[s].cpu().clone() for s in (stage, "encode"))
+                guidance = j.results["guidance"].cpu().clone() if "guidance" in j.results else None
                 receipt, draw = self._receipt(j, mask, profile), partial(self._draw, size=j.size)
                 results.append(EditResult(image, mask, guidance, latent, source, profile, receipt, draw))
         return results
@@ -246,7 +247,7 @@ class Editor:
         """A latent (C, h, w) as a picture of `size` (width, height)."""
         return pictures.crop_back(pictures.to_image(self.model.decode(latent.unsqueeze(0))[0]), size)
 
-    def _mask_picture(self, job: Job) -> Image.Image | None:
+    def _mask_picture(self, job: PreparedRequest) -> Image.Image | None:
         """Where the edit was allowed, at the size of the picture; see `EditResult.mask`."""
         if job.mask is None:
             return None
@@ -258,7 +259,7 @@ class Editor:
         )
         return pictures.crop_back(large, job.size)
 
-    def _receipt(self, job: Job, mask: Image.Image | None, profile: Profile) -> dict[str, Any]:
+    def _receipt(self, job: PreparedRequest, mask: Image.Image | None, profile: Profile) -> dict[str, Any]:
         r = job.request
         receipt: dict[str, Any] = {
             "iedit": VERSION,
@@ -270,7 +271,7 @@ class Editor:
                        "layouts": {n: picture_digest(p) for n, p in r.layouts.items()},
                        "source_layouts": {n: picture_digest(p) for n, p in r.source_layouts.items()}},
             "backend": {"name": self.backend, "device": str(self.model.device), "threads": torch.get_num_threads(), "share": self.share,
-                        "modules": profile.ran(), "engines": profile.engines(), "steps_down": profile.why_down()},
+                        "modules": profile.ran(), "engines": profile.engines(), "fallbacks": profile.fallback_reasons()},
             "versions": versions(),
             "mask": None,
             "notes": [*job.notes, *profile.notes],
@@ -281,7 +282,9 @@ class Editor:
         return receipts.without_paths(receipt, *self.folders)
 
 
-def restored(job: Job, edited: Image.Image, mask: Image.Image | None) -> tuple[Image.Image, Image.Image | None]:
+def restored(
+    job: PreparedRequest, edited: Image.Image, mask: Image.Image | None
+) -> tuple[Image.Image, Image.Image | None]:
     """An edit that was made on a smaller picture (`Options.resize`), at the size of the picture that was given, with its mask.
 
     With a mask all outside it is the given picture, bit for bit; without one everything is the edit, enlarged.

@@ -148,7 +148,7 @@ class Profile:
         modules: every call of a module, in order.
         steps: every step of every stage, in order; what a step spends outside its modules is the loop's own.
         peak_bytes: most memory held: by this process on a CPU, by torch on a GPU.
-        steps_down: (module, backend) -> reasons why that backend did not run it.
+        fallbacks: (module, backend) -> reasons why that backend did not run it.
     """
 
     evaluations: dict[str, int] = field(default_factory=dict)
@@ -159,7 +159,7 @@ class Profile:
     modules: list[ModuleCall] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     peak_bytes: int = 0
-    steps_down: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    fallbacks: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     expected: int = 0  # evaluations of the whole run, for the progress: all batches, less what the cache answered
     before: int = 0  # evaluations of the batches before this one
     callback: Callback | None = field(default=None, repr=False)
@@ -247,9 +247,9 @@ class Profile:
         if text not in self.notes:
             self.notes.append(text)
 
-    def step_down(self, module: str, backend: str, why: Sequence[str]) -> None:
+    def fallback(self, module: str, backend: str, why: Sequence[str]) -> None:
         """`backend` did not run `module`, for these reasons."""
-        self.steps_down.setdefault((module, backend), list(why))
+        self.fallbacks.setdefault((module, backend), list(why))
 
     def by_module(self) -> list[dict[str, Any]]:
         """A row for every module and backend: calls, samples, seconds, cold calls and their seconds."""
@@ -300,7 +300,7 @@ class Profile:
             ],
             "outside_modules": round(self.outside_modules(), 6),
             "peak_mib": round(self.peak_bytes / 2**20),
-            "steps_down": self.why_down(),
+            "fallbacks": self.fallback_reasons(),
             "total_seconds": round(sum(self.seconds.values()), 6),
         }
 
@@ -316,9 +316,9 @@ class Profile:
         used = sorted({(c.module, c.backend, c.engine) for c in self.modules if c.engine})
         return [{"module": m, "backend": b, "digest": d} for m, b, d in used]
 
-    def why_down(self) -> list[dict[str, Any]]:
+    def fallback_reasons(self) -> list[dict[str, Any]]:
         """JSON-ready: what did not run which module, and why."""
-        return [{"module": m, "backend": b, "reasons": why} for (m, b), why in self.steps_down.items()]
+        return [{"module": m, "backend": b, "reasons": why} for (m, b), why in self.fallbacks.items()]
 
 
 def peak_memory() -> int:

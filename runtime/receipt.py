@@ -23,11 +23,12 @@ import torch
 from PIL import Image
 
 from . import BACKENDS, METHODS
-from .checkpoint import PICTUREBOOK
 from .errors import UsageError
 from .images import load_image, load_layout, load_mask, read_receipt
+from .model.checkpoint import PICTUREBOOK
+from .options import Options
 from .profile import Callback
-from .requests import EditRequest, Options
+from .request import EditRequest
 from .untrusted import Match, Range, printable, typed
 
 BOUND = 1  # of 255: what another grouping of the network's calls changes in a picture
@@ -105,7 +106,7 @@ class BackendPart:
     share: bool
     modules: Mapping[Word, tuple[BackendName, ...]]
     engines: tuple[EnginePart, ...]
-    steps_down: tuple[StepDown, ...]
+    fallbacks: tuple[StepDown, ...]
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def without_paths(receipt: dict[str, Any], *folders: Path) -> dict[str, Any]:
 
     told = dict(receipt) | {"notes": clean(receipt["notes"])}
     told["model"] = receipt["model"] | {"name": public_name(receipt["model"]["name"])}
-    told["backend"] = receipt["backend"] | {"steps_down": clean(receipt["backend"]["steps_down"])}
+    told["backend"] = receipt["backend"] | {"fallbacks": clean(receipt["backend"]["fallbacks"])}
     return told
 
 
@@ -334,7 +335,7 @@ def replay(picture: str, named: Named = Named(), callback: Callback | None = Non
     """
     from .backends import load_backend, load_recorded
     from .editor import Editor, versions
-    from .models import load_model
+    from .model.model import load_model
 
     raw = read_receipt(picture)
     receipt = parse(raw, picture)

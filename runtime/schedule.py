@@ -24,6 +24,21 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
+class Level:
+    """One level of a run.
+
+    Attributes:
+        index: 0 is the noisiest level of the run, N the clean one.
+        timestep: what the network is told there.
+        abar: cumulative alpha.
+    """
+
+    index: int
+    timestep: int
+    abar: float
+
+
+@dataclass(frozen=True)
 class Levels:
     """The N+1 levels of a run.
 
@@ -38,6 +53,10 @@ class Levels:
     @property
     def steps(self) -> int:
         return len(self.abar) - 1
+
+    def path(self, start: int = 0) -> tuple[Level, ...]:
+        """The levels from index `start` to the clean one, which samplers go along in pairs."""
+        return tuple(Level(i, self.timesteps[i], self.abar[i]) for i in range(start, self.steps + 1))
 
     def start(self, ratio: float) -> int:
         """Index of the level where the last `int(N * ratio)` steps begin (ratio in (0, 1]), at least one step."""

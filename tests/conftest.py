@@ -200,7 +200,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Any:
     """The random checkpoint, loaded."""
-    from iedit.runtime.models import load_model
+    from iedit.runtime.model.model import load_model
 
     return load_model(str(tiny_folder), device="cpu")
 
@@ -220,7 +220,7 @@ def tiny_engines(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", params=["tiny", *EMBEDDED])
 def model(request: pytest.FixtureRequest) -> Any:
     """Every model that the identities must hold on."""
-    from iedit.runtime.models import load_model
+    from iedit.runtime.model.model import load_model
 
     return request.getfixturevalue("tiny") if request.param == "tiny" else load_model(request.param, device="cpu")
 

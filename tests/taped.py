@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from iedit.runtime.backend_compile import CompileBackend
-from iedit.runtime.cuda_graphs import Recordings
+from iedit.runtime.backends.compiled import CompileBackend
+from iedit.runtime.backends.cuda_graphs import CudaGraphCache
 
 
 class Tape(TorchDispatchMode):
@@ -76,7 +76,7 @@ class Recorded(CompileBackend):
     """
 
     def __init__(self, model: Any, captures: Callable[..., Callable[[], None]]):
-        super().__init__(model, recordings=Recordings(torch.device("cpu"), capture=captures))
+        super().__init__(model, recordings=CudaGraphCache(torch.device("cpu"), capture=captures))
         self.entered = 0
 
     def _function(self, module: str, of: Callable[..., Tensor]) -> Callable[..., Tensor]:

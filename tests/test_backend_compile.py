@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from iedit.runtime.backend_compile import CompileBackend
-from iedit.runtime.backend_torch import TorchBackend
 from iedit.runtime.backends import load_backend, why_unavailable
-from iedit.runtime.denoiser import Condition
+from iedit.runtime.backends.compiled import CompileBackend
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.denoise_step import Condition, ControlInput
 from iedit.runtime.errors import UsageError
 from iedit.runtime.profile import Profile
 
@@ -38,7 +38,7 @@ def _call(batch: int, seed: int, scale: float = 0.7) -> tuple[Any, ...]:
     draw = torch.Generator().manual_seed(seed)
     text, maps = torch.randn(batch, 7, 32, generator=draw), torch.rand(batch, 3, 64, 64, generator=draw)
     t = torch.randint(0, 1000, (batch,), generator=draw)
-    return torch.randn(batch, 4, 8, 8, generator=draw), t, Condition(text, (("pose", maps, scale),))
+    return torch.randn(batch, 4, 8, 8, generator=draw), t, Condition(text, (ControlInput("pose", maps, scale),))
 
 
 def test_one_compilation_serves_every_batch_prompt_timestep_and_scale(smallest: Any) -> None:
@@ -65,7 +65,7 @@ def test_one_compilation_serves_every_batch_prompt_timestep_and_scale(smallest: 
     # What it listens to: the same latents under another text and another scale are not the same.
     x, t, condition = calls[0]
     louder = dataclasses.replace(condition, layouts=tuple((n, m, 2 * s) for n, m, s in condition.layouts))
-    for other in (condition.with_text(condition.text + 1), louder):
+    for other in (condition.with_prompt(condition.prompt_embeds + 1), louder):
         assert not torch.allclose(backend.predict(x, t, other), kept[0], atol=1e-3)
     assert not torch.allclose(backend.predict(x, (t + 500) % 1000, condition), kept[0], atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1

@@ -10,29 +10,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iedit.runtime.backend_torch import Attention, TorchBackend, why_not_xformers
-from iedit.runtime.denoiser import Condition
+from iedit.runtime.backends.eager import Attention, TorchBackend, why_not_xformers
+from iedit.runtime.denoise_step import Condition, ControlInput
 from iedit.runtime.editor import Editor, EditRequest, Options
 from iedit.runtime.errors import UsageError
 
 
 def told(model: Any, texts: list[str], *names: str, scale: float = 1.0) -> Condition:
     rng = torch.Generator().manual_seed(1)
-    maps = tuple((n, torch.rand(len(texts), 3, 64, 64, generator=rng), scale) for n in names)
+    maps = tuple(ControlInput(n, torch.rand(len(texts), 3, 64, 64, generator=rng), scale) for n in names)
     return Condition(model.encode_text(texts), maps)
 
 
 def plain(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
     """diffusers' own modules, one after the other."""
     extra: dict[str, Any] = {}
-    for name, maps, scale in condition.layouts:
-        down, mid = model.controlnets[name](x, t, condition.text, maps, conditioning_scale=scale, return_dict=False)
+    for c in condition.controls:
+        down, mid = model.controlnets[c.name](
+            x, t, condition.prompt_embeds, c.image, conditioning_scale=c.scale, return_dict=False
+        )
         if extra:
             down = [a + b for a, b in zip(extra["down_block_additional_residuals"], down, strict=True)]
             mid = extra["mid_block_additional_residual"] + mid
         extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     with torch.no_grad():
-        output: Tensor = model.unet(x, t, condition.text, return_dict=False, **extra)[0]
+        output: Tensor = model.unet(x, t, condition.prompt_embeds, return_dict=False, **extra)[0]
     return output
 
 
@@ -46,7 +48,7 @@ def inputs(count: int) -> tuple[Tensor, Tensor]:
 def test_it_predicts_what_diffusers_modules_predict(
     tiny_folder: Any, names: tuple[str, ...], options: dict[str, Any]
 ) -> None:
-    from iedit.runtime.models import load_model
+    from iedit.runtime.model.model import load_model
 
     model = load_model(str(tiny_folder), device="cpu")
     condition = told(model, ["a red car", "a blue house on sand", ""], *names, scale=0.5)
@@ -144,7 +146,7 @@ def test_an_attention_that_cannot_run_is_refused_with_the_reason(tiny: Any) -> N
 
 @pytest.mark.gpu
 def test_xformers_attention_is_sdpa_s(tiny_folder: Any) -> None:
-    from iedit.runtime.models import load_model
+    from iedit.runtime.model.model import load_model
 
     model = load_model(str(tiny_folder), device="cuda", dtype="float16")
     why = why_not_xformers(model.device)

@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 from iedit.runtime import BACKENDS, backends
-from iedit.runtime.backend_torch import TorchBackend
-from iedit.runtime.backends import Ladder, load_backend, unet_module
-from iedit.runtime.denoiser import Condition
+from iedit.runtime.backends import load_backend
+from iedit.runtime.backends.base import unet_module
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.backends.fallback import FallbackBackend
+from iedit.runtime.denoise_step import Condition, ControlInput
 from iedit.runtime.editor import Editor, EditRequest
 from iedit.runtime.errors import UsageError
 from iedit.runtime.profile import Profile, current, module_call
@@ -33,8 +35,8 @@ class Picky(TorchBackend):
 
 
 def test_the_first_that_can_runs_each_module_at_each_shape_and_the_reasons_are_kept(tiny: Any) -> None:
-    ladder = Ladder(
-        [Picky(tiny, ("unet", "vae_decoder")), TorchBackend(tiny)], tiny.factor, {"gone": ["not installed"]}
+    ladder = FallbackBackend(
+        [Picky(tiny, ("unet", "vae_decoder")), TorchBackend(tiny)], tiny.vae_scale_factor, {"gone": ["not installed"]}
     )
     editor = Editor(tiny, ladder)
     request = EditRequest(Image.new("RGB", (64, 64), "red"), "a blue house", "a red car", steps=4)
@@ -46,11 +48,11 @@ def test_the_first_that_can_runs_each_module_at_each_shape_and_the_reasons_are_k
         if call.module == "unet":
             batches.setdefault(call.backend, set()).add(call.batch)
     assert batches == {"picky": {1, 2}, "torch": {3, 20}}
-    down = result.profile.steps_down
+    down = result.profile.fallbacks
     assert down[("unet", "picky")] == ["batch 1-2, asked for 20"]  # the first call that it could not take
     assert down[("vae_encoder", "picky")] == ["no engine for vae_encoder"]
     assert down[("all", "gone")] == ["not installed"]
-    assert {"module": "all", "backend": "gone", "reasons": ["not installed"]} in result.receipt["backend"]["steps_down"]
+    assert {"module": "all", "backend": "gone", "reasons": ["not installed"]} in result.receipt["backend"]["fallbacks"]
     assert result.receipt["backend"]["modules"]["unet"] == ["picky", "torch"]
     # The same edit by eager alone.
     want = Editor(tiny, TorchBackend(tiny)).edit(request)
@@ -74,13 +76,16 @@ def test_auto_always_answers(tiny: Any) -> None:
     auto = load_backend("auto", tiny)
     assert auto.name == "auto" and auto.why_not("unet", 1, 64, 64) == []
     result = Editor(tiny, auto).edit(EditRequest(Image.new("RGB", (64, 64)), "a cat", method="sdedit", steps=2))
-    assert result.profile.modules and result.profile.steps_down
+    assert result.profile.modules and result.profile.fallbacks
 
 
 def test_the_module_of_a_condition_names_its_layouts_in_order() -> None:
     text, maps = torch.zeros(1, 2, 3), torch.zeros(1, 3, 8, 8)
     assert unet_module(Condition(text)) == "unet"
-    assert unet_module(Condition(text, (("scribble", maps, 1.0), ("pose", maps, 1.0)))) == "unet+pose+scribble"
+    assert (
+        unet_module(Condition(text, (ControlInput("scribble", maps, 1.0), ControlInput("pose", maps, 1.0))))
+        == "unet+pose+scribble"
+    )
 
 
 def test_module_calls_go_to_the_running_profile_of_the_thread() -> None:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from iedit.runtime.cli import main
+from iedit.runtime.cli.main import main
 from iedit.runtime.editor import Editor
 from iedit.runtime.errors import UsageError
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from iedit.runtime.demo import COLUMNS
+from iedit.runtime.cli.demo import COLUMNS
 
 
 def _run(root: Path, *command: str) -> subprocess.CompletedProcess[str]:

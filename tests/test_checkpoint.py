@@ -13,12 +13,12 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from iedit.runtime import models
-from iedit.runtime.checkpoint import SCHEDULERS, find_checkpoint
-from iedit.runtime.cli import main
+from iedit.runtime.cli.main import main
 from iedit.runtime.editor import Options
 from iedit.runtime.errors import UsageError
-from iedit.runtime.models import load_model
+from iedit.runtime.model import model as models
+from iedit.runtime.model.checkpoint import SCHEDULERS, find_checkpoint
+from iedit.runtime.model.model import load_model
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from iedit import runtime
 from iedit.runtime import images
-from iedit.runtime.backend_torch import TorchBackend
-from iedit.runtime.cli import main
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.cli.main import main
 from iedit.runtime.profile import Profile
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -436,7 +436,7 @@ def test_an_interrupt_in_the_last_stage_leaves_nothing(edit: list[str], monkeypa
 
 
 def test_sigint_stops_the_command_in_the_middle_of_a_run(edit: list[str], here: Path, root: Path) -> None:
-    code = "from iedit.runtime.cli import main; main(prog_name='iedit')"
+    code = "from iedit.runtime.cli.main import main; main(prog_name='iedit')"
     words = [*edit, "--steps", "1000", "--cache", "kept", "--output", "out.png"]  # half a minute and more
     environment = os.environ | {"PYTHONPATH": str(root / ".types")}
     # A shell's background jobs ignore SIGINT, and so would their children.
@@ -629,7 +629,7 @@ def test_replay_refuses_a_picture_without_a_receipt_or_of_another_version(edit: 
 def test_a_receipt_opens_no_model_and_fetches_none(edit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    from iedit.runtime import checkpoint
+    from iedit.runtime.model import checkpoint
 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a receipt made something be opened")
@@ -688,7 +688,7 @@ def test_a_receipt_holds_no_path_of_the_machine(
     assert str(here) not in json.dumps(images.read_receipt(here / "a.png"))
     fine(*words, "--controlnet", "pose=../my models/ckpt/controlnet-pose", "--output", str(here / "out.png"))
     receipt = images.read_receipt(here / "out.png")
-    assert any("no engine" in why for row in receipt["backend"]["steps_down"] for why in row["reasons"])
+    assert any("no engine" in why for row in receipt["backend"]["fallbacks"] for why in row["reasons"])
     assert (receipt["files"]["image"], receipt["files"]["layouts"]) == ("in.png", {"pose": "pose.png"})
     assert (receipt["model"]["name"], receipt["run"]["model"]) == ("ckpt", "ckpt")
     told = json.dumps(receipt)
@@ -797,6 +797,6 @@ def test_the_group_lists_its_commands_in_the_order_of_a_first_reading() -> None:
 
 
 def test_time_left_is_told_in_minutes_when_it_is_long() -> None:
-    from iedit.runtime.cli import _time_left
+    from iedit.runtime.cli.main import _time_left
 
     assert [_time_left(s) for s in (3.4, 119, 121, 3600)] == ["3 s left", "119 s left", "2 min left", "60 min left"]

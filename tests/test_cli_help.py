@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from iedit.runtime.cli import main
-from iedit.runtime.cli_help import GROUPS
+from iedit.runtime.cli.help import GROUPS
+from iedit.runtime.cli.main import main
 
 
 @pytest.mark.parametrize("command", ["edit", "mask", "profile"])
@@ -55,7 +55,7 @@ def test_what_was_mistyped_gets_a_suggestion(words: list[str], says: str) -> Non
 
 
 def test_the_shell_completes_commands_options_and_choices(root: Path) -> None:
-    script = "from iedit.runtime.cli import main; main(prog_name='iedit')"
+    script = "from iedit.runtime.cli.main import main; main(prog_name='iedit')"
 
     def completed(*words: str) -> set[str]:
         environment = os.environ | {"PYTHONPATH": str(root / ".types"), "_IEDIT_COMPLETE": "bash_complete",
@@ -97,7 +97,7 @@ def test_a_checkpoint_in_shards_loads_without_a_word(
     import diffusers
     import transformers
 
-    from iedit.runtime.models import load_model
+    from iedit.runtime.model.model import load_model
 
     folder = shutil.copytree(tiny_checkpoint_cli, tmp_path / "model")
     loaders: dict[str, Any] = {

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from iedit.runtime import cpu
-from iedit.runtime.cli import main
-from iedit.runtime.models import load_model
+from iedit.runtime.cli.main import main
+from iedit.runtime.model.model import load_model
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iedit.runtime import steps
-from iedit.runtime.backend_compile import CompileBackend
-from iedit.runtime.backend_torch import TorchBackend
-from iedit.runtime.cuda_graphs import Recordings, outline, tensors_of, with_tensors
+from iedit.runtime import denoise_step as steps
+from iedit.runtime.backends.compiled import CompileBackend
+from iedit.runtime.backends.cuda_graphs import CudaGraphCache, outline, tensors_of, with_tensors
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.denoise_step import ItoUpdate, Transition
 from iedit.runtime.editor import Editor, EditRequest, Options
 from iedit.runtime.errors import RunError
-from iedit.runtime.ito import Phase
-from iedit.runtime.models import load_model
-from iedit.runtime.stages import StageCache
-from iedit.runtime.steps import Move, Update
+from iedit.runtime.model.model import load_model
+from iedit.runtime.options import ItoSettings
+from iedit.runtime.stage_cache import StageCache
 
 CPU = torch.device("cpu")
 
@@ -29,11 +29,11 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def move(batch: int = 1, *, guided: bool = True, seed: int = 0, scale: float = 5.0) -> Move:
+def move(batch: int = 1, *, guided: bool = True, seed: int = 0, scale: float = 5.0) -> Transition:
     x, source, guidance = draw(3, batch, 4, 8, 8, seed=seed)
     one = torch.ones(batch)
-    update = Update(source, guidance, torch.zeros(batch, 1, 8, 8), one * 0.5, 1, 0.1, False, "clipped")
-    return Move(x, guided, scale, one, one * 0.1, {}, update)
+    update = ItoUpdate(source, guidance, torch.zeros(batch, 1, 8, 8), one * 0.5, 1, 0.1, False, "clipped")
+    return Transition(x, guided, scale, one, one * 0.1, None, update)
 
 
 def test_a_tree_is_taken_apart_and_put_together_again() -> None:
@@ -59,7 +59,7 @@ def test_what_a_recording_holds_fixed_is_in_its_outline(other: Any) -> None:
 
 def test_the_first_call_runs_the_second_records_and_the_rest_replay(taped: Any) -> None:
     captures = taped.Captures()
-    recordings, entered = Recordings(CPU, capture=captures), []
+    recordings, entered = CudaGraphCache(CPU, capture=captures), []
 
     def twice(inputs: list[Tensor]) -> list[Tensor]:
         entered.append(len(inputs))
@@ -78,7 +78,7 @@ def test_the_first_call_runs_the_second_records_and_the_rest_replay(taped: Any) 
 
 
 def test_the_recordings_used_last_are_kept(taped: Any) -> None:
-    recordings = Recordings(CPU, held=2, capture=taped.Captures())
+    recordings = CudaGraphCache(CPU, held=2, capture=taped.Captures())
     for size in (1, 2, 1, 3, 1):
         for _ in range(2):
             recordings("f", lambda inputs: [inputs + 1], torch.zeros(size))
@@ -90,12 +90,12 @@ def test_what_cannot_be_recorded_runs_and_says_why(tiny: Any, taped: Any) -> Non
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nadvice")
 
     backend = taped.Recorded(tiny, taped.Captures())
-    backend.recordings = Recordings(CPU, capture=refuse)
+    backend.recordings = CudaGraphCache(CPU, capture=refuse)
     request = EditRequest(Image.new("RGB", (64, 64)), "a cat", method="sdedit", steps=4)
     result = Editor(tiny, backend).edit(request)
     assert torch.equal(result.latent, Editor(tiny, TorchBackend(tiny)).edit(request).latent)
     why = {"module": "unet", "backend": "cuda graph", "reasons": ["CUDA error: operation not permitted when stream is capturing"]}  # fmt: skip
-    assert why in result.receipt["backend"]["steps_down"]
+    assert why in result.receipt["backend"]["fallbacks"]
 
 
 def test_running_out_of_memory_in_a_whole_step_goes_on_with_smaller_calls(tiny: Any, taped: Any) -> None:
@@ -132,9 +132,9 @@ def _request(picture: Any, how: str) -> EditRequest:
                            source_layouts={"pose": maps[1]}, steps=6)  # fmt: skip
     options = {
         "ito": Options(),
-        "k": Options(final=Phase(k=3, t_u=4), guidance=Phase(t_u=6)),
-        "adam": Options(final=Phase(update="adam"), guidance=Phase(update="adam", k=2)),
-        "carry": Options(final=Phase(update="adam", carry=True, t_u=6)),
+        "k": Options(final=ItoSettings(k=3, t_u=4), guidance=ItoSettings(t_u=6)),
+        "adam": Options(final=ItoSettings(update="adam"), guidance=ItoSettings(update="adam", k=2)),
+        "carry": Options(final=ItoSettings(update="adam", carry=True, t_u=6)),
         "iedit": Options(),
         "diffedit": Options(),
     }[how]
@@ -160,7 +160,7 @@ def test_a_whole_edit_from_recordings_is_the_edit(
     for result in results:
         assert torch.equal(result.latent, want.latent) and result.image.tobytes() == want.image.tobytes()
         assert result.profile.evaluations == want.profile.evaluations
-        assert not result.profile.steps_down
+        assert not result.profile.fallbacks
     # The third edit: nothing new is recorded, and no network is entered but from a recording.
     calls = results[-1].profile.modules
     assert len(captures.operators) == recorded and backend.entered == entered

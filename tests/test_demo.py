@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from iedit.runtime import demo
-from iedit.runtime.cli import main
-from iedit.runtime.demo import COLUMNS, PeakMemory, run_demo
+from iedit.runtime.cli import demo
+from iedit.runtime.cli.demo import COLUMNS, PeakMemory, run_demo
+from iedit.runtime.cli.main import main
 from iedit.runtime.errors import UsageError
 
 STAGES = ("encode", "mask", "invert", "guidance", "invert-guidance", "final", "decode")
@@ -22,7 +22,7 @@ STAGES = ("encode", "mask", "invert", "guidance", "invert-guidance", "final", "d
 @pytest.fixture
 def samples(tiny_checkpoint_cli: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two samples of random pictures in place of the shipped ones, for a model of random weights."""
-    from iedit.runtime import checkpoint
+    from iedit.runtime.model import checkpoint
 
     whole = tmp_path / "picturebook"
     whole.symlink_to(tiny_checkpoint_cli, target_is_directory=True)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from iedit.runtime.backend_torch import TorchBackend
-from iedit.runtime.denoiser import Condition, Network, invert
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.denoise_step import Condition, ControlInput, DenoiseStep, Sampler
 from iedit.runtime.errors import Cancelled, RunError
-from iedit.runtime.ito import masked_sampling
+from iedit.runtime.network import Network
 from iedit.runtime.profile import Profile, Progress
-from iedit.runtime.schedule import Schedule
+from iedit.runtime.sampling import invert, masked_sampling
+from iedit.runtime.schedule import Level, Schedule, ddim_coefficients
 
 
 class Fake:
@@ -52,10 +53,10 @@ def schedule(tiny: Any, prediction: str = "epsilon", final: float | None = None)
 
 
 def test_guidance_is_one_call_of_both_halves() -> None:
-    fake = Fake(lambda x, t, c: x + c.text.mean((1, 2)).view(-1, 1, 1, 1))
+    fake = Fake(lambda x, t, c: x + c.prompt_embeds.mean((1, 2)).view(-1, 1, 1, 1))
     net, x, told, low = network(fake), noise(3), texts(3, seed=1), texts(3, seed=2)
     with net.profile.stage("final"):
-        got = net.drive(net.guided(x, 7, told, low, 5.0))
+        got = net.predict(x, 7, told, low, 5.0)
     assert fake.calls == [6] and fake.times == [[7] * 6]
     a, b = fake.answer(x, torch.tensor(0), low), fake.answer(x, torch.tensor(0), told)
     assert torch.equal(got, a + 5.0 * (b - a))
@@ -65,26 +66,33 @@ def test_guidance_is_one_call_of_both_halves() -> None:
 def test_guidance_of_one_or_none_evaluates_no_unconditional_half() -> None:
     fake = Fake(lambda x, t, c: x * 2)
     net, x = network(fake), noise(3)
-    assert torch.equal(net.drive(net.guided(x, 7, texts(3), texts(3), 1.0)), x * 2)
-    assert torch.equal(net.drive(net.guided(x, 7, texts(3), None, 7.5)), x * 2)
+    assert torch.equal(net.predict(x, 7, texts(3), texts(3), 1.0), x * 2)
+    assert torch.equal(net.predict(x, 7, texts(3), None, 7.5), x * 2)
     assert fake.calls == [3, 3]
 
 
 def test_each_sample_has_its_own_timestep() -> None:
     fake = Fake(lambda x, t, c: x * t.view(-1, 1, 1, 1))
-    net, x, t = network(fake, max_batch=2), noise(3), torch.tensor([1, 20, 300])
-    assert torch.equal(net.predict(x, t, texts(3)), x * t.view(-1, 1, 1, 1))
-    assert fake.times == [[1, 20], [300]]
-    net.drive(net.guided(x, t, texts(3), texts(3), 2.0))
-    assert fake.times[2:] == [[1, 20], [300, 1], [20, 300]]
+    net, x = network(fake, max_batch=2), noise(3)
+
+    def ask(timestep: int, uncond: Condition | None) -> Sampler[Tensor]:
+        return (yield DenoiseStep(x, Level(0, timestep, 1.0), None, texts(3), uncond, 2.0))
+
+    for uncond in (None, texts(3)):
+        fake.times.clear()
+        answers = net.run_lockstep({str(t): ask(t, uncond) for t in (1, 300)})
+        assert torch.equal(answers["1"], x) and torch.equal(answers["300"], x * 300)
+        halves = 1 if uncond is None else 2
+        assert [t for times in fake.times for t in times] == [1] * 3 * halves + [300] * 3 * halves
+        assert all(len(times) == 2 for times in fake.times)
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 3, 5, 64])
 def test_splitting_changes_nothing_but_the_calls(tiny: Any, max_batch: int) -> None:
-    x, t = noise(5), torch.tensor([1, 200, 400, 600, 999])
+    x, t = noise(5), 400
     told = Condition(
         tiny.encode_text(["a red car", "a cat", "a blue house", "", "a tree on grass"]),
-        (("pose", torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(3)), 0.7),),
+        (ControlInput("pose", torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(3)), 0.7),),
     )
     whole, split = network(TorchBackend(tiny)), network(TorchBackend(tiny), max_batch)
     with whole.profile.stage("s"), split.profile.stage("s"):
@@ -105,16 +113,15 @@ def test_running_out_of_memory_halves_the_batch_and_says_so() -> None:
         assert torch.equal(net.predict(x, 5, texts(7)), x + 1)
     assert net.max_batch == 1  # it stays small: the next call would run out again
     assert net.profile.evaluations["mask"] == 14  # failed calls are not evaluations
-    assert net.profile.notes == [f"out of memory in stage mask: going on with batches of {b}" for b in (2, 1)]
+    assert net.profile.notes == [f"out of memory in stage mask, step 1: going on with batches of {b}" for b in (2, 1)]
 
 
 def test_one_sample_that_does_not_fit_is_an_error_with_its_place() -> None:
     net = network(Fake(lambda x, t, c: x, fits=0), max_batch=4)
     with (
         net.profile.stage("final"),
-        pytest.raises(RunError, match=r"out of memory in stage final, step 3: .*\(4, 8, 8\)"),
+        pytest.raises(RunError, match=r"out of memory in stage final, step 1: .*\(4, 8, 8\)"),
     ):
-        net.profile.step(3, 25)
         net.predict(noise(4), 5, texts(4))
 
 
@@ -155,7 +162,7 @@ def test_nan_names_stage_and_step(tiny: Any, bad: float) -> None:
         net.profile.stage("final"),
         pytest.raises(RunError, match=r"NaN or infinity in stage final, step 4: .*float32"),
     ):
-        net.drive(masked_sampling(net, noise(2), levels, 0, texts(2), None, 1, source=None, mask=None))
+        net.run(masked_sampling(noise(2), levels.path(), texts(2), None, 1))
 
 
 def test_a_callback_cancels_at_its_step(tiny: Any) -> None:
@@ -168,7 +175,7 @@ def test_a_callback_cancels_at_its_step(tiny: Any) -> None:
     fake = Fake(lambda x, t, c: x * 0)
     net = network(fake, callback=callback)
     with net.profile.stage("invert"), pytest.raises(Cancelled, match="cancelled in stage invert, step 4"):
-        net.drive(invert(net, noise(1), schedule(tiny).levels(10), 0, texts(1)))
+        net.run(invert(noise(1), schedule(tiny).levels(10).path(), texts(1)), 10)
     assert len(fake.calls) == 3
     assert [(p.stage, p.step, p.steps) for p in seen] == [("invert", i, 10 if i else 0) for i in range(5)]
 
@@ -179,7 +186,7 @@ def test_inversion_tells_the_timestep_that_was_asked_for(tiny: Any, evaluate: st
     fake = Fake(lambda x, t, c: x * 0)
     net = network(fake)
     x0 = noise(2)
-    trajectory = net.drive(invert(net, x0, levels, 1, texts(2), evaluate=evaluate))
+    trajectory = net.run(invert(x0, levels.path(1), texts(2), evaluate=evaluate))
     told = {"target": [601, 401, 201, 1][::-1], "source": [0, 1, 201, 401]}[evaluate]
     assert [t[0] for t in fake.times] == told
     assert trajectory.shape == (5, 2, 4, 8, 8)
@@ -194,13 +201,14 @@ def test_inversion_then_sampling_of_a_constant_network_is_exact(tiny: Any, start
     constant = noise(1, seed=8).double()
     net = network(Fake(lambda x, t, c: constant.expand_as(x)))
     x0 = noise(2).double()
-    trajectory = net.drive(invert(net, x0, levels, start, texts(2), evaluate=evaluate))
+    trajectory = net.run(invert(x0, levels.path(start), texts(2), evaluate=evaluate))
     y = trajectory[0]
     for i in range(start, 25):
         torch.testing.assert_close(y, trajectory[i - start], rtol=0, atol=1e-12)
-        y = net.step(y, constant.expand_as(y), levels.abar[i], levels.abar[i + 1])
+        c_x, c_out = ddim_coefficients(levels.abar[i], levels.abar[i + 1])
+        y = c_x * y + c_out * constant
     assert (y - x0).abs().max() < 1e-12 * x0.abs().max()
-    sampled = net.drive(masked_sampling(net, trajectory[0], levels, start, texts(2), None, 1, source=None, mask=None))
+    sampled = net.run(masked_sampling(trajectory[0], levels.path(start), texts(2), None, 1))
     assert torch.equal(sampled, y)
 
 
@@ -218,22 +226,25 @@ def test_a_network_that_knows_the_clean_latent_inverts_and_samples_back(tiny: An
 
     net = network(Fake(answer), prediction=prediction)
     start = levels.abar[-1] ** 0.5 * x0 + (1 - levels.abar[-1]) ** 0.5 * eps  # the clean level has a little noise in it
-    trajectory = net.drive(invert(net, start, levels, 0, texts(1), evaluate="source"))
+    trajectory = net.run(invert(start, levels.path(0), texts(1), evaluate="source"))
     noisy = levels.abar[0] ** 0.5 * x0 + (1 - levels.abar[0]) ** 0.5 * eps
     assert (trajectory[0] - noisy).abs().max() < 1e-12 * noisy.abs().max()
-    back = net.drive(masked_sampling(net, trajectory[0], levels, 0, texts(1), None, 1, source=None, mask=None))
+    back = net.run(masked_sampling(trajectory[0], levels.path(0), texts(1), None, 1))
     assert (back - start).abs().max() < 1e-12 * start.abs().max()
 
 
 def test_conditions_of_different_layouts_share_no_batch() -> None:
     maps = torch.zeros(1, 3, 8, 8)
-    one, two = Condition(texts(1).text, (("pose", maps, 1.0),)), Condition(texts(1).text, (("pose", maps, 0.5),))
+    one, two = (
+        Condition(texts(1).prompt_embeds, (ControlInput("pose", maps, 1.0),)),
+        Condition(texts(1).prompt_embeds, (ControlInput("pose", maps, 0.5),)),
+    )
     for other in (two, texts(1)):
-        with pytest.raises(ValueError, match="the conditions have different layouts"):
+        with pytest.raises(ValueError, match="the conditions have different controls"):
             Condition.cat([one, other])
     both = Condition.cat([one, one])
-    assert len(both) == 2 and both.layouts[0][1].shape == (2, 3, 8, 8)
-    assert torch.equal(texts(3).repeat(2).text, texts(3).text[[0, 0, 1, 1, 2, 2]])
+    assert len(both) == 2 and both.controls[0].image.shape == (2, 3, 8, 8)
+    assert torch.equal(texts(3).repeat(2).prompt_embeds, texts(3).prompt_embeds[[0, 0, 1, 1, 2, 2]])
 
 
 def test_controlnet_residuals_are_summed_with_their_scales(tiny: Any) -> None:
@@ -242,7 +253,7 @@ def test_controlnet_residuals_are_summed_with_their_scales(tiny: Any) -> None:
     maps = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
     def run(*layouts: tuple[str, Tensor, float]) -> Tensor:
-        return denoiser.predict(x, t, Condition(text, layouts))
+        return denoiser.predict(x, t, Condition(text, tuple(ControlInput(*one) for one in layouts)))
 
     plain, pose = run(), run(("pose", maps[0], 1.0))
     assert (plain - pose).abs().max() > 0.05  # they matter in these tests

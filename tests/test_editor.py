@@ -16,15 +16,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from iedit.runtime.backend_torch import TorchBackend
-from iedit.runtime.denoiser import Condition
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.denoise_step import Condition
 from iedit.runtime.editor import METHODS, EditRequest, EditResult, MaskOptions, Options, paste
 from iedit.runtime.editor import Editor as RealEditor
 from iedit.runtime.errors import Cancelled, RunError, UsageError
-from iedit.runtime.ito import Phase
-from iedit.runtime.models import load_model
+from iedit.runtime.model.model import load_model
+from iedit.runtime.options import ItoSettings
 from iedit.runtime.profile import Profile, Progress
-from iedit.runtime.stages import StageCache, tensor_digest
+from iedit.runtime.stage_cache import StageCache, tensor_digest
 
 SOURCE, PROMPT = "a red car on grass at noon", "a blue house on sand at sunset"
 Picture = Callable[..., Image.Image]
@@ -294,8 +294,8 @@ def test_changing_lambda_runs_the_final_pass_only(editor: RealEditor, picture: P
     first = editor.edit(asked)
     for options in (
         Options(lam=0.3),
-        Options(final=Phase(t_u=20)),
-        Options(final=Phase(k=3)),
+        Options(final=ItoSettings(t_u=20)),
+        Options(final=ItoSettings(k=3)),
         Options(composite="pixel"),
     ):
         second = editor.edit(dataclasses.replace(asked, options=options))
@@ -328,8 +328,8 @@ def test_changing_the_mask_threshold_repeats_neither_mask_nor_inversion(editor: 
         ({"options": Options(guidance_scale=3.0)}, {"mask", "guidance", "invert-guidance"}),
         ({"options": Options(negative_prompt="a cat")}, {"mask", "invert", "guidance", "invert-guidance"}),
         ({"options": Options(inversion_evaluate="source")}, {"invert", "invert-guidance"}),
-        ({"options": Options(guidance=Phase(k=2))}, {"guidance", "invert-guidance"}),
-        ({"options": Options(guidance=Phase(update="adam"))}, {"guidance", "invert-guidance"}),
+        ({"options": Options(guidance=ItoSettings(k=2))}, {"guidance", "invert-guidance"}),
+        ({"options": Options(guidance=ItoSettings(update="adam"))}, {"guidance", "invert-guidance"}),
         # Without a guidance image the clipped step is lam (1 - m)^2 (y - x) whatever L_rec is divided by: the same image.
         ({"options": Options(kept_area=True)}, {"guidance"}),
     ],
@@ -519,10 +519,10 @@ def test_an_empty_or_full_mask_is_said(editor: RealEditor, picture: Picture, fil
         ({"options": Options(inversion_scale=float("inf"))}, "inversion_scale is inf"),
         ({"options": Options(control_scale=float("nan"))}, "control_scale is nan"),
         ({"options": Options(control_scales=(("poes", 0.5),))}, "control_scales: .*poes.* it has pose, scribble"),
-        ({"options": Options(final=Phase(k=0))}, "k >= 1"),
-        ({"options": Options(guidance=Phase(t_u=-1))}, "t_u >= 0"),
-        ({"options": Options(refinement=Phase(lr=0))}, "lr > 0"),
-        ({"options": Options(final=Phase(lr=float("nan")))}, "lr > 0"),
+        ({"options": Options(final=ItoSettings(k=0))}, "k >= 1"),
+        ({"options": Options(guidance=ItoSettings(t_u=-1))}, "t_u >= 0"),
+        ({"options": Options(refinement=ItoSettings(lr=0))}, "lr > 0"),
+        ({"options": Options(final=ItoSettings(lr=float("nan")))}, "lr > 0"),
         ({"options": Options(mask=MaskOptions(mode="magic"))}, "mask mode is 'magic'"),
         ({"options": Options(mask=MaskOptions(norm="max"))}, "mask norm is 'max'"),
         ({"options": Options(mask=MaskOptions(seeds=0))}, "mask seeds is 0"),

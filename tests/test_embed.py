@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def test_the_command_trains_every_part_and_writes_a_model_that_edits(tmp_path: P
     assert {p.stem for p in before} == set(embed.PARTS)
     embed.train_all(tmp_path / "work", said.append, out=tmp_path / "model")  # finished parts are not trained again
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    text = embed.card(tmp_path / "work", out, "FIGURES")
+    text = embed.card(out, "FIGURES")
     assert (
         f"Made on two CPU cores, {'bfloat16 autocast' if cpu.has_arithmetic(torch.bfloat16) else 'float32'}, AdamW"
         in text
@@ -61,11 +62,36 @@ def test_the_command_trains_every_part_and_writes_a_model_that_edits(tmp_path: P
     assert all(f"| {name} | 2 | 4 | 0.001 |" in text for name in embed.PARTS)
 
 
+@pytest.mark.usefixtures("small")
+def test_a_finished_model_is_trained_on_and_what_is_not_trained_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = embed.train_all(tmp_path / "first", lambda _: None, out=tmp_path / "base")
+    monkeypatch.setattr(embed, "CONTINUED", {n: embed.Part(2, 4, 1e-2, seed=1) for n in embed.CONTINUED})
+    out = embed.train_all(tmp_path / "second", lambda _: None, out=tmp_path / "better", base=base)
+    weights = {p.relative_to(out): p.read_bytes() for p in out.rglob("*.safetensors")}
+    changed = {str(p.parent) for p, data in weights.items() if (base / p).read_bytes() != data}
+    assert changed == {"unet", "text_encoder", "controlnet-pose", "controlnet-scribble"}
+    history = json.loads((out / embed.HISTORY_FILE).read_text())
+    assert [r["part"] for r in history] == [*embed.PARTS, *embed.CONTINUED] and history[-1]["seed"] == 1
+    again = embed.train_all(tmp_path / "second", lambda _: None, out=tmp_path / "again")  # the base is known
+    assert (again / "unet" / embed.UNET_FILE).read_bytes() == weights[Path("unet") / embed.UNET_FILE]
+    with pytest.raises(ValueError, match="holds a run from scratch"):
+        embed.train_all(tmp_path / "first", lambda _: None, base=base)
+    with pytest.raises(ValueError, match="goes on from another model"):
+        embed.train_all(tmp_path / "second", lambda _: None, base=out)
+
+
 def test_training_computes_in_bfloat16_only_where_the_processor_has_arithmetic_for_it_and_the_card_says_in_what(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embed, "PARTS", {"fit": embed.Part(2, 2, 1e-3)})
     seen = []
+
+    def card() -> str:
+        history = embed.training_history(embed.plan_of(tmp_path))
+        (tmp_path / embed.HISTORY_FILE).write_text(json.dumps(history))
+        return embed.card(tmp_path, "FIGURES")
 
     def train(steps: int, **features: bool) -> str:
         monkeypatch.setattr(cpu, "features", lambda: features)
@@ -80,7 +106,7 @@ def test_training_computes_in_bfloat16_only_where_the_processor_has_arithmetic_f
         embed.train_loop(
             "fit", embed.Part(steps, 2, 1e-3), nn.ModuleDict({"net": net}), loss_of, tmp_path, lambda _: None
         )
-        return embed.card(tmp_path, tmp_path, "FIGURES")
+        return card()
 
     assert "two CPU cores, float32, AdamW" in train(1, avx2=True)
     assert "two CPU cores, float32 and bfloat16 autocast, AdamW" in train(2, avx2=True, avx512_bf16=True)
@@ -90,7 +116,7 @@ def test_training_computes_in_bfloat16_only_where_the_processor_has_arithmetic_f
     state = torch.load(path, weights_only=True)
     del state["arithmetic"]
     torch.save(state, path)  # as checkpoints were before they said it, when it was always bfloat16
-    assert "two CPU cores, bfloat16 autocast, AdamW" in embed.card(tmp_path, tmp_path, "FIGURES")
+    assert "two CPU cores, bfloat16 autocast, AdamW" in card()
 
 
 def loop(work: Path, part: embed.Part, stop_at: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from iedit.runtime.engine_spec import (
+from iedit.runtime.backends.engine_spec import (
     SPEC_FILE,
     EngineSpec,
     Shapes,
@@ -58,11 +58,11 @@ def test_every_field_that_differs_is_named() -> None:
 
 
 def test_a_call_must_fit_one_of_the_ranges() -> None:
-    assert SPEC.too_small(4, 512, 768) == []
-    assert SPEC.too_small(1, 1024, 1024) == []
-    (why,) = SPEC.too_small(2, 1024, 512)
+    assert SPEC.out_of_range(4, 512, 768) == []
+    assert SPEC.out_of_range(1, 1024, 1024) == []
+    (why,) = SPEC.out_of_range(2, 1024, 512)
     assert why == "onnx unet+pose engine was built for height 64-768, asked for 1024 or batch 1-1, asked for 2"
-    assert dataclasses.replace(SPEC, shapes=(Shapes(),)).too_small(64, 4096, 4096) == []
+    assert dataclasses.replace(SPEC, shapes=(Shapes(),)).out_of_range(64, 4096, 4096) == []
 
 
 def test_a_missing_or_changed_file_is_named(engine: Path) -> None:

@@ -17,9 +17,9 @@ from click.testing import CliRunner, Result
 
 from iedit.export import cli as commands
 from iedit.export.onnx import export_onnx
-from iedit.runtime.cli import main
-from iedit.runtime.engine_spec import SPEC_FILE, engines_folder, new_build, read_spec, write_spec
-from iedit.runtime.models import load_model, read_digests
+from iedit.runtime.backends.engine_spec import SPEC_FILE, engines_folder, new_build, read_spec, write_spec
+from iedit.runtime.cli.main import main
+from iedit.runtime.model.model import load_model, read_digests
 
 logging.getLogger("torch.__trace").setLevel(logging.WARNING)
 
@@ -44,7 +44,7 @@ def engines(built: Path, tmp_path: Path) -> Path:
 
 def test_help_imports_neither_torch_nor_onnx(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom iedit.runtime.cli import main\n"
+        "import sys\nfrom iedit.runtime.cli.main import main\n"
         "for words in (['--help'], ['export', '--help'], ['export', 'onnx', '--help'], ['engines', 'prune', '--help']):\n"
         "    try:\n        main(words)\n    except SystemExit as end:\n        assert not end.code\n"
         "assert not {'torch', 'onnx', 'onnxruntime', 'diffusers'} & set(sys.modules)\n"
@@ -177,7 +177,7 @@ def test_engines_of_another_model_go_only_when_a_model_is_named(engines: Path) -
 
 
 def test_a_build_that_is_under_way_is_left_alone(engines: Path) -> None:
-    from iedit.runtime.engine_spec import build_lock
+    from iedit.runtime.backends.engine_spec import build_lock
 
     building = new_build(engines / "onnx-fp32" / "unet")
     with build_lock(building.with_name("unet")):
@@ -277,7 +277,7 @@ def test_an_edit_leaves_nothing_in_the_users_home(
     home = tmp_path / "home"
     home.mkdir()
     code = (
-        "import sys\nfrom iedit.runtime.cli import main\n"
+        "import sys\nfrom iedit.runtime.cli.main import main\n"
         "main(sys.argv[1:], standalone_mode=False)\n"
         "print('onnxruntime' in sys.modules)\n"
     )
@@ -336,7 +336,7 @@ def test_a_controlnet_alone_is_exported_when_asked_for(tiny: Any, tmp_path: Path
     import numpy as np
     import torch
 
-    from iedit.runtime.backend_onnx import new_session
+    from iedit.runtime.backends.ort import new_session
 
     (spec,) = export_onnx(tiny, tmp_path, modules=["controlnet-pose"])
     assert spec.weights == tiny.module_digest("controlnet-pose")

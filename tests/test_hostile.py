@@ -31,9 +31,11 @@ from click.testing import CliRunner, Result
 from PIL import Image, ImageDraw, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from iedit.runtime import images, models, stages
-from iedit.runtime.cli import main
+from iedit.runtime import images
+from iedit.runtime import stage_cache as stages
+from iedit.runtime.cli.main import main
 from iedit.runtime.layouts import annotate
+from iedit.runtime.model import model as models
 
 SEED = int(os.environ.get("IEDIT_HOSTILE_SEED", "20261125"))  # another one is another corpus
 LONGEST = 10.0  # seconds of the processor for a case
@@ -486,7 +488,7 @@ def _damage_entry(draw: random.Random, path: Path, others: list[Path]) -> None:
     else:
         value = {"NaN": held["value"] * float("nan"), "foreign": held["value"], "shape": held["value"].flatten()}[kind]
         made = {"weight" if kind == "foreign" else "value": value}
-        save_file(made, path, {"iedit": path.stem, "digest": stages._content(path.stem, made)})
+        save_file(made, path, {"iedit": path.stem, "digest": stages._content(path.stem, value)})
 
 
 def test_cache_entries(sandbox: Sandbox, reference: Any) -> None:
@@ -519,7 +521,7 @@ def test_cache_entries(sandbox: Sandbox, reference: Any) -> None:
 
 def _engine(folder: Path, model: Path, module: str) -> dict[str, Any]:
     """A whole engine by its spec and digests, whose graph is noise. Returns what is in its spec."""
-    from iedit.runtime.engine_spec import EngineSpec, Shapes, write_spec
+    from iedit.runtime.backends.engine_spec import EngineSpec, Shapes, write_spec
 
     digest = models.module_digest(models.read_digests(str(model)).parts, module)
     folder.mkdir(parents=True)
@@ -581,7 +583,7 @@ def test_engines(sandbox: Sandbox, reference: Any) -> None:
 )
 def test_processes(sandbox: Sandbox, root: Path, what: str) -> None:
     """What a process of its own does, seen from outside."""
-    code = "from iedit.runtime.cli import main; main(prog_name='iedit')"
+    code = "from iedit.runtime.cli.main import main; main(prog_name='iedit')"
     words = ["edit", "in.png", *WORDS, "--model", str(sandbox.model), "--output", "out.png"]
     if what == "a pipe as the picture":
         os.mkfifo("pipe.png")

@@ -19,19 +19,28 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from iedit.kernels.mask_map import difference, mask_map, normalise
-from iedit.runtime.backend_compile import CompileBackend
-from iedit.runtime.backend_onnx import OnnxBackend
-from iedit.runtime.backend_torch import TorchBackend
-from iedit.runtime.backends import Backend, why_unavailable
-from iedit.runtime.denoiser import Condition, Network, NoisedReference, TrajectoryReference, invert
+from iedit.runtime.backends import why_unavailable
+from iedit.runtime.backends.base import Backend
+from iedit.runtime.backends.compiled import CompileBackend
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.backends.ort import OnnxBackend
+from iedit.runtime.denoise_step import Condition
 from iedit.runtime.editor import Editor as RealEditor
 from iedit.runtime.editor import EditRequest, EditResult, MaskOptions, Options
-from iedit.runtime.ito import Phase, ito_pass, masked_sampling
-from iedit.runtime.mask import estimate
-from iedit.runtime.models import load_model
+from iedit.runtime.model.model import load_model
+from iedit.runtime.network import Network
+from iedit.runtime.options import ItoSettings
 from iedit.runtime.profile import Profile
-from iedit.runtime.schedule import PREDICTIONS, add_noise, seeded_noise
-from iedit.runtime.stages import StageCache
+from iedit.runtime.sampling import (
+    NoisedReference,
+    TrajectoryReference,
+    estimate_mask,
+    invert,
+    ito_pass,
+    masked_sampling,
+)
+from iedit.runtime.schedule import PREDICTIONS, add_noise, ddim_coefficients, seeded_noise
+from iedit.runtime.stage_cache import StageCache
 from iedit.training import truth
 
 SOURCE, PROMPT = "a red car on grass at noon", "a blue house on sand at sunset"
@@ -171,16 +180,19 @@ def test_2_masked_sdedit_with_a_full_mask_is_sdedit(model: Any, picture: Picture
 # --- 3 and 4: lambda 1, no updates --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", [Phase(), Phase(k=3), Phase(update="adam"), Phase(k=2, update="adam", carry=True)])
-def test_3_lambda_one_is_the_guided_path_with_guidance_of_weight_zero(model: Any, phase: Phase) -> None:
-    levels = model.schedule.levels(6)
+@pytest.mark.parametrize(
+    "settings",
+    [ItoSettings(), ItoSettings(k=3), ItoSettings(update="adam"), ItoSettings(k=2, update="adam", carry=True)],
+)
+def test_3_lambda_one_is_the_guided_path_with_guidance_of_weight_zero(model: Any, settings: ItoSettings) -> None:
+    path = model.schedule.levels(6).path()
     y, x, g = torch.randn(3, 7, 2, *SHAPE, generator=torch.Generator().manual_seed(0))
     told = Condition(model.encode_text([PROMPT, SOURCE]))
     results = [
-        network_of(model).drive(ito_pass(network_of(model), y[0], levels, 0, told, told.with_text(model.encode_text([""])), 5.0,
-                 source=TrajectoryReference(x, levels), guidance=guidance, mask=(x[0, :, :1] > 0).float(),
-                 lam=torch.ones(2), phase=phase))
-        for guidance in (None, TrajectoryReference(g, levels))
+        network_of(model).run(ito_pass(y[0], path, told, told.with_prompt(model.encode_text([""])), 5.0,
+                 source=TrajectoryReference(x, path), guidance=guidance, mask=(x[0, :, :1] > 0).float(),
+                 lam=torch.ones(2), settings=settings))
+        for guidance in (None, TrajectoryReference(g, path))
     ]  # fmt: skip
     assert torch.equal(*results)
 
@@ -197,14 +209,15 @@ def test_3_lambda_one_never_runs_the_guidance_stage(model: Any, picture: Picture
 
 
 def test_4_no_updates_is_plain_ddim_from_the_inverted_latent(model: Any, picture: Picture) -> None:
-    asked = request(picture, options=Options(guidance_scale=7.5, final=Phase(t_u=0)))
+    asked = request(picture, options=Options(guidance_scale=7.5, final=ItoSettings(t_u=0)))
     editor = editor_of(model, share=False)
     result = editor.edit(asked)
     network, levels = network_of(model), model.schedule.levels(10)
     states = {t: editor.model.encode_text([t]) for t in (SOURCE, PROMPT, "")}
-    trajectory = network.drive(invert(network, result.source_latent[None], levels, 0, Condition(states[SOURCE])))
-    want = network.drive(masked_sampling(network, trajectory[0], levels, 0, Condition(states[PROMPT]), Condition(states[""]), 7.5,
-                           source=None, mask=None))  # fmt: skip
+    trajectory = network.run(invert(result.source_latent[None], levels.path(), Condition(states[SOURCE])))
+    want = network.run(
+        masked_sampling(trajectory[0], levels.path(), Condition(states[PROMPT]), Condition(states[""]), 7.5)
+    )
     assert torch.equal(result.latent, want[0])
     # The network rounds differently beside the samples of the guidance image; nothing else may.
     assert gap(editor_of(model).edit(asked).latent, want[0]) < 1e-4
@@ -215,7 +228,7 @@ def test_4_no_updates_is_plain_ddim_from_the_inverted_latent(model: Any, picture
 def test_4_the_same_prompt_without_guidance_reconstructs(model: Any, picture: Picture, record_property: Any) -> None:
     editor, errors = editor_of(model), {}
     for steps in (10, 25, 100):
-        options = Options(guidance_scale=1.0, final=Phase(t_u=0), lam=1.0, mask=MaskOptions(mode="none"))
+        options = Options(guidance_scale=1.0, final=ItoSettings(t_u=0), lam=1.0, mask=MaskOptions(mode="none"))
         result = editor.edit(EditRequest(picture(0), SOURCE, SOURCE, steps=steps, options=options))
         errors[steps] = float(
             (result.latent - result.source_latent).square().mean().sqrt() / result.source_latent.std()
@@ -245,7 +258,9 @@ BATCHED = [
     ("ito", Options(mask=MaskOptions(seeds=3))),
     (
         "ito",
-        Options(mask=MaskOptions(mode="trajectory", seeds=2), refine=True, final=Phase(k=3, update="adam", carry=True)),
+        Options(
+            mask=MaskOptions(mode="trajectory", seeds=2), refine=True, final=ItoSettings(k=3, update="adam", carry=True)
+        ),
     ),
     ("ito", Options(mask=MaskOptions(norm="clamp", seeds=3), kept_area=True, composite="latent", inversion_scale=2.0)),
     ("iedit", Options(mask=MaskOptions(norm="clamp", sigma=0.5, seeds=3))),
@@ -286,7 +301,7 @@ def test_5_a_batch_is_its_single_runs_to_the_networks_rounding(
 def test_5_a_batch_of_ito_is_its_single_runs_to_the_networks_rounding(model: Any, picture: Picture) -> None:
     """Adam divides by |gradient|: where that is as small as its rounding, the update's sign is the rounding's. So an
     edit can only be compared where the gradient is not: without updates everywhere, with them in nearly all cells."""
-    for options, share in ((Options(final=Phase(t_u=0), guidance=Phase(t_u=0)), 1.0), (Options(), 0.9)):
+    for options, share in ((Options(final=ItoSettings(t_u=0), guidance=ItoSettings(t_u=0)), 1.0), (Options(), 0.9)):
         requests = batch_of(picture, "ito", options)
         together = editor_of(model).edit_many(requests)
         for asked, result in zip(requests, together, strict=True):
@@ -311,7 +326,7 @@ class Constant:
 def test_7_inversion_then_sampling_of_a_constant_network_is_exact(model: Any, picture: Picture, steps: int) -> None:
     """In float64, to 1e-12, in test_denoiser.py; here the whole edit in float32. Sampling multiplies a rounding of the
     noisiest latent by 1 / sqrt(abar) of its level, 15; of the steps next to it a little less: some 8 such roundings."""
-    options = Options(final=Phase(t_u=0), guidance_scale=7.5)
+    options = Options(final=ItoSettings(t_u=0), guidance_scale=7.5)
     result = editor_of(model, denoiser=Constant()).edit(request(picture, steps=steps, options=options))
     noisiest = seeded_noise(3, "constant", SHAPE).abs().max() + result.source_latent.abs().max()
     bound = 8 * 2**-24 * noisiest / model.schedule.levels(steps).abar[0] ** 0.5
@@ -507,8 +522,9 @@ def test_9_inversion_is_diffedits_invert(model: Any, picture: Picture, monkeypat
             other = editor_of(model, prediction).model
             levels = other.schedule.levels(20)
             told = Condition(model.encode_text([SOURCE, PROMPT]))
-            got = network_of(other).drive(invert(network_of(other), x0, levels, levels.start(ratio), told,
-                         uncond=told.with_text(model.encode_text([""])), scale=scale))  # fmt: skip
+            got = network_of(other).run(
+                invert(x0, levels.path(levels.start(ratio)), told, told.with_prompt(model.encode_text([""])), scale)
+            )
             assert torch.equal(got[-1], x0)
             gaps = [gap(a, b) for a, b in zip(got[:-1], want, strict=True)]
             assert max(gaps) < 1e-5
@@ -541,10 +557,10 @@ def test_9_an_ito_edit_is_the_equations_with_diffusers_and_autograd(
     Adam's, which could be missed without a fault: it makes a step of full size also out of a gradient that is rounding."""
     from diffusers import DDIMInverseScheduler
 
-    steps, lam, phase, mask = 8, 0.6, Phase(t_u=5, k=k, update=update), square()
+    steps, lam, phase, mask = 8, 0.6, ItoSettings(t_u=5, k=k, update=update), square()
     options = Options(lam=lam, guidance_scale=7.5, guidance=phase, final=phase)
     if refine:
-        options = dataclasses.replace(options, refine=True, refinement=Phase(t_u=6, update=update))
+        options = dataclasses.replace(options, refine=True, refinement=ItoSettings(t_u=6, update=update))
     result = editor_of(model).edit(request(picture, steps=steps, mask=mask, options=options))
     scheduler = parts_of(model, model.schedule.prediction)["scheduler"]
     inverse = DDIMInverseScheduler.from_config(scheduler.config)
@@ -613,15 +629,15 @@ def test_unconditional_halves_that_cancel_need_not_be_evaluated(model: Any) -> N
     low = model.encode_text([""])
     network = network_of(model)
     with network.profile.stage("mask"):
-        heat = network.drive(
-            estimate(network, x0, noise, levels, edit, source, uncond=low, scale=7.5, strength=0.5, mode="single")
+        heat = network.run(
+            estimate_mask(
+                x0, noise, levels.path(5), edit, source, uncond=low, scale=7.5, mode="single", prediction="epsilon"
+            )
         )
     assert network.profile.evaluations["mask"] == 2 * 2 * 3 and network.profile.calls["mask"] == 1
     x = add_noise(x0[:, None], noise, levels.abar[5]).flatten(0, 1)
     full = [
-        network.drive(network.guided(x, levels.timesteps[5], c.repeat(3), c.repeat(3).with_text(low), 7.5)).unflatten(
-            0, (2, 3)
-        )
+        network.predict(x, levels.timesteps[5], c.repeat(3), c.repeat(3).with_prompt(low), 7.5).unflatten(0, (2, 3))
         for c in (edit, source)
     ]
     want = difference(*full)
@@ -636,9 +652,17 @@ def test_the_trajectory_mask_compares_the_last_sampling_step(model: Any) -> None
     edit, source, low = (Condition(model.encode_text([t])) for t in (PROMPT, SOURCE, ""))
     network = network_of(model)
     with network.profile.stage("mask"):
-        heat = network.drive(
-            estimate(
-                network, x0, noise, levels, edit, source, uncond=low.text, scale=7.5, strength=1.0, mode="trajectory"
+        heat = network.run(
+            estimate_mask(
+                x0,
+                noise,
+                levels.path(),
+                edit,
+                source,
+                uncond=low.prompt_embeds,
+                scale=7.5,
+                mode="trajectory",
+                prediction="epsilon",
             )
         )
     assert network.profile.evaluations["mask"] == 10 * 2 * 2 * 2 and network.profile.calls["mask"] == 10
@@ -648,13 +672,9 @@ def test_the_trajectory_mask_compares_the_last_sampling_step(model: Any) -> None
         for told in (edit, source):
             y = add_noise(x0, noise[:, seed], levels.abar[0])
             for i in range(9):
-                y = network.step(
-                    y,
-                    network.drive(network.guided(y, levels.timesteps[i], told, low, 7.5)),
-                    levels.abar[i],
-                    levels.abar[i + 1],
-                )
-            last.append(network.drive(network.guided(y, levels.timesteps[9], told, low, 7.5)))
+                c_x, c_out = ddim_coefficients(levels.abar[i], levels.abar[i + 1])
+                y = c_x * y + c_out * network.predict(y, levels.timesteps[i], told, low, 7.5)
+            last.append(network.predict(y, levels.timesteps[9], told, low, 7.5))
         total += (last[0] - last[1]).abs().mean(1, keepdim=True) / 2
     assert gap(heat, total) < 1e-4
 
@@ -663,9 +683,10 @@ def test_the_reference_of_masked_sampling_is_at_the_level_of_the_latent(model: A
     """One level late, as diffusers' DiffEdit blends, an empty mask would not return its input."""
     levels, x0 = model.schedule.levels(10), torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
-    reference = NoisedReference(x0, noise, levels)
-    assert reference(10) is x0
-    assert torch.equal(reference(3), add_noise(x0, noise, levels.abar[3]))
+    path = levels.path()
+    reference = NoisedReference(x0, noise, path)
+    assert reference.at(path[10]) is x0
+    assert torch.equal(reference.at(path[3]), add_noise(x0, noise, levels.abar[3]))
     trajectory = torch.randn(8, 1, *SHAPE)  # from level 3 on
-    assert torch.equal(TrajectoryReference(trajectory, levels)(3), trajectory[0])
-    assert torch.equal(TrajectoryReference(trajectory, levels)(10), trajectory[7])
+    held = TrajectoryReference(trajectory, levels.path(3))
+    assert torch.equal(held.at(path[3]), trajectory[0]) and torch.equal(held.at(path[10]), trajectory[7])

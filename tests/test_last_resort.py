@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from iedit.runtime import images
-from iedit.runtime.cli import main
+from iedit.runtime.cli.main import main
 
 WORDS = ["edit", "in.png", "--prompt", "a red car"]
 

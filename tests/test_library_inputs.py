@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from iedit.runtime.backend_torch import TorchBackend
-from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options, Phase
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.editor import Editor, EditRequest, ItoSettings, MaskOptions, Options
 from iedit.runtime.errors import Cancelled, UsageError
 
 
@@ -69,7 +69,7 @@ def test_paths_and_arrays_are_pictures(editor: Editor, asked: EditRequest, tmp_p
         ({"options": Options(refine=1)}, "options.refine is 1, a int; expected bool"),  # type: ignore[arg-type]
         ({"options": Options(mask=None)}, "options.mask is a NoneType, expected MaskOptions"),  # type: ignore[arg-type]
         ({"options": Options(mask=MaskOptions(seeds=2.0))}, "options.mask.seeds is 2.0"),  # type: ignore[arg-type]
-        ({"options": Options(final=Phase(k="1"))}, "options.final.k is '1'"),  # type: ignore[arg-type]
+        ({"options": Options(final=ItoSettings(k="1"))}, "options.final.k is '1'"),  # type: ignore[arg-type]
         ({"options": Options(control_scales=[("pose", 1.0)])}, "options.control_scales is"),  # type: ignore[arg-type]
     ],
 )

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from iedit.kernels.mask_map import difference
-from iedit.runtime.backend_torch import TorchBackend
-from iedit.runtime.denoiser import Condition, Network
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.denoise_step import Condition
 from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
-from iedit.runtime.mask import estimate, rounding_level
+from iedit.runtime.network import Network
 from iedit.runtime.profile import Profile
+from iedit.runtime.sampling import estimate_mask, rounding_level
 from iedit.runtime.schedule import PREDICTIONS, add_noise, ddim_coefficients, to_epsilon
 
 SOURCE, PROMPT = "a red car on grass at noon", "a blue house on sand at sunset"
@@ -36,7 +37,7 @@ class Rounding:
         self.calls: list[Tensor] = []
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        self.calls.append(condition.text)
+        self.calls.append(condition.prompt_embeds)
         place = torch.arange(len(x)).view(-1, 1, 1, 1) + len(x)
         return self.inner.predict(x, t, condition) * (1 + self.size * torch.sin(place + draw(*SHAPE)))
 
@@ -64,13 +65,13 @@ def test_both_conditions_of_a_seed_are_in_one_call(tiny: Any, max_batch: int) ->
     levels = tiny.schedule.levels(4)
     for mode in ("single", "trajectory"):
         with network.profile.stage("mask"):
-            network.drive(estimate(network, draw(2, *SHAPE), draw(2, 3, *SHAPE), levels, edit, source, uncond=low.text,
-                                   scale=5.0, strength=0.5, mode=mode))  # fmt: skip
+            network.run(estimate_mask(draw(2, *SHAPE), draw(2, 3, *SHAPE), levels.path(2), edit, source, uncond=low.prompt_embeds,
+                                      scale=5.0, mode=mode, prediction="epsilon"))  # fmt: skip
     sizes = set()
     for text in fake.calls:
         sizes.add(len(text))
         told = [
-            next(n for n, c in (("edit", edit), ("source", source), ("", low)) if torch.equal(row, c.text[0]))
+            next(n for n, c in (("edit", edit), ("source", source), ("", low)) if torch.equal(row, c.prompt_embeds[0]))
             for row in text
         ]
         pairs = list(zip(told[::2], told[1::2], strict=True))
@@ -89,16 +90,16 @@ def test_a_difference_of_rounding_is_no_difference_and_a_small_real_one_is(tiny:
         def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             where = torch.zeros(8, 8)
             where[2:5, 3:6] = self.size
-            return x + where * condition.text.mean((1, 2)).view(-1, 1, 1, 1)
+            return x + where * condition.prompt_embeds.mean((1, 2)).view(-1, 1, 1, 1)
 
     edit, source, low = (Condition(torch.full((2, 3, 2), v)) for v in (1.0, -1.0, 0.0))
 
     def heat(size: float) -> Tensor:
         network = Network(Answers(size), "epsilon", 64, Profile())
         with network.profile.stage("mask"):
-            found: Tensor = network.drive(
-                estimate(network, x0, noise, levels, edit, source, uncond=low.text, scale=5.0, strength=0.5,
-                         mode="single", rounding=rounding_level(torch.float32))
+            found: Tensor = network.run(
+                estimate_mask(x0, noise, levels.path(5), edit, source, uncond=low.prompt_embeds, scale=5.0, mode="single",
+                              prediction="epsilon", rounding=rounding_level(torch.float32))
             )  # fmt: skip
         return found
 
@@ -140,8 +141,8 @@ def test_a_trajectory_compares_the_noise_of_its_last_step_and_is_denoised_with_g
     edit, source, low = (Condition(tiny.encode_text([t])) for t in (PROMPT, SOURCE, ""))
     network = Network(TorchBackend(tiny), prediction, 64, Profile())
     with network.profile.stage("mask"):
-        heat = network.drive(estimate(network, x0, noise, levels, edit, source, uncond=low.text, scale=3.0, strength=1.0,
-                                      mode="trajectory", guided=guided))  # fmt: skip
+        heat = network.run(estimate_mask(x0, noise, levels.path(), edit, source, uncond=low.prompt_embeds, scale=3.0,
+                                         mode="trajectory", prediction=prediction, guided=guided))  # fmt: skip
         assert network.profile.evaluations["mask"] == 2 * 2 * (6 * 2 - (0 if guided else 1))
         want = by_hand(network, levels, prediction, x0, noise, [edit, source], low, 3.0, guided)
     assert float((heat - want).abs().max() / want.max()) < 1e-4

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from iedit.runtime.backend_torch import TorchBackend
-from iedit.runtime.checkpoint import find_folder, picturebook_folder
+from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.editor import Editor, EditRequest
 from iedit.runtime.errors import RunError, UsageError
-from iedit.runtime.models import Model, describe, load_model, read_digests
-from iedit.runtime.stages import StageCache
+from iedit.runtime.model.checkpoint import find_folder, picturebook_folder
+from iedit.runtime.model.model import Model, describe, load_model, read_digests
+from iedit.runtime.stage_cache import StageCache
 
 
 class FakeVae(nn.Module):
@@ -119,7 +119,7 @@ def test_an_unknown_dtype_is_refused(tiny_checkpoint_cli: Path) -> None:
 def test_an_installation_without_the_embedded_model_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("iedit.runtime.checkpoint.picturebook_folder", lambda: tmp_path / "picturebook")
+    monkeypatch.setattr("iedit.runtime.model.checkpoint.picturebook_folder", lambda: tmp_path / "picturebook")
     with pytest.raises(UsageError, match="iedit train embed"):
         find_folder("picturebook")
     assert "iedit train embed" in describe("picturebook")["problem"]
@@ -129,7 +129,7 @@ def test_an_installation_without_the_embedded_model_says_how_to_get_it(
 def test_of_a_hub_repository_only_one_variant_of_the_weights_is_fetched() -> None:
     from fnmatch import fnmatch
 
-    from iedit.runtime.checkpoint import HUB_FILES
+    from iedit.runtime.model.checkpoint import HUB_FILES
 
     def fetched(name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in HUB_FILES)
@@ -179,11 +179,11 @@ def test_a_checkpoint_may_recommend_how_many_steps_are_updated(tiny: Model) -> N
     import dataclasses
 
     from iedit.runtime.editor import Options
-    from iedit.runtime.ito import Phase
+    from iedit.runtime.options import ItoSettings
 
     told = dataclasses.replace(tiny, text_update_share=1.0)
     for model, wanted in ((tiny, 12), (told, 20)):
-        settled = Options(final=Phase(t_u=3)).settled(model, 20)
+        settled = Options(final=ItoSettings(t_u=3)).settled(model, 20)
         assert (settled.guidance.t_u, settled.final.t_u, settled.refinement.t_u) == (wanted, 3, 6)
         assert Options().settled(model, 20, layouts=True).final.t_u == 12  # measured on text edits, said of them only
 

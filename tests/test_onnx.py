@@ -24,13 +24,14 @@ from torch import Tensor
 
 from iedit.export import onnx as exporter
 from iedit.export import verify
-from iedit.runtime import backend_onnx
-from iedit.runtime.backend_onnx import OnnxBackend, instance_norms, new_session
-from iedit.runtime.backend_torch import TorchBackend
-from iedit.runtime.backends import Ladder, load_backend
-from iedit.runtime.denoiser import Condition
+from iedit.runtime.backends import load_backend
+from iedit.runtime.backends import ort as backend_onnx
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.backends.engine_spec import SPEC_FILE, EngineSpec, damaged, find_engines, read_spec
+from iedit.runtime.backends.fallback import FallbackBackend
+from iedit.runtime.backends.ort import OnnxBackend, instance_norms, new_session
+from iedit.runtime.denoise_step import Condition, ControlInput
 from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
-from iedit.runtime.engine_spec import SPEC_FILE, EngineSpec, damaged, find_engines, read_spec
 from iedit.runtime.errors import RunError, UsageError
 from iedit.runtime.profile import Profile
 
@@ -57,12 +58,12 @@ def backend(tiny: Any, built: tuple[Path, list[EngineSpec]]) -> OnnxBackend:
 def _call(model: Any, batch: int, size: tuple[int, int], length: int, names: tuple[str, ...] = ()) -> tuple[Any, ...]:
     """Latents, a timestep for each sample, and a condition whose layouts and scales all differ."""
     draw = torch.Generator().manual_seed(batch * size[0] + size[1])
-    h, w = size[0] // model.factor, size[1] // model.factor
+    h, w = size[0] // model.vae_scale_factor, size[1] // model.vae_scale_factor
     x = torch.randn((batch, model.channels, h, w), generator=draw)
     t = torch.randint(0, 1000, (batch,), generator=draw)
     text = torch.randn((batch, length, model.unet.config.cross_attention_dim), generator=draw)
     maps = [torch.rand((batch, 3, *size), generator=draw) for _ in names]
-    return x, t, Condition(text, tuple((n, m, 0.5 + 0.4 * i) for i, (n, m) in enumerate(zip(names, maps))))
+    return x, t, Condition(text, tuple(ControlInput(n, m, 0.5 + 0.4 * i) for i, (n, m) in enumerate(zip(names, maps))))
 
 
 def _close(got: Tensor, wanted: Tensor, limit: float = 1e-4) -> None:
@@ -99,7 +100,7 @@ def test_the_vae_and_the_text_encoder_say_what_torch_says(
 
 def test_every_sample_has_a_timestep_and_a_result_of_its_own(tiny: Any, backend: OnnxBackend) -> None:
     x, _, condition = _call(tiny, 3, (64, 64), 7)
-    x, condition = x[:1].repeat(3, 1, 1, 1), condition.with_text(condition.text[:1])
+    x, condition = x[:1].repeat(3, 1, 1, 1), condition.with_prompt(condition.prompt_embeds[:1])
     output = backend.predict(x, torch.tensor([10, 500, 10]), condition)
     assert torch.allclose(output[0], output[2], atol=1e-6)
     assert not torch.allclose(output[0], output[1], atol=1e-3)
@@ -139,7 +140,7 @@ def test_the_hint_engine_is_a_part_of_the_fused_one(tiny: Any, engines: Path) ->
     profile = Profile()
     with profile.stage("final"):
         _close(ladder.predict(x, t, condition), TorchBackend(tiny).predict(x, t, condition))
-    (why,) = profile.steps_down[("unet+pose+scribble", "onnx")]
+    (why,) = profile.fallbacks[("unet+pose+scribble", "onnx")]
     assert "there is no engine for hint-scribble in" in why
     with pytest.raises(
         UsageError, match=r"backend 'onnx' cannot run unet\+pose\+scribble: there is no engine for hint-"
@@ -211,7 +212,7 @@ def test_a_graph_holds_no_tracebacks_and_two_exports_are_the_same(
 def test_the_graph_digest_is_of_the_graph_and_not_of_the_weights(
     tiny: Any, built: tuple[Path, list[EngineSpec]], build_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from iedit.runtime.models import load_model
+    from iedit.runtime.model.model import load_model
 
     other = load_model(str(build_checkpoint(tmp_path / "other", seed=1)), device="cpu")
     (spec,) = exporter.export_onnx(other, tmp_path / "engines", modules=["hint-pose"])
@@ -327,7 +328,7 @@ def test_a_flipped_byte_is_refused_by_name(tiny: Any, engines: Path, name: str) 
 def test_engines_of_another_model_are_refused_by_the_field(
     built: tuple[Path, list[EngineSpec]], build_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from iedit.runtime.models import load_model
+    from iedit.runtime.model.model import load_model
 
     other = load_model(str(build_checkpoint(tmp_path / "other", seed=1)), device="cpu")
     with pytest.raises(UsageError, match=r"weights: the engine has \w+, wanted \w+.*run `iedit export onnx"):
@@ -383,7 +384,7 @@ import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from iedit.export.onnx import export_onnx
-from iedit.runtime.models import load_model
+from iedit.runtime.model.model import load_model
 model = load_model(sys.argv[1], device="cpu")
 def tell(t):
     print(t.module, t.text, flush=True)
@@ -446,7 +447,7 @@ def test_an_edit_is_the_same_edit(tiny: Any, backend: OnnxBackend, picture: Any)
     assert {"unet", "unet+pose", "hint-pose", "vae_decoder", "vae_encoder"} <= set(calls)
     assert calls["hint-pose"]["calls"] < calls["unet+pose"]["calls"]  # once for a condition, not at every step
     assert sum(r["samples"] for m, r in calls.items() if m.startswith("unet")) == sum(got.profile.evaluations.values())
-    assert got.profile.steps_down == {}
+    assert got.profile.fallbacks == {}
 
 
 def test_the_first_call_of_a_module_is_cold_and_the_second_is_not(
@@ -464,7 +465,7 @@ def test_the_first_call_of_a_module_is_cold_and_the_second_is_not(
 def test_auto_steps_down_from_a_damaged_engine_and_says_why(tiny: Any, engines: Path, picture: Any) -> None:
     _flip(engines / "onnx-fp32" / "unet" / "model.onnx")
     ladder = load_backend("auto", tiny, engines)
-    assert isinstance(ladder, Ladder)
+    assert isinstance(ladder, FallbackBackend)
     result = Editor(tiny, ladder).edit(_request(picture))
     ran = {row["module"]: row["backend"] for row in result.profile.by_module()}
     assert ran | {"text_encoder": "onnx"} == {
@@ -473,14 +474,14 @@ def test_auto_steps_down_from_a_damaged_engine_and_says_why(tiny: Any, engines: 
         "unet": "torch",
         "vae_decoder": "onnx",
     }
-    why = result.profile.steps_down[("unet", "onnx")]
+    why = result.profile.fallbacks[("unet", "onnx")]
     assert any("files: model.onnx is not what was built" in w for w in why)
 
 
 def test_auto_without_engines_is_torch_and_says_why(tiny: Any, tmp_path: Path, picture: Any) -> None:
     result = Editor(tiny, load_backend("auto", tiny, tmp_path)).edit(_request(picture))
     assert {row["backend"] for row in result.profile.by_module()} == {"torch"}
-    assert "there are no ONNX engines in it" in result.profile.steps_down[("all", "onnx")][0]
+    assert "there are no ONNX engines in it" in result.profile.fallbacks[("all", "onnx")][0]
 
 
 def test_several_threads_share_a_backend(tiny: Any, built: tuple[Path, list[EngineSpec]]) -> None:
@@ -527,7 +528,7 @@ def test_samples_are_shared_out_to_threads_where_a_batch_divides(
 def test_out_of_memory_is_told_in_the_words_that_halve_the_batch(
     tiny: Any, backend: OnnxBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from iedit.runtime.denoiser import Network
+    from iedit.runtime.network import Network
 
     x, t, condition = _call(tiny, 4, (64, 64), 7)
     wanted = backend.predict(x, t, condition)
@@ -545,7 +546,7 @@ def test_out_of_memory_is_told_in_the_words_that_halve_the_batch(
     monkeypatch.setitem(backend._sessions, ("unet", 1), Small())
     profile = Profile()
     with profile.stage("final"):
-        output = Network(backend, "epsilon", 8, profile).predict(x, t, condition)
+        output = Network(backend, "epsilon", 8, profile).predict(x, int(t[0]), condition)
     _close(output, wanted)
     assert profile.calls["final"] == 2
     assert any("going on with batches of 2" in n for n in profile.notes)
@@ -557,7 +558,7 @@ def test_out_of_memory_is_told_in_the_words_that_halve_the_batch(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_edits_of_the_world_are_the_same_edits(tmp_path: Path) -> None:
-    from iedit.runtime.models import load_model
+    from iedit.runtime.model.model import load_model
     from iedit.training import truth
 
     model = load_model("picturebook", device="cpu")
@@ -602,7 +603,7 @@ _FULL_EXPORT = """
 import resource, sys, time
 from pathlib import Path
 from iedit.export.onnx import export_onnx
-from iedit.runtime.models import load_model
+from iedit.runtime.model.model import load_model
 began = time.time()
 model = load_model(sys.argv[1], layouts=[], device="cpu", dtype="float32")
 export_onnx(model, Path(sys.argv[2]), modules=["unet"])
@@ -615,7 +616,7 @@ _FULL_RUN = """
 import resource, sys, time
 from pathlib import Path
 import numpy as np
-from iedit.runtime.backend_onnx import new_session
+from iedit.runtime.backends.ort import new_session
 began = time.time()
 session = new_session(next(Path(sys.argv[1]).rglob("model.onnx")))
 print(f"load {time.time() - began:.0f} s", flush=True)

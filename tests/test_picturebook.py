@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from iedit.runtime.checkpoint import picturebook_folder
-from iedit.runtime.demo import sample_requests
+from iedit.runtime.cli.demo import sample_requests
 from iedit.runtime.editor import Editor, EditRequest
 from iedit.runtime.images import load_image
+from iedit.runtime.model.checkpoint import picturebook_folder
 from iedit.training import metrics, world
 from iedit.training.embed import images_to_tensor
 

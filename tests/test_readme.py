@@ -12,7 +12,7 @@ import click
 import pytest
 
 from iedit.runtime import METHODS
-from iedit.runtime.cli import main
+from iedit.runtime.cli.main import main
 
 
 def blocks(root: Path, language: str) -> list[str]:

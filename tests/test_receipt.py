@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from iedit.runtime import METHODS, receipt
-from iedit.runtime.backend_torch import TorchBackend
+from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
 from iedit.runtime.errors import UsageError
 

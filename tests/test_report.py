@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from iedit.runtime import report
-from iedit.runtime.cli import main
+from iedit.runtime.cli import report
+from iedit.runtime.cli.main import main
 from iedit.runtime.profile import Profile, module_call
 
 
@@ -29,7 +29,7 @@ def profile() -> Profile:
             with module_call("unet", "onnx", 3):
                 time.sleep(0.002)
             made.count({"invert": 1, "guidance": 2})
-    made.step_down("unet", "tensorrt", ["tensorrt is not installed", "no CUDA device"])
+    made.fallback("unet", "tensorrt", ["tensorrt is not installed", "no CUDA device"])
     return made
 
 

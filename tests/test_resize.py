@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from iedit.runtime.backend_torch import TorchBackend
-from iedit.runtime.cli import main
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.cli.main import main
 from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
 from iedit.runtime.errors import Cancelled, UsageError
 from iedit.runtime.images import read_receipt

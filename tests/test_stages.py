@@ -15,17 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from iedit.runtime import stages
-from iedit.runtime.backend_torch import TorchBackend
+from iedit.runtime import stage_cache as stages
+from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.editor import Editor, EditRequest, EditResult, MaskOptions, Options
 from iedit.runtime.errors import UsageError
-from iedit.runtime.stages import FOLDER, MARKER, StageCache, key_of, tensor_digest
+from iedit.runtime.stage_cache import FOLDER, MARKER, StageCache, key_of, tensor_digest
 
 KEYS = [key_of("test", i) for i in range(8)]
 
 
-def result_of(value: float, count: int = 25) -> dict[str, Tensor]:
-    return {"value": torch.full((count,), float(value))}  # 100 bytes
+def result_of(value: float, count: int = 25) -> Tensor:
+    return torch.full((count,), float(value))  # 100 bytes
 
 
 def entries(folder: Path) -> list[str]:
@@ -56,7 +56,7 @@ def test_memory_is_bounded_and_the_least_recently_used_goes_first() -> None:
         cache.put("0", result_of(7))  # the same key again takes no more room
     assert [cache.get(k) is not None for k in "023"] == [True] * 3
     found = cache.get("0")
-    assert found is not None and torch.equal(found["value"], result_of(7)["value"])
+    assert found is not None and torch.equal(found, result_of(7))
     assert StageCache(memory=0).get("0") is None
 
 
@@ -165,7 +165,9 @@ def _resave(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     """With other content; signed as the cache would, or with the old signature."""
     header = json.loads(path.read_bytes()[8 : 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]])
     told, held = header["__metadata__"], change(load_file(path))
-    save_file(held, path, told | {"digest": stages._content(told["iedit"], held)} if sign else None)
+    save_file(
+        held, path, told | {"digest": stages._content(told["iedit"], next(iter(held.values())))} if sign else None
+    )
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {

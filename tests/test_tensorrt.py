@@ -30,12 +30,16 @@ from iedit.export import onnx as graphs_of
 from iedit.export import tensorrt as builder
 from iedit.export.shapes import parse_shapes
 from iedit.export.tensorrt_cli import tensorrt as command
-from iedit.runtime import BACKENDS, backend_tensorrt, backends, module_io
-from iedit.runtime.backend_tensorrt import TensorrtBackend
-from iedit.runtime.backend_torch import Prepared, TorchBackend
-from iedit.runtime.denoiser import Condition
-from iedit.runtime.engine_spec import EngineSpec, Shapes, new_build, read_spec, write_spec
+from iedit.runtime import BACKENDS, backends
+from iedit.runtime.backends import trt as backend_tensorrt
+from iedit.runtime.backends.base import Backend
+from iedit.runtime.backends.eager import Prepared, TorchBackend
+from iedit.runtime.backends.engine_spec import EngineSpec, Shapes, new_build, read_spec, write_spec
+from iedit.runtime.backends.fallback import FallbackBackend
+from iedit.runtime.backends.trt import TensorrtBackend
+from iedit.runtime.denoise_step import Condition, ControlInput
 from iedit.runtime.errors import RunError, UsageError
+from iedit.runtime.model import module_io
 from iedit.runtime.profile import Profile
 
 HERE = Path(__file__).parent
@@ -83,7 +87,7 @@ class Machine:
         start = int(self.model.unet.config.block_out_channels[0])
         more_dims = {"image": images, "hint": [-1, start, -1, -1], "scale": [-1]}
         inputs = {n: dims.get(n) or (more_dims[n.split("_")[-1]], kind) for n in module_io.inputs(module)}
-        first, factor = next(iter(inputs)), self.model.factor
+        first, factor = next(iter(inputs)), self.model.vae_scale_factor
         rows: dict[str, list[Any]] = {
             "vae_encoder": [[first, 0, 1, 1], channels, [first, 2, 1, factor], [first, 3, 1, factor]],
             "vae_decoder": [[first, 0, 1, 1], 3, [first, 2, factor, 1], [first, 3, factor, 1]],
@@ -106,7 +110,7 @@ class Machine:
     ) -> EngineSpec:
         tokens = self.model.tokenizer.model_max_length
         longest = tokens if module == "text_encoder" else 2 * tokens
-        options = {"factor": self.model.factor, "text": (tokens, tokens, longest)} | more
+        options = {"factor": self.model.vae_scale_factor, "text": (tokens, tokens, longest)} | more
         return builder.build_tensorrt(self.graph(module, kind), self.folder / (name or module), shapes, **options)
 
     def condition(self, batch: int, seed: int = 0, layouts: bool = False, side: int = 64) -> Condition:
@@ -115,7 +119,7 @@ class Machine:
             batch, self.model.tokenizer.model_max_length, int(self.model.unet.config.cross_attention_dim)
         )
         maps = torch.rand(2, batch, 3, side, side)
-        named = (("pose", maps[0], 0.8), ("scribble", maps[1], 0.3)) if layouts else ()
+        named = (ControlInput("pose", maps[0], 0.8), ControlInput("scribble", maps[1], 0.3)) if layouts else ()
         return Condition(text, named)
 
 
@@ -130,10 +134,10 @@ def _functions(model: Any) -> dict[str, Callable[..., Tensor]]:
     def unet(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **layouts: Tensor) -> Tensor:
         names = sorted({n.rsplit("_", 1)[0] for n in layouts})
         assert all((layouts[f"{n}_scale"] == layouts[f"{n}_scale"][0]).all() for n in names)
-        named = tuple((n, layouts[f"{n}_hint"].float(), float(layouts[f"{n}_scale"][0])) for n in names)
+        named = tuple(ControlInput(n, layouts[f"{n}_hint"].float(), float(layouts[f"{n}_scale"][0])) for n in names)
         told = Condition(encoder_hidden_states.float(), named)
-        scales = {n: torch.tensor(scale) for n, _, scale in named}
-        ready = Prepared(told, told.text, {n: hint for n, hint, _ in named}, scales)
+        scales = {c.name: torch.tensor(c.scale) for c in named}
+        ready = Prepared(told, told.prompt_embeds, {c.name: c.image for c in named}, scales)
         with torch.no_grad():
             return torch_backend._predict(sample.float(), timestep, ready)
 
@@ -257,7 +261,7 @@ def test_a_build_is_an_engine_folder_with_its_spec(machine: Machine, version: st
     assert json.loads((folder / "inspector.json").read_text())["Layers"]
     plan = json.loads((folder / "engine.plan").read_text())
     tokens, width = machine.model.tokenizer.model_max_length, int(machine.model.unet.config.cross_attention_dim)
-    cells, start = 64 // machine.model.factor, int(machine.model.unet.config.block_out_channels[0])
+    cells, start = 64 // machine.model.vae_scale_factor, int(machine.model.unet.config.block_out_channels[0])
     assert plan["profiles"][0] == {
         "sample": [[1, 4, cells, cells], [2, 4, cells, cells], [4, 4, cells, cells]],
         "timestep": [[1], [2], [4]],
@@ -300,7 +304,7 @@ def test_a_build_that_stops_leaves_no_engine_and_the_one_before(machine: Machine
         folder = machine.graph("unet", **{stop: "could not find any implementation"})
         expected: Any = RunError if stop == "fail" else KeyboardInterrupt
         with pytest.raises(expected) as error:
-            builder.build_tensorrt(folder, machine.folder / name, [WIDE], factor=machine.model.factor)
+            builder.build_tensorrt(folder, machine.folder / name, [WIDE], factor=machine.model.vae_scale_factor)
         if stop == "fail":
             assert "could not build unet for tensorrt unet fp32" in str(error.value)
             assert "could not find any implementation" in str(error.value)
@@ -363,9 +367,9 @@ def built(machine: Machine) -> Machine:
 
 def test_an_engine_answers_as_torch_does(built: Machine) -> None:
     backend, want = TensorrtBackend(built.model, built.folder), TorchBackend(built.model)
-    assert isinstance(backend, backends.Backend) and backend.modules() == sorted(MODULES)
+    assert isinstance(backend, Backend) and backend.modules() == sorted(MODULES)
     model = built.model
-    side = 64 // model.factor
+    side = 64 // model.vae_scale_factor
     for layouts in (False, True):
         x, t = torch.randn(2, model.channels, side, side), torch.tensor([3, 700])  # a timestep per sample
         condition = built.condition(2, layouts=layouts)
@@ -384,11 +388,11 @@ def test_an_engine_answers_as_torch_does(built: Machine) -> None:
 
 def test_tensors_that_are_not_contiguous_or_of_another_type_are_taken(built: Machine) -> None:
     backend, want = TensorrtBackend(built.model, built.folder), TorchBackend(built.model)
-    side = 64 // built.model.factor
+    side = 64 // built.model.vae_scale_factor
     x = torch.randn(2, side, side, built.model.channels).permute(0, 3, 1, 2)
-    two = Condition(built.condition(1).text.expand(2, -1, -1).double())
+    two = Condition(built.condition(1).prompt_embeds.expand(2, -1, -1).double())
     t = torch.tensor([5, 5], dtype=torch.int32)
-    expected = want.predict(x.contiguous(), t, Condition(two.text.float()))
+    expected = want.predict(x.contiguous(), t, Condition(two.prompt_embeds.float()))
     assert torch.equal(backend.predict(x, t, two), expected)
 
 
@@ -396,10 +400,10 @@ def test_tensors_that_are_not_contiguous_or_of_another_type_are_taken(built: Mac
 def test_inputs_and_outputs_of_a_half_engine_are_converted(machine: Machine, kind: str, dtype: torch.dtype) -> None:
     machine.build("unet", kind=kind)
     backend = TensorrtBackend(machine.model, machine.folder)
-    side = 64 // machine.model.factor
+    side = 64 // machine.model.vae_scale_factor
     x, t, condition = torch.randn(1, machine.model.channels, side, side), torch.tensor([9]), machine.condition(1)
     got = backend.predict(x, t, condition)
-    rounded = Condition(condition.text.to(dtype).float())
+    rounded = Condition(condition.prompt_embeds.to(dtype).float())
     want = TorchBackend(machine.model).predict(x.to(dtype).float(), t, rounded)
     assert got.dtype == torch.float32 and torch.equal(got, want.to(dtype).float())
 
@@ -408,7 +412,7 @@ def test_inputs_and_outputs_of_a_half_engine_are_converted(machine: Machine, kin
 def test_the_output_of_a_call_is_the_callers_own(built: Machine, graphs: bool) -> None:
     backend = TensorrtBackend(built.model, built.folder, graphs=graphs)
     want = TorchBackend(built.model)
-    side = 64 // built.model.factor
+    side = 64 // built.model.vae_scale_factor
     kept, expected = [], []
     for i in range(4):
         x, t = torch.randn(1, built.model.channels, side, side), torch.tensor([10 * i])
@@ -426,7 +430,7 @@ def test_the_embedding_of_a_layout_is_made_once_for_a_condition(built: Machine) 
     backend, want, side = (
         TensorrtBackend(built.model, built.folder, graphs=False),  # each call is one execution
         TorchBackend(built.model),
-        64 // built.model.factor,
+        64 // built.model.vae_scale_factor,
     )
     condition = built.condition(1, layouts=True)
     for i in range(3):
@@ -465,7 +469,7 @@ def test_where_no_graph_can_be_recorded_the_engines_run_without_and_say_why(
             images = torch.rand(1, 3, 64, 64)
             assert torch.equal(backend.encode_image(images), want.encode_image(images))
     told = "CUDA error: operation would make the legacy stream depend on a capturing stream"
-    assert profile.steps_down == {("vae_encoder", "cuda graph"): [told]}
+    assert profile.fallbacks == {("vae_encoder", "cuda graph"): [told]}
     assert [c.cold for c in profile.modules if c.backend == "tensorrt"] == [True, True, False]
 
 
@@ -488,7 +492,7 @@ def test_the_profile_with_the_nearest_optimum_is_chosen(machine: Machine) -> Non
 
 def test_calls_from_several_threads_do_not_mix(built: Machine) -> None:
     backend, want = TensorrtBackend(built.model, built.folder), TorchBackend(built.model)
-    side = 64 // built.model.factor
+    side = 64 // built.model.vae_scale_factor
     wrong: list[int] = []
 
     def work(seed: int) -> None:
@@ -539,9 +543,9 @@ def test_a_call_that_no_range_takes_is_refused_by_the_field(built: Machine) -> N
     before = len(built.executed())
     with pytest.raises(UsageError, match=r"backend 'tensorrt' cannot run vae_encoder: .*height 64-128, asked for 512"):
         backend.encode_image(torch.rand(1, 3, 512, 64))
-    side = 64 // built.model.factor
+    side = 64 // built.model.vae_scale_factor
     condition = built.condition(1)
-    longer = Condition(condition.text.repeat(1, 3, 1))
+    longer = Condition(condition.prompt_embeds.repeat(1, 3, 1))
     with pytest.raises(UsageError, match=r"built for encoder_hidden_states \(1, .* given \(1, .*; build one here with"):
         backend.predict(torch.randn(1, built.model.channels, side, side), torch.tensor([1]), longer)
     assert len(built.executed()) == before
@@ -598,7 +602,7 @@ def test_a_folder_without_engines_names_the_fix(machine: Machine, tmp_path: Path
 def test_what_tensorrt_says_when_it_fails_is_in_the_message(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.build("unet")
     backend = TensorrtBackend(machine.model, machine.folder)
-    side = 64 // machine.model.factor
+    side = 64 // machine.model.vae_scale_factor
     x, t, condition = torch.randn(1, machine.model.channels, side, side), torch.tensor([1]), machine.condition(1)
     backend.predict(x, t, condition)
     engine = next(iter(backend._loaded.values())).engine
@@ -623,19 +627,19 @@ def test_what_tensorrt_says_when_it_fails_is_in_the_message(machine: Machine, mo
 
 def test_auto_steps_down_and_says_why(machine: Machine, tiny: Any) -> None:
     ladder = backends.load_backend("auto", tiny, machine.folder)
-    assert isinstance(ladder, backends.Ladder)
+    assert isinstance(ladder, FallbackBackend)
     assert "no engine of" in ladder.above["tensorrt"][0]
     machine.build("unet")
     ladder = backends.load_backend("auto", tiny, machine.folder)
-    assert isinstance(ladder, backends.Ladder) and "tensorrt" not in ladder.above
+    assert isinstance(ladder, FallbackBackend) and "tensorrt" not in ladder.above
     running = Profile()
-    side = 64 // tiny.factor
+    side = 64 // tiny.vae_scale_factor
     with running.stage("final"):
         for batch in (2, 6):
             x, t = torch.randn(batch, tiny.channels, side, side), torch.full((batch,), 5)
             ladder.predict(x, t, machine.condition(batch))
     assert [c.backend for c in running.modules] == ["tensorrt", "torch"]
-    assert running.steps_down[("unet", "tensorrt")] == ["tensorrt unet engine was built for batch 1-4, asked for 6"]
+    assert running.fallbacks[("unet", "tensorrt")] == ["tensorrt unet engine was built for batch 1-4, asked for 6"]
 
 
 def test_where_tensorrt_cannot_run_all_reasons_are_given(
@@ -651,7 +655,7 @@ def test_where_tensorrt_cannot_run_all_reasons_are_given(
     ):
         backends.load_backend("tensorrt", tiny)
     ladder = backends.load_backend("auto", tiny, tmp_path)
-    assert isinstance(ladder, backends.Ladder) and ladder.above["tensorrt"] == want
+    assert isinstance(ladder, FallbackBackend) and ladder.above["tensorrt"] == want
     with pytest.raises(UsageError, match="tensorrt was requested but cannot run"):
         builder.build_tensorrt(tmp_path, tmp_path / "out", [SMALL])
     result = CliRunner().invoke(command, ["picturebook"])

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from iedit.runtime import cli, threads
-from iedit.runtime.cli import main
+from iedit.runtime import threads
+from iedit.runtime.cli import main as cli
+from iedit.runtime.cli.main import main
 
 
 class Fixed(threads.Busy):
@@ -88,7 +89,7 @@ def test_info_and_profile_say_how_many_threads_and_why(
 
 STUCK = """
 import numpy, sys
-from iedit.runtime.cli import _live
+from iedit.runtime.cli.main import _live
 a = numpy.ones((9000, 9000))
 with _live("x"):
     print("ready", flush=True)
@@ -117,7 +118,7 @@ def test_ctrl_c_ends_a_command_that_is_inside_one_long_operation(root: Path, tim
 def test_a_block_that_is_left_in_time_is_not_ended(root: Path) -> None:
     code = """
 import time
-from iedit.runtime.cli import _prompt_interrupts
+from iedit.runtime.cli.main import _prompt_interrupts
 try:
     with _prompt_interrupts(0.2):
         print("ready", flush=True)
@@ -147,7 +148,7 @@ def echo(text, err=False):
     print(text, err, sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules)))
     sys.exit()
 click.echo = echo
-from iedit.runtime.cli import main
+from iedit.runtime.cli.main import main
 main(prog_name="iedit", args={[command, *words]!r})
 """
     environment = os.environ | {"PYTHONPATH": str(root / ".types")}

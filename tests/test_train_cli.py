@@ -45,7 +45,7 @@ def test_a_missing_reader_says_how_to_make_it(tmp_path: Path) -> None:
 
 
 def test_a_card_is_replaced_and_somebody_s_readme_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from iedit.runtime.cli import main
+    from iedit.runtime.cli.main import main
     from iedit.training import embed
 
     made = "---\nlicense: apache-2.0\n---\n# picturebook\n\nA model.\n"

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from iedit.runtime import METHODS, uses
-from iedit.runtime.cli import main
-from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options, Phase
+from iedit.runtime.cli.main import main
+from iedit.runtime.editor import Editor, EditRequest, ItoSettings, MaskOptions, Options
 from iedit.runtime.errors import UsageError
 
 
@@ -70,12 +70,12 @@ def test_the_command_line_refuses_an_option_that_would_not_be_used(here: Path, w
     [
         ({"method": "sdedit", "mask": Image.new("L", (64, 64), 255)}, "--mask: method sdedit"),
         ({"method": "sdedit", "options": Options(lam=0.2)}, "--lambda: method sdedit"),
-        ({"method": "diffedit", "options": Options(final=Phase(k=3))}, "options.final|final: method diffedit"),
+        ({"method": "diffedit", "options": Options(final=ItoSettings(k=3))}, "options.final|final: method diffedit"),
         ({"method": "sdedit", "options": Options(inversion_scale=2.0)}, "inversion_scale: method sdedit"),
         ({"options": Options(ratio=0.5)}, "--ratio: method ito"),
         ({"options": Options(feather=2.0)}, "feather: it would not be used, the composite is not pixel"),
         ({"options": Options(round_trip=True, lam=1.0)}, "round_trip: .* lambda 1"),
-        ({"options": Options(refinement=Phase(t_u=3))}, "refinement: .* not refined"),
+        ({"options": Options(refinement=ItoSettings(t_u=3))}, "refinement: .* not refined"),
         ({"options": Options(control_scales=(("pose", 0.5),))}, "control_scales: .* no layout"),
         ({"options": Options(mask=MaskOptions(mode="none", sigma=2.0))}, "mask.sigma: .* mask mode none"),
     ],
@@ -83,7 +83,7 @@ def test_the_command_line_refuses_an_option_that_would_not_be_used(here: Path, w
 def test_python_refuses_a_field_that_differs_from_its_default_and_would_not_be_used(
     tiny: Any, picture: Callable[..., Any], changes: dict[str, Any], says: str
 ) -> None:
-    from iedit.runtime.backend_torch import TorchBackend
+    from iedit.runtime.backends.eager import TorchBackend
 
     request = dataclasses.replace(EditRequest(picture(0), "a red car"), **changes)
     with pytest.raises(UsageError, match=says):
@@ -91,7 +91,7 @@ def test_python_refuses_a_field_that_differs_from_its_default_and_would_not_be_u
 
 
 def test_a_sweep_that_reaches_lambda_1_may_refine_its_other_edits(tiny: Any, picture: Callable[..., Any]) -> None:
-    from iedit.runtime.backend_torch import TorchBackend
+    from iedit.runtime.backends.eager import TorchBackend
 
     request = EditRequest(picture(0), "a red car", steps=1, options=Options(refine=True, mask=MaskOptions(seeds=1)))
     sweep = [dataclasses.replace(request, options=dataclasses.replace(request.options, lam=lam)) for lam in (0.5, 1.0)]
@@ -101,7 +101,7 @@ def test_a_sweep_that_reaches_lambda_1_may_refine_its_other_edits(tiny: Any, pic
 def test_a_source_prompt_and_source_layouts_that_are_not_used_are_a_note(
     tiny: Any, picture: Callable[..., Any]
 ) -> None:
-    from iedit.runtime.backend_torch import TorchBackend
+    from iedit.runtime.backends.eager import TorchBackend
 
     editor, maps = Editor(tiny, TorchBackend(tiny)), {"pose": picture(1)}
     request = EditRequest(picture(0), "a red car", "a tree", "controlnet", maps, maps, steps=1)

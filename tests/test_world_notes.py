@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from PIL import Image, ImageFilter
 
 from iedit.runtime import images
-from iedit.runtime.checkpoint import find_checkpoint
-from iedit.runtime.cli import main
+from iedit.runtime.cli.main import main
 from iedit.runtime.editor import Editor, EditRequest
+from iedit.runtime.model.checkpoint import find_checkpoint
 from iedit.training import embed, world
 
 

@@ -47,7 +47,7 @@ def _load(model: str, reader: Path, backend: str) -> tuple[Any, Any]:
     except FileNotFoundError as error:
         raise click.ClickException(str(error)) from error
     from ..runtime.editor import Editor
-    from ..runtime.stages import StageCache
+    from ..runtime.stage_cache import StageCache
 
     return Editor.load(
         model=model, backend=backend, cache=StageCache(memory=0)
@@ -76,7 +76,7 @@ def embed(work: Path, processes: int, base: str | None, out: Path | None) -> Non
     Takes hours on two cores. Every part writes a checkpoint every few minutes: stop it with Ctrl-C and give the same
     command again to go on.
     """
-    from ..runtime.checkpoint import picturebook_folder
+    from ..runtime.model.checkpoint import picturebook_folder
     from . import embed as training
 
     start = picturebook_folder() if base == "picturebook" else None if base is None else Path(base)
@@ -231,8 +231,8 @@ def card(output: Path, folder: Path | None, overwrite: bool) -> None:
 
     It is the model's README.md; a card that is there is replaced.
     """
-    from ..runtime.checkpoint import picturebook_folder
     from ..runtime.files import check_outputs, write_whole
+    from ..runtime.model.checkpoint import picturebook_folder
     from . import embed as training
     from .truth import read_json, render_card
 

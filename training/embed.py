@@ -33,7 +33,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from ..runtime import cpu
-from ..runtime.module_io import CONTROLNET_PREFIX
+from ..runtime.model.module_io import CONTROLNET_PREFIX
 from . import world
 
 VAE_CHANNELS = (16, 32, 64, 128)
@@ -844,7 +844,7 @@ that the figures below do not use, and their IoU from 0.81 to 0.85.
 
 def write_model(plan: Plan, log: Callable[[str], None], out: Path | None = None) -> Path:
     """The trained parts as a diffusers folder of float16 safetensors, with `iedit.json` and `model_index.json`."""
-    from ..runtime.checkpoint import picturebook_folder
+    from ..runtime.model.checkpoint import picturebook_folder
 
     out = picturebook_folder() if out is None else out
     tokenizer = make_tokenizer(out / "tokenizer")

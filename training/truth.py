@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..runtime.ito import Phase
+from ..runtime.options import ItoSettings
 from . import metrics, world
 from .classifier import Reading
 from .embed import images_to_tensor
@@ -63,7 +63,7 @@ class Method:
 
 
 LAMBDA_FIELD = "lam"  # the field of runtime.editor.Options that holds ITO's lambda
-_ADAM = Phase(update="adam")
+_ADAM = ItoSettings(update="adam")
 METHODS = {
     m.name: m
     for m in (

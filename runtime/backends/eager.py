@@ -18,12 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .denoiser import Condition, OncePerCondition
-from .errors import UsageError
-from .models import Model
-from .profile import current, module_call
+from ..denoise_step import Condition, IdentityCache
+from ..errors import UsageError
+from ..model.model import Model
+from ..profile import current, module_call
 
 ATTENTION = ("sdpa", "xformers")
+
+
+def why_unavailable() -> list[str]:
+    """No reasons: eager PyTorch runs everywhere."""
+    return []
 
 
 @dataclass
@@ -202,17 +207,18 @@ class TorchBackend:
         if channels_last:
             for net in (self.unet, model.vae, *self.controlnets.values()):
                 net.to(memory_format=torch.channels_last)
-        self._prepared = OncePerCondition(self._prepare, self.held)
+        self._cache: IdentityCache[Prepared] = IdentityCache(self.held)
 
     def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
         return []
 
+    def _prepared(self, condition: Condition) -> Prepared:
+        return self._cache.get([condition], lambda: self._prepare(condition))
+
     def _prepare(self, condition: Condition) -> Prepared:
-        hints = {name: self.hint(name, maps) for name, maps, _ in condition.layouts}
-        text = condition.text.to(self.dtype)
-        scales = {
-            name: torch.tensor(scale, dtype=text.dtype, device=text.device) for name, _, scale in condition.layouts
-        }
+        hints = {c.name: self.hint(c.name, c.image) for c in condition.controls}
+        text = condition.prompt_embeds.to(self.dtype)
+        scales = {c.name: torch.tensor(c.scale, dtype=text.dtype, device=text.device) for c in condition.controls}
         return Prepared(condition, text, hints, scales)
 
     @torch.no_grad()
@@ -223,7 +229,7 @@ class TorchBackend:
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """See `denoiser.Denoiser`."""
+        """See `base.Denoiser`."""
         self.running.prepared = ready = self._prepared(condition)
         try:
             return self._predict(x.to(self.dtype), t, ready)
@@ -232,7 +238,7 @@ class TorchBackend:
 
     def _predict(self, x: Tensor, t: Tensor, ready: Prepared) -> Tensor:
         extra: dict[str, Any] = {}
-        for name, _, scale in ready.condition.layouts:
+        for name, scale in ((c.name, c.scale) for c in ready.condition.controls):
             with module_call(f"controlnet-{name}", self.name, len(x), device=x.device):
                 down, mid = self.controlnets[name](
                     x, t, ready.text, controlnet_cond=ready.hints[name], conditioning_scale=scale, return_dict=False

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from ..errors import UsageError
+from ..untrusted import parse_json
 from .module_io import CONTROLNET_PREFIX
-from .untrusted import parse_json
 
 PICTUREBOOK = "picturebook"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -1,6 +1,6 @@
 """Functions of tensors as CUDA graphs: one launch for all that a call does.
 
-A graph reads and writes the memory it was recorded with. `Recordings` therefore keeps buffers of its own for the inputs of
+A graph reads and writes the memory it was recorded with. `CudaGraphCache` therefore keeps buffers of its own for the inputs of
 every recorded call, copies into them what has changed since, replays, and returns copies of the outputs.
 """
 
@@ -84,7 +84,7 @@ class _Recording:
     outputs: list[Tensor]
 
 
-class Recordings:
+class CudaGraphCache:
     """Calls `function(inputs)`, trees of tensors to lists of tensors, from graphs: the first call with inputs of an outline
     runs as it is, the second one records, from then on it is one replay.
 

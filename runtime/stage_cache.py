@@ -1,4 +1,4 @@
-"""Stage results by content: what was computed once for an image is not computed again (invert once, edit many).
+"""Stages whose results are kept by content: what was computed once for an image is not computed again (invert once, edit many).
 
 A key is the digest of everything that the stage's result depends on: picture, texts, model, schedule and the options that
 matter to that stage. Results live in memory up to a bound, the least recently used going first; on request they are also
@@ -17,18 +17,22 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import profile
+from .denoise_step import Sampler
 from .errors import RunError, UsageError
 from .files import write_whole
-
-Result = dict[str, Tensor]
+from .network import Network
+from .profile import Profile
+from .request import PreparedRequest
 
 
 def key_of(stage: str, *parts: Any) -> str:
@@ -77,20 +81,20 @@ class StageCache:
     def __init__(self, memory: int = 512 << 20, folder: Path | None = None, disk: int = 4 << 30):
         self.memory, self.disk = memory, disk
         self.folder = None if folder is None else _own_folder(Path(folder))
-        self._held: OrderedDict[str, Result] = OrderedDict()
+        self._held: OrderedDict[str, Tensor] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
     @staticmethod
-    def _size(result: Result) -> int:
-        return sum(t.numel() * t.element_size() for t in result.values())
+    def _size(result: Tensor) -> int:
+        return result.numel() * result.element_size()
 
-    def get(self, key: str, stage: str = "", shape: Sequence[int] | None = None) -> Result | None:
+    def get(self, key: str, stage: str = "", shape: Sequence[int] | None = None) -> Tensor | None:
         """The result of `key`, or None.
 
         Args:
             stage: whose result it is, for notes.
-            shape: of its `value`, if the caller knows it; a file with another is damaged too.
+            shape: of the result, if the caller knows it; a file with another is damaged too.
         """
         with self._lock:
             if key in self._held:
@@ -110,7 +114,7 @@ class StageCache:
         self._hold(key, result)
         return result
 
-    def put(self, key: str, result: Result) -> None:
+    def put(self, key: str, result: Tensor) -> None:
         """Keep `result`; one that is larger than a bound is not kept there."""
         self._hold(key, result)
         if self.folder is None:
@@ -142,7 +146,7 @@ class StageCache:
         told = (str(error).splitlines() or [type(error).__name__])[0][:100]
         _note(f"the cache held a damaged result of stage {stage} ({told}); it was removed, and is computed again")
 
-    def _hold(self, key: str, result: Result) -> None:
+    def _hold(self, key: str, result: Tensor) -> None:
         size = self._size(result)
         if size > self.memory:
             return
@@ -178,6 +182,95 @@ class StageCache:
             total -= size
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What is computed for some requests, one result each.
+
+    Attributes:
+        name: of the stage.
+        members: the requests that need it.
+        compute: the result for some of them as one tensor, or a sampler that returns it.
+        key_parts: what a request's result depends on, beside the model and the backend: JSON-ready; None is never kept.
+        batch_dim: the dimension of what `compute` returns that counts the requests.
+        steps: how many steps a sampler takes, for progress.
+        shape: of one request's result; a file with another is damaged.
+        cost: network evaluations for one request, for progress.
+    """
+
+    name: str
+    members: list[PreparedRequest]
+    compute: Callable[[list[PreparedRequest]], Tensor | Sampler[Tensor]]
+    key_parts: Callable[[PreparedRequest], list[Any]] | None = None
+    batch_dim: int = 0
+    steps: int = 0
+    shape: tuple[int, ...] | None = None
+    cost: int = 0
+
+
+class StageRunner:
+    """Runs stages of one batch: from the cache what it has, the rest as one batch.
+
+    Args:
+        model_key: JSON-ready: the model and the backend, part of every key.
+    """
+
+    def __init__(
+        self, network: Network, cache: StageCache, profile: Profile, device: torch.device, model_key: list[Any]
+    ):
+        self.network, self.cache, self.profile, self.device, self.model_key = network, cache, profile, device, model_key
+
+    def run(self, *stages: Stage) -> None:
+        """`request.results[stage.name]` for every member of each stage; requests with equal keys are computed once.
+
+        Several stages, which must not depend on each other, go in lock-step and share calls of the network.
+        """
+        with self.profile.stage(*(s.name for s in stages)):
+            missing = [self._look_up(s) for s in stages]
+            outputs: dict[str, Tensor] = {}
+            samplers: dict[str, Sampler[Tensor]] = {}
+            for stage, requests in zip(stages, missing, strict=True):
+                if requests:
+                    made = stage.compute(requests)
+                    if isinstance(made, Tensor):
+                        outputs[stage.name] = made
+                    else:
+                        samplers[stage.name] = made
+            outputs |= self.network.run_lockstep(samplers, max(s.steps for s in stages))
+            for stage, requests in zip(stages, missing, strict=True):
+                if requests:
+                    self._keep(stage, requests, outputs[stage.name].transpose(0, stage.batch_dim))
+
+    def _look_up(self, stage: Stage) -> list[PreparedRequest]:
+        """The members whose results must be computed, one for each key. The others get theirs from the cache."""
+        if stage.key_parts is None:
+            return stage.members
+        missing: dict[str, PreparedRequest] = {}
+        for r in stage.members:
+            key = r.keys[stage.name] = key_of(stage.name, self.model_key, *stage.key_parts(r))
+            result = self.cache.get(key, stage.name, stage.shape)
+            if result is None:
+                missing.setdefault(key, r)
+            else:
+                r.results[stage.name] = result.to(self.device)
+        if not missing:
+            self.profile.cached.append(stage.name)
+        self.profile.expected -= stage.cost * (len(stage.members) - len(missing))
+        return list(missing.values())
+
+    def _keep(self, stage: Stage, computed: list[PreparedRequest], values: Tensor) -> None:
+        if stage.key_parts is None:
+            for r, value in zip(computed, values, strict=True):
+                r.results[stage.name] = value
+            return
+        by_key: dict[str, Tensor] = {}
+        for r, value in zip(computed, values, strict=True):
+            by_key[r.keys[stage.name]] = value.contiguous().clone()
+            self.cache.put(r.keys[stage.name], by_key[r.keys[stage.name]])
+        for r in stage.members:
+            if r.keys[stage.name] in by_key:
+                r.results[stage.name] = by_key[r.keys[stage.name]].to(self.device)
+
+
 def _own_folder(folder: Path) -> Path:
     """Where the cache of `folder` lies, whether or not it is there yet; see `StageCache` for what is refused."""
     whole = Path(os.path.abspath(folder.expanduser()))
@@ -203,14 +296,14 @@ def _marked(path: Path) -> bool:
     return path.is_file() and path.read_bytes()[:1000].startswith(_MARK.encode())
 
 
-def _packed(key: str, result: Result) -> bytes:
+def _packed(key: str, result: Tensor) -> bytes:
     from safetensors.torch import save
 
-    held = {name: value.detach().cpu().contiguous() for name, value in result.items()}
-    return save(held, {"iedit": key, "digest": _content(key, held)})
+    held = result.detach().cpu().contiguous()
+    return save({"value": held}, {"iedit": key, "digest": _content(key, held)})
 
 
-def _read(path: Path, key: str, shape: Sequence[int] | None) -> Result:
+def _read(path: Path, key: str, shape: Sequence[int] | None) -> Tensor:
     """What `_packed` made.
 
     Raises:
@@ -219,23 +312,21 @@ def _read(path: Path, key: str, shape: Sequence[int] | None) -> Result:
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("not a file")
     with safe_open(path, "pt") as file:
-        told = file.metadata() or {}
-        result = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    if told.get("iedit") != key or set(result) != {"value"} or told.get("digest") != _content(key, result):
+        metadata = file.metadata() or {}
+        if metadata.get("iedit") != key or list(file.keys()) != ["value"]:
+            raise ValueError("it is not what was written")
+        value: Tensor = file.get_tensor("value")
+    if metadata.get("digest") != _content(key, value):
         raise ValueError("it is not what was written")
-    value = result["value"]
     if shape is not None and tuple(value.shape) != tuple(shape):
         raise ValueError(f"its shape is {tuple(value.shape)}, expected {tuple(shape)}")
     if not value.isfinite().all():
         raise ValueError("it holds NaN or infinity")
-    return result
+    return value
 
 
-def _content(key: str, result: Result) -> str:
-    whole = hashlib.sha256(key.encode())
-    for name in sorted(result):
-        whole.update(f"{name}={tensor_digest(result[name])};".encode())
-    return whole.hexdigest()[:32]
+def _content(key: str, result: Tensor) -> str:
+    return hashlib.sha256(f"{key}value={tensor_digest(result)};".encode()).hexdigest()[:32]
 
 
 def _note(text: str) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import module_io
-from .backends import missing, refuse, unet_inputs, unet_module
-from .denoiser import Condition, OncePerCondition
+from ..denoise_step import Condition, IdentityCache
+from ..errors import RunError, UsageError
+from ..model import module_io
+from ..model.model import Model
+from ..profile import module_call
+from .base import missing, refuse, unet_inputs, unet_module
 from .engine_spec import EngineSpec, damaged, engines_folder, find_engines, writable_by_all
-from .errors import RunError, UsageError
-from .models import Model
-from .profile import module_call
 
 GRAPH = "model.onnx"
 SMALL = 128 << 20  # bytes of a UNet that may be held twice
@@ -72,7 +72,7 @@ class OnnxBackend:
         self._bytes: dict[str, int] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.RLock()
-        self._hints = OncePerCondition(lambda told: {name: self.hint(name, maps) for name, maps, _ in told.layouts})
+        self._cache: IdentityCache[dict[str, Tensor]] = IdentityCache(4)
         self._find()
         if not any(self.engine(m) for m in list(self._found) if m.startswith("unet")):
             told = [f"{m}: {'; '.join(why)}" for m, why in self.refused.items()] or ["there are no ONNX engines in it"]
@@ -145,9 +145,9 @@ class OnnxBackend:
         spec = found[1]
         if module == "text_encoder":  # a text has no height
             height, width = spec.shapes[0].height[1], spec.shapes[0].width[1]
-        why = spec.too_small(batch, height, width)
+        why = spec.out_of_range(batch, height, width)
         # The VAE's halves take multiples of its own factor; a UNet's levels halve the latent further.
-        step = self.model.multiple if module.startswith("unet") else self.model.factor
+        step = self.model.multiple if module.startswith("unet") else self.model.vae_scale_factor
         if module != "text_encoder" and (height % step or width % step):
             why.append(f"{module} takes width and height in multiples of {step}, asked for {width}x{height}")
         return why
@@ -157,31 +157,37 @@ class OnnxBackend:
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `denoiser.Denoiser`."""
-        module, size = unet_module(condition), (x.shape[-2] * self.model.factor, x.shape[-1] * self.model.factor)
+        module, size = (
+            unet_module(condition),
+            (x.shape[-2] * self.model.vae_scale_factor, x.shape[-1] * self.model.vae_scale_factor),
+        )
         hints: Mapping[str, Tensor] = {}
-        if condition.layouts:
+        if condition.controls:
             refuse(self, module, len(x), *size)  # before the hints, so that it is the UNet that is named
             hints = self._hints(condition)
         inputs = unet_inputs(x, t, condition, hints)
         return self._run(module, inputs, tuple(x.shape), size)
+
+    def _hints(self, condition: Condition) -> dict[str, Tensor]:
+        return self._cache.get([condition], lambda: {c.name: self.hint(c.name, c.image) for c in condition.controls})
 
     @torch.no_grad()
     def hint(self, name: str, maps: Tensor) -> Tensor:
         """(B, 3, H, W) map in [0, 1] -> (B, C0, h, w) float32, its embedding; `predict` asks once for each condition."""
         batch, _, height, width = maps.shape
         channels = int(self.model.controlnets[name].config.block_out_channels[0])
-        shape = (batch, channels, height // self.model.factor, width // self.model.factor)
+        shape = (batch, channels, height // self.model.vae_scale_factor, width // self.model.vae_scale_factor)
         return self._run(module_io.HINT_PREFIX + name, [maps], shape, (height, width))
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         b, _, height, width = images.shape
-        shape = (b, self.model.channels, height // self.model.factor, width // self.model.factor)
+        shape = (b, self.model.channels, height // self.model.vae_scale_factor, width // self.model.vae_scale_factor)
         return self._run("vae_encoder", [images], shape, (height, width))
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
-        height, width = latents.shape[-2] * self.model.factor, latents.shape[-1] * self.model.factor
+        height, width = latents.shape[-2] * self.model.vae_scale_factor, latents.shape[-1] * self.model.vae_scale_factor
         return self._run("vae_decoder", [latents], (len(latents), 3, height, width), (height, width))
 
     @torch.no_grad()

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from .errors import RunError, UsageError
-from .files import check_regular, write_whole
-from .untrusted import Match, parse_json, typed
+from ..errors import RunError, UsageError
+from ..files import check_regular, write_whole
+from ..untrusted import Match, parse_json, typed
 
 SPEC_FILE = "engine.json"
 REPORT_FILE = "report.json"  # of `iedit export verify`
@@ -43,7 +43,7 @@ class Shapes:
     height: tuple[int, int, int] = (8, 512, 0)
     width: tuple[int, int, int] = (8, 512, 0)
 
-    def too_small(self, batch: int, height: int, width: int) -> list[str]:
+    def out_of_range(self, batch: int, height: int, width: int) -> list[str]:
         """The fields that do not take this call, with their range."""
         asked = {"batch": batch, "height": height, "width": width}
         found = []
@@ -107,11 +107,11 @@ class EngineSpec:
                 found.append(f"{name}: the engine has {have or 'none'}, wanted {value or 'none'}")
         return found
 
-    def too_small(self, batch: int, height: int, width: int) -> list[str]:
+    def out_of_range(self, batch: int, height: int, width: int) -> list[str]:
         """Why no range of the engine takes this call; empty if one does."""
-        if any(not s.too_small(batch, height, width) for s in self.shapes):
+        if any(not s.out_of_range(batch, height, width) for s in self.shapes):
             return []
-        misses = [", ".join(s.too_small(batch, height, width)) for s in self.shapes]
+        misses = [", ".join(s.out_of_range(batch, height, width)) for s in self.shapes]
         return [f"{self.format} {self.module} engine was built for {' or '.join(misses)}"]
 
 

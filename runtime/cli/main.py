@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import BACKENDS, METHODS, VERSION, threads, uses
-from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE, check_engines
-from .cli_help import Choice, Grouped, show, suggestion
-from .errors import IeditError, UsageError
-from .files import check_outputs, write_outputs
-from .untrusted import printable
+from .. import BACKENDS, METHODS, VERSION, threads, uses
+from ..errors import IeditError, UsageError
+from ..files import check_outputs, write_outputs
+from ..model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE, check_engines
+from ..untrusted import printable
+from .help import Choice, Grouped, show, suggestion
 
 if TYPE_CHECKING:
-    from .editor import Editor, EditRequest, EditResult, Options
-    from .profile import Progress
+    from ..editor import Editor, EditRequest, EditResult, Options
+    from ..profile import Progress
 
 _BUSY = threads.Busy()  # from here on, for the seconds until the libraries are loaded
 
@@ -275,10 +275,9 @@ _request_options = _apply([
 
 
 def _options(values: dict[str, Any], lam: float = 0.6) -> Options:
-    from .editor import MaskOptions, Options
-    from .ito import Phase
+    from ..options import ItoSettings, MaskOptions, Options
 
-    phase = Phase(t_u=values.get("t_u"), k=values.get("k", 1), update=values.get("update", "clipped"))
+    phase = ItoSettings(t_u=values.get("t_u"), k=values.get("k", 1), update=values.get("update", "clipped"))
     return Options(
         lam=lam,
         guidance_scale=values["guidance_scale"],
@@ -301,7 +300,7 @@ def _options(values: dict[str, Any], lam: float = 0.6) -> Options:
 
 def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
     """The files of a request, read before the slow imports so that what is wrong with them, or with the model, is told at once."""
-    from .images import load_image, load_layout, load_mask, mask_coverage
+    from ..images import load_image, load_layout, load_mask, mask_coverage
 
     check_engines(values["engines"])
     if not values["prompt"].strip():
@@ -329,9 +328,9 @@ def _inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
     """What is wrong with the layouts or with the model's files, from its configs alone."""
-    from .checkpoint import check_layouts, check_side, find_checkpoint
-    from .images import fit
-    from .layouts import check_annotator, check_layout
+    from ..images import fit
+    from ..layouts import check_annotator, check_layout
+    from ..model.checkpoint import check_layouts, check_side, find_checkpoint
 
     maps, source_maps = inputs["layouts"], inputs["source_layouts"]
     if values["method"].startswith("controlnet") and not maps:
@@ -352,7 +351,7 @@ def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def _request(inputs: dict[str, Any], values: dict[str, Any], seed: int, options: Options) -> EditRequest:
-    from .editor import EditRequest
+    from ..editor import EditRequest
 
     return EditRequest(
         **inputs,
@@ -367,8 +366,8 @@ def _request(inputs: dict[str, Any], values: dict[str, Any], seed: int, options:
 
 def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
     _quiet_libraries()
-    from .editor import Editor
-    from .stages import StageCache
+    from ..editor import Editor
+    from ..stage_cache import StageCache
 
     _use_threads()
     return Editor.load(
@@ -551,7 +550,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     The output PNG carries a receipt; `iedit replay OUT.png` makes it again. Exit code 2: it cannot be done as asked, and
     nothing was written. 1: it failed while running; nothing was written but what the error says.
     """
-    from .images import png_bytes
+    from ..images import png_bytes
 
     first = Path(output or f"{Path(image).stem}-edited.png")
     wanted = [(seed, lam) for seed in range(values["seed"], values["seed"] + count) for lam in lambdas]
@@ -571,7 +570,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     with _live(values["model"]) as tell:
         requests = [_request(inputs, values, seed, _options(values, lam)) for seed, lam in wanted]
         results = _editor(values, cache).edit_many(requests, tell)
-    from . import receipt as receipts
+    from .. import receipt as receipts
 
     files = {
         "image": image,
@@ -612,7 +611,7 @@ def _read(image: str, values: dict[str, Any]) -> list[str]:
 
 
 def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
-    from .images import contact_sheet
+    from ..images import contact_sheet
 
     rows = []
     for request, result in zip(requests, results, strict=True):
@@ -631,7 +630,7 @@ def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
 @_model_options
 def mask_command(image: str, output: str | None, overwrite: bool, **values: Any) -> None:
     """Estimate where an edit would happen, and write it: white is edited. Paint over it and give it back with --mask."""
-    from .images import mask_coverage, png_bytes
+    from ..images import mask_coverage, png_bytes
 
     target = Path(output or f"{Path(image).stem}-mask.png")
     check_outputs([target], [], _read(image, values), overwrite)
@@ -658,8 +657,8 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
 @_overwrite
 def layouts_command(image: str, kinds: tuple[str, ...], output: str | None, overwrite: bool) -> None:
     """Photograph to pose, scribble, edge or line map, to draw on and to give to --layout."""
-    from .images import load_image, png_bytes
-    from .layouts import annotate
+    from ..images import load_image, png_bytes
+    from ..layouts import annotate
 
     wanted = kinds or ("scribble", "edge", "line")
     if output and len(wanted) != 1:
@@ -699,11 +698,11 @@ def replay(output: str, write: str | None, overwrite: bool, **named: Any) -> Non
     The receipt opens no folder and fetches nothing: a model that is not the embedded one is named with --model, inputs lie
     beside OUTPUT or are named.
     """
-    from .images import png_bytes
+    from ..images import png_bytes
 
     with _live("the model") as tell:
         _quiet_libraries()
-        from . import receipt as receipts
+        from .. import receipt as receipts
 
         if write:
             check_outputs([Path(write)], [], receipts.inputs_of(output, receipts.Named(**named)), overwrite)
@@ -750,7 +749,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     iedit profile in.png --source-prompt "a red car ..." --prompt "a blue car ..." --plot time.png
     iedit profile in.png --prompt "..." --backend onnx --trace time.json     open it in ui.perfetto.dev
     """
-    from .images import png_bytes
+    from ..images import png_bytes
 
     _check_uses(values)
     named = [Path(p) for p in (output, trace) if p]
@@ -759,7 +758,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     with _live(values["model"]) as tell:
         request = _request(inputs, values, values["seed"], _options(values))
         editor = _editor(values)
-        from .stages import StageCache
+        from ..stage_cache import StageCache
 
         notes: list[str] = []
 
@@ -805,11 +804,11 @@ def info(model: str, as_json: bool) -> None:
     _quiet_libraries()
     import torch
 
-    from . import cpu
-    from .backends import reasons
-    from .editor import versions
-    from .engine_spec import describe_engines
-    from .models import describe, read_digests
+    from .. import cpu
+    from ..backends import reasons
+    from ..backends.engine_spec import describe_engines
+    from ..editor import versions
+    from ..model.model import describe, read_digests
 
     described = describe(model)
     if "problem" not in described:

@@ -6,8 +6,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .profile import Profile
-from .untrusted import printable
+from ..profile import Profile
+from ..untrusted import printable
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -43,9 +43,9 @@ def tables(profile: Profile, launches: dict[str, int] | None = None) -> list[Any
         modules.add_row(row["module"], row["backend"], str(row["calls"]), str(row["samples"]), f"{row['seconds']:.4f}",
                         f"{1e3 * warm / samples:.2f}" if samples else "", str(row["cold_calls"]), f"{row['cold_seconds']:.4f}")  # fmt: skip
     found = [stages, modules]
-    if profile.steps_down:
+    if profile.fallbacks:
         down = Table("module", "backend", "why not", title="steps down")
-        for (module, backend), why in profile.steps_down.items():
+        for (module, backend), why in profile.fallbacks.items():
             down.add_row(module, backend, escape(printable("; ".join(why))))  # [gpu] is no markup
         found.append(down)
     return found

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import module_io
-from .backends import cuda_missing, missing, refuse, unet_inputs, unet_module
+from ..denoise_step import Condition, IdentityCache
+from ..errors import RunError, UsageError
+from ..model import module_io
+from ..model.model import Model
+from ..profile import current, module_call
+from .base import cuda_missing, missing, refuse, unet_inputs, unet_module
 from .cuda_graphs import capture, first_line
-from .denoiser import Condition, OncePerCondition
 from .engine_spec import EngineSpec, damaged, engines_folder, find_engines, writable_by_all
-from .errors import RunError, UsageError
-from .models import Model
-from .profile import current, module_call
 
 PLAN = "engine.plan"
 
@@ -160,7 +160,7 @@ class TensorrtBackend:
         self._found: dict[str, list[tuple[Path, EngineSpec]]] = {}
         self._loaded: dict[Path, _Loaded] = {}
         self._lock = threading.Lock()
-        self._hints = OncePerCondition(lambda told: {name: self.hint(name, maps) for name, maps, _ in told.layouts})
+        self._cache: IdentityCache[dict[str, Tensor]] = IdentityCache(4)
         self._log = new_logger(trt)
         self._runtime = trt.Runtime(self._log)
         self._find()
@@ -216,7 +216,7 @@ class TensorrtBackend:
             return [f"there is no engine for {module} in {self.folder} ({self._fix()})", *self.refused.get(module, [])]
         why: list[str] = []
         for _, spec in found:
-            misses = spec.too_small(batch, *_pixels(spec, height, width))
+            misses = spec.out_of_range(batch, *_pixels(spec, height, width))
             if not misses:
                 return []
             why += misses
@@ -227,10 +227,16 @@ class TensorrtBackend:
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `denoiser.Denoiser`."""
-        module, size = unet_module(condition), (x.shape[-2] * self.model.factor, x.shape[-1] * self.model.factor)
+        module, size = (
+            unet_module(condition),
+            (x.shape[-2] * self.model.vae_scale_factor, x.shape[-1] * self.model.vae_scale_factor),
+        )
         refuse(self, module, len(x), *size)  # before the hints, so that it is the UNet that is named
-        inputs = unet_inputs(x, t, condition, self._hints(condition) if condition.layouts else {})
+        inputs = unet_inputs(x, t, condition, self._hints(condition) if condition.controls else {})
         return self._run(module, inputs, *size)
+
+    def _hints(self, condition: Condition) -> dict[str, Tensor]:
+        return self._cache.get([condition], lambda: {c.name: self.hint(c.name, c.image) for c in condition.controls})
 
     @torch.no_grad()
     def hint(self, name: str, maps: Tensor) -> Tensor:
@@ -243,7 +249,7 @@ class TensorrtBackend:
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
-        factor = self.model.factor
+        factor = self.model.vae_scale_factor
         return self._run("vae_decoder", [latents], latents.shape[-2] * factor, latents.shape[-1] * factor)
 
     @torch.no_grad()
@@ -280,7 +286,7 @@ class TensorrtBackend:
                 loaded.seen.add(key)
         running = current()
         if self.no_graphs and running is not None:
-            running.step_down(module, "cuda graph", [self.no_graphs])
+            running.fallback(module, "cuda graph", [self.no_graphs])
         return result.float()
 
     def _nearest(self, module: str, batch: int, height: int, width: int) -> Path:
@@ -290,7 +296,7 @@ class TensorrtBackend:
             found = [math.inf]
             h, w = _pixels(spec, height, width)
             for s in spec.shapes:
-                if not s.too_small(batch, h, w):
+                if not s.out_of_range(batch, h, w):
                     asked = ((batch, s.batch[1]), (h, s.height[1]), (w, s.width[1]))
                     found.append(sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in asked))
             return min(found)

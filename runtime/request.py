@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,157 +15,17 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..kernels.ito_step import UPDATES
 from . import METHODS, uses
 from . import images as pictures
 from . import layouts as layout_maps
-from .checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE, check_layouts, check_side
 from .errors import UsageError
-from .ito import Phase
-from .models import Model
+from .model.checkpoint import check_layouts, check_side
+from .model.model import Model
+from .options import STEPS, Options
 from .profile import Profile
-from .stages import Result, key_of
-
-# METHOD section 3, row 3; ITO's section 4 compares with DiffEdit at 0.7 and with ControlNet + DiffEdit at 1.0.
-RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "controlnet-diffedit": 1.0}
-STEPS = {"iedit": 50}  # METHOD section 3, row 3; ITO's section 4 uses 25 for all that it compares
-
 
 # A PIL image, a path, or an array; in a checked request a PIL image.
 Picture: TypeAlias = Any
-
-
-@dataclass(frozen=True)
-class MaskOptions:
-    """How the edit mask is estimated (ITO Eq. 7; METHOD section 2, rows 11-14).
-
-    Attributes:
-        mode: "single" (one evaluation at the noise level of `strength`), "trajectory" (both conditions are denoised and
-            compared at the last step) or "none" (ITO then preserves everywhere, Eq. 3; other methods do not blend).
-        seeds: noises that the difference is averaged over.
-        strength: where the comparison starts, share of the steps; None is what the checkpoint recommends, else 0.5.
-        guided: compare predictions after guidance.
-        sigma: of the Gaussian smoothing, latent pixels.
-        norm: "minmax", or "clamp" at 3x the mean as diffusers does; per image.
-        threshold: cells above it are edited; None is 0.5 for clamp, and for minmax what the checkpoint recommends, else 0.1.
-    """
-
-    mode: str = "single"
-    seeds: int = 10
-    strength: float | None = None
-    guided: bool = True
-    sigma: float = 1.0
-    norm: str = "minmax"
-    threshold: float | None = None
-
-    def settled(self, model: Model) -> MaskOptions:
-        """With a number for what was left to the checkpoint."""
-        strength, threshold = self.strength, self.threshold
-        if strength is None:
-            strength = 0.5 if model.mask_strength is None else model.mask_strength
-        if threshold is None and self.norm == "minmax":
-            threshold = 0.1 if model.mask_threshold is None else model.mask_threshold
-        return dataclasses.replace(self, strength=strength, threshold=0.5 if threshold is None else threshold)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything about an edit that is not its inputs.
-
-    Attributes:
-        lam: weight of preservation against guidance, lambda of ITO Eq. 6; 1 skips the guidance image.
-        guidance_scale: classifier-free guidance; None is what the checkpoint recommends, else 7.5.
-        negative_prompt: text of the unconditional half.
-        control_scale: of every ControlNet's residuals.
-        control_scales: (name, scale) pairs that differ from `control_scale`.
-        encoding_ratio: share of the steps that ITO encodes, t_E / N.
-        ratio: share of the steps that the other methods encode; None is 0.7, and 1.0 for ControlNet + DiffEdit.
-        mask: how the mask is estimated.
-        guidance, final: ITO's updates while the guidance image is made and in the final pass.
-        refine: refine the guidance image with the input (ITO A.5).
-        refinement: the updates of that refinement.
-        inversion: condition of the inversion: the "source" prompt or "unconditional".
-        inversion_scale: classifier-free guidance during the inversion; 1 is off.
-        inversion_evaluate: timestep told during inversion: of the "target" level (as diffusers does) or the "source".
-        round_trip: pass the guidance image through the VAE before it is inverted.
-        kept_area: normalise the preservation loss by the kept area.
-        composite: "none"; "latent" (source latent outside the mask at the end); "pixel" (feathered paste of the input).
-        feather: width of the pixel paste's edge, pixels.
-        resize: a picture with a longer side is worked on at this size of it, pixels, and the edit is pasted back into the picture
-            as it was: where there is a mask, nothing outside it changes.
-    """
-
-    lam: float = 0.6
-    guidance_scale: float | None = None
-    negative_prompt: str = ""
-    control_scale: float = 1.0
-    control_scales: tuple[tuple[str, float], ...] = ()
-    encoding_ratio: float = 1.0
-    ratio: float | None = None
-    mask: MaskOptions = MaskOptions()
-    guidance: Phase = Phase()
-    final: Phase = Phase()
-    refine: bool = False
-    refinement: Phase = Phase(t_u=6)
-    inversion: str = "source"
-    inversion_scale: float = 1.0
-    inversion_evaluate: str = "target"
-    round_trip: bool = False
-    kept_area: bool = False
-    composite: str = "none"
-    feather: float = 4.0
-    resize: int | None = None
-
-    def settled(self, model: Model, steps: int, layouts: bool = False) -> Options:
-        """With a number for what was left to the checkpoint; `layouts`: the edit has some."""
-        share = None if layouts else model.text_update_share
-        guidance, final = (dataclasses.replace(p, t_u=p.updates(steps, share)) for p in (self.guidance, self.final))
-        scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        return dataclasses.replace(
-            self, guidance_scale=scale, mask=self.mask.settled(model), guidance=guidance, final=final
-        )
-
-    def check(self) -> None:
-        """Raises UsageError for a value that no stage could use, TypeError for one of another type than declared."""
-
-        def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-            if value not in allowed:
-                raise UsageError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
-
-        def within(name: str, value: float, low: float, high: float) -> None:
-            if not low <= value <= high:
-                raise UsageError(f"{name} is {value}, expected {low:g} to {high:g}")
-
-        one_of("mask mode", self.mask.mode, ("single", "trajectory", "none"))
-        one_of("mask norm", self.mask.norm, ("minmax", "clamp"))
-        one_of("inversion", self.inversion, ("source", "unconditional"))
-        one_of("inversion_evaluate", self.inversion_evaluate, ("target", "source"))
-        one_of("composite", self.composite, ("none", "latent", "pixel"))
-        within("lambda", self.lam, 0, 1)
-        within("mask threshold", 0 if self.mask.threshold is None else self.mask.threshold, 0, 1)
-        within("mask seeds", self.mask.seeds, 1, 1000)
-        within("mask sigma", self.mask.sigma, 0, 1000)
-        within("feather", self.feather, 0, 1000)
-        within("resize", MIN_SIDE if self.resize is None else self.resize, MIN_SIDE, MAX_SIDE)
-        within("guidance_scale", 0 if self.guidance_scale is None else self.guidance_scale, 0, MAX_GUIDANCE)
-        within("inversion_scale", self.inversion_scale, 0, MAX_GUIDANCE)
-        within("control_scale", self.control_scale, 0, MAX_CONTROL)
-        for name, scale in self.control_scales:
-            within(f"control_scales {name}", scale, 0, MAX_CONTROL)
-        for name, ratio in (("encoding_ratio", self.encoding_ratio), ("mask strength", 1.0 if self.mask.strength is None else self.mask.strength),
-                            ("ratio", 1.0 if self.ratio is None else self.ratio)):  # fmt: skip
-            if not 0 < ratio <= 1:
-                raise UsageError(f"{name} is {ratio}, expected a number above 0 and at most 1")
-        for phase in (self.guidance, self.final, self.refinement):
-            if (
-                not 1 <= phase.k <= MAX_INNER_STEPS
-                or (phase.t_u is not None and phase.t_u < 0)
-                or not 0 < phase.lr < math.inf
-            ):
-                raise UsageError(f"{phase}: expected t_u >= 0, k >= 1 (at most {MAX_INNER_STEPS}) and lr > 0")
-            one_of("update", phase.update, UPDATES)
-            if phase.carry and phase.update != "adam":
-                raise UsageError(f"carry keeps Adam's state, and update {phase.update!r} has none; use update='adam'")
 
 
 @dataclass(frozen=True)
@@ -236,14 +95,15 @@ class EditResult:
 
 
 @dataclass
-class Job:
+class PreparedRequest:
     """A checked request with its tensors on the device.
 
     Attributes:
         size, pixels: of the picture as it is worked on: width and height, and (1, 3, H, W) padded.
         mask_picture: the given mask, at the size of the picture that was given.
         full: that picture, RGB, where it is worked on smaller (`Options.resize`).
-        found: stage results by stage name.
+        results: stage results by stage name.
+        keys: of those that the cache keeps.
         notes: what of the request is not used as its author may expect.
     """
 
@@ -260,7 +120,7 @@ class Job:
     source_prompt: str
     notes: list[str] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
-    found: dict[str, Result] = field(default_factory=dict)
+    results: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
 
     @property
@@ -378,7 +238,7 @@ def _settled(model: Model, request: EditRequest, steps: int, asked: uses.Asked) 
     return dataclasses.replace(found, mask=mask, guidance=guidance, final=final)
 
 
-def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] | None = None) -> Job:
+def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] | None = None) -> PreparedRequest:
     """Everything that can be wrong with a request, before anything is run.
 
     Args:
@@ -438,11 +298,11 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
     if request.mask is not None:
         mask = pictures.load_mask(request.mask, request.image.size)
         small = mask if full is None else pictures.shrink_mask(mask, size)
-        latent = (padded.height // model.factor, padded.width // model.factor)
+        latent = (padded.height // model.vae_scale_factor, padded.width // model.vae_scale_factor)
         given_mask = pictures.mask_to_latent(small, latent, padded.size).to(model.device)
     source_prompt = request.source_prompt or (request.prompt if request.layouts else "")
     texts = (request.prompt, source_prompt, request.options.negative_prompt)
-    return Job(
+    return PreparedRequest(
         request=request,
         size=size,
         pixels=pictures.to_tensor(padded),
@@ -460,11 +320,3 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
             *_unknown_words(model, texts),
         ],
     )
-
-
-def group_key(job: Job) -> str:
-    """Jobs with equal keys share every network call: size, method, steps, layouts and all options but lambda."""
-    r = job.request
-    shared = dataclasses.replace(r.options, lam=0.0)
-    return key_of("group", list(job.pixels.shape), r.method, r.steps, sorted(job.maps), sorted(job.source_maps),
-                  job.given_mask is None, job.chunks, dataclasses.asdict(shared))  # fmt: skip

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu
+from .. import cpu
+from ..errors import RunError, UsageError
+from ..schedule import Schedule
 from .checkpoint import PICTUREBOOK, find_checkpoint, first_line, read_json, weights_of
-from .errors import RunError, UsageError
 from .module_io import CONTROLNET_PREFIX, HINT_PREFIX
 from .module_io import layouts as layouts_of
-from .schedule import Schedule
 
 
 class Modules(Protocol):
@@ -55,7 +55,7 @@ class Model:
         part_digests: over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
         guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
         mask_strength, mask_threshold: of `MaskOptions`, where the checkpoint's `iedit.json` recommends them.
-        text_update_share: share of the steps that ITO updates (`Phase.t_u`) in an edit without layouts, likewise.
+        text_update_share: share of the steps that ITO updates (`ItoSettings.t_u`) in an edit without layouts, likewise.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Model:
         return int(self.unet.config.in_channels)
 
     @property
-    def factor(self) -> int:
+    def vae_scale_factor(self) -> int:
         """Pixels per latent cell."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
@@ -98,12 +98,12 @@ class Model:
     def side(self) -> int | None:
         """Pixels of the square pictures that it was trained on; None where its config does not say."""
         cells = self.unet.config.sample_size
-        return cells * self.factor if isinstance(cells, int) else None
+        return cells * self.vae_scale_factor if isinstance(cells, int) else None
 
     @property
     def multiple(self) -> int:
         """What width and height must be multiples of: the VAE's factor times the UNet's own."""
-        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
     def _shift(self) -> float:

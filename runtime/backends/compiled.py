@@ -20,19 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend_torch import Prepared, TorchBackend
-from .backends import unet_module
-from .cuda_graphs import Recordings, outline
-from .denoiser import Condition, Moved, joined
-from .models import Model
-from .profile import current, module_call
-from .steps import Move
+from ..denoise_step import Condition, Transition, joined
+from ..model.model import Model
+from ..profile import current, module_call
+from .base import unet_module
+from .cuda_graphs import CudaGraphCache, outline
+from .eager import Prepared, TorchBackend
 
 
 def why_unavailable() -> list[str]:
     """Reasons why torch.compile cannot work on this machine; empty if it can."""
     if torch.cuda.is_available():
-        from ..kernels.dispatch import triton_installed
+        from ...kernels.dispatch import triton_installed
 
         return [] if triton_installed() else ['triton is not installed (pip install "iedit[gpu]")']
     compiler = os.environ.get("CXX", "g++")
@@ -57,11 +56,11 @@ class CompileBackend(TorchBackend):
         *,
         attention: str = "sdpa",
         channels_last: bool = False,
-        recordings: Recordings | None = None,
+        recordings: CudaGraphCache | None = None,
     ):
         super().__init__(model, attention=attention, channels_last=channels_last)
         if recordings is None and model.device.type == "cuda":
-            recordings = Recordings(model.device)
+            recordings = CudaGraphCache(model.device)
         self.recordings = recordings
         self._compiled: dict[str, Callable[..., Tensor]] = {}
         self._seen: set[Any] = set()
@@ -94,7 +93,7 @@ class CompileBackend(TorchBackend):
             outputs = self.recordings(what, function, inputs)
         running = current()
         if self.recordings.failed and running is not None:
-            running.step_down(module, "cuda graph", [self.recordings.failed])
+            running.fallback(module, "cuda graph", [self.recordings.failed])
         return outputs
 
     def _run(self, module: str, of: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -138,23 +137,25 @@ class CompileBackend(TorchBackend):
         return self._call(module, module, go, (x, t, ready.text, *_layouts(ready)), len(x))[0]
 
     @torch.no_grad()
-    def step(self, t: Sequence[Tensor], condition: Condition, moves: Sequence[Move]) -> list[Moved] | None:
-        """See `denoiser.Stepper`; None where there are no graphs, or a state is carried from step to step."""
-        if self.recordings is None or not all(m.stateless for m in moves):
+    def step(
+        self, t: Sequence[Tensor], condition: Condition, transitions: Sequence[Transition]
+    ) -> list[tuple[Tensor, Tensor]] | None:
+        """See `base.Stepper`; None where there are no graphs, or a state is carried from step to step."""
+        if self.recordings is None or not all(s.stateless for s in transitions):
             return None
         ready = self._prepared(condition)
 
         def go(inputs: tuple[Any, ...]) -> list[Tensor]:
-            t, moves, text, hints, scales = inputs
-            x = joined([m.x for m in moves for _ in range(1 + m.guided)]).to(self.dtype)
+            t, transitions, text, hints, scales = inputs
+            x = joined([s.x for s in transitions for _ in range(1 + s.guided)]).to(self.dtype)
             output = self._unet(condition)(x, joined(t), text, hints, scales).float()
-            parts = output.split([(1 + m.guided) * len(m.x) for m in moves])
-            return [p.sum() for p in parts] + [m(p) for m, p in zip(moves, parts, strict=True)]
+            parts = output.split([(1 + s.guided) * len(s.x) for s in transitions])
+            return [p.sum() for p in parts] + [s(p) for s, p in zip(transitions, parts, strict=True)]
 
         module = unet_module(condition)
-        inputs = (tuple(t), tuple(moves), ready.text, *_layouts(ready))
+        inputs = (tuple(t), tuple(transitions), ready.text, *_layouts(ready))
         outputs = self._call(module, f"step of {module}", go, inputs, len(condition))
-        return list(zip(outputs[: len(moves)], outputs[len(moves) :], strict=True))
+        return list(zip(outputs[: len(transitions)], outputs[len(transitions) :], strict=True))
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ class CompileBackend(TorchBackend):
 
 def _names(condition: Condition) -> list[str]:
     """Of the layouts, in the order in which the compiled function takes them."""
-    return sorted(name for name, _, _ in condition.layouts)
+    return sorted(c.name for c in condition.controls)
 
 
 def _layouts(ready: Prepared) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,0 +1,124 @@
+"""Which backend runs the networks, by name, and why one cannot. Each lies in a file of its own, imported when it is asked for.
+
+`base` says what a backend is and imports none; the backends import it and not each other; `fallback` is what `auto` means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .. import BACKENDS
+from ..errors import UsageError
+from ..model.model import Model
+from .base import Backend, Engined
+from .fallback import FallbackBackend
+
+# name -> (module of this package, class). The module also has `why_unavailable()`.
+REGISTRY = {
+    "tensorrt": ("trt", "TensorrtBackend"),
+    "onnx": ("ort", "OnnxBackend"),
+    "compile": ("compiled", "CompileBackend"),
+    "torch": ("eager", "TorchBackend"),
+}
+# Why `auto` leaves a backend out that could run.
+NOT_IN_AUTO = {"compile": "it compiles for half a minute and more for each shape; ask for it by name"}
+
+
+def why_unavailable(name: str) -> list[str]:
+    """Reasons why backend `name` cannot run on this machine at all; empty if it can (given engines, where it needs them)."""
+    if name not in REGISTRY:
+        return [f"there is no such backend; known are auto, {', '.join(BACKENDS)}"]
+    reasons: list[str] = import_module(f".{REGISTRY[name][0]}", __name__).why_unavailable()
+    return reasons
+
+
+def check_backend(name: str) -> None:
+    """Raises UsageError where `name` was asked for and cannot run on this machine; before a model is loaded for it."""
+    why = [] if name == "auto" else why_unavailable(name)
+    if why:
+        raise UsageError(f"backend {name!r} was requested but cannot run: {'; '.join(why)}")
+
+
+def reasons() -> dict[str, list[str]]:
+    """Every backend with its reasons, for `iedit info`."""
+    return {name: why_unavailable(name) for name in BACKENDS}
+
+
+def load_backend(
+    name: str, model: Model, engines: Path | None = None, *, trust_engines: bool = False, **options: Any
+) -> Backend:
+    """A backend of a loaded model; "auto" is a `FallbackBackend` of all that can run.
+
+    Args:
+        engines: folder of exported engines; None is `engine_spec.engines_folder(model.weights_digest)`.
+        trust_engines: also use engines that every user of this machine may change.
+        options: `attention` ("sdpa" or "xformers") and `channels_last`, of the backends that run torch modules.
+
+    Raises:
+        UsageError: it was asked for by name and cannot run, or has no usable engine: never a silent fallback.
+    """
+    check_backend(name)
+    if name != "auto":
+        module, kind = REGISTRY[name]
+        made = getattr(import_module(f".{module}", __name__), kind)
+        runs: Backend = (
+            made(model, engines, trust_engines=trust_engines)
+            if name in ("tensorrt", "onnx")
+            else made(model, **options)
+        )
+        return runs
+    usable: list[Backend] = []
+    unusable: dict[str, list[str]] = {}
+    for candidate in BACKENDS:
+        why = [NOT_IN_AUTO[candidate]] if candidate in NOT_IN_AUTO else why_unavailable(candidate)
+        if not why:
+            try:
+                usable.append(load_backend(candidate, model, engines, trust_engines=trust_engines, **options))
+                continue
+            except UsageError as error:
+                if candidate == BACKENDS[-1]:  # eager torch can always run, if it is asked rightly
+                    raise
+                why = [str(error)]
+        unusable[candidate] = why
+    return FallbackBackend(usable, model.vae_scale_factor, unusable)
+
+
+def load_recorded(
+    model: Model,
+    ran: Mapping[str, Sequence[str]],
+    built: Sequence[tuple[str, str, str]],
+    engines: Path | None = None,
+    **options: Any,
+) -> Backend:
+    """What ran a model's modules when a picture was made, whatever else could run them now.
+
+    Args:
+        ran: module -> backends.
+        built: (module, backend, digest) of the engines that were used.
+        engines, options: as for `load_backend`.
+
+    Raises:
+        UsageError: an engine is gone, or is another one; which and where it was looked for.
+    """
+    names = [b for b in BACKENDS if any(b in used for used in ran.values())] or ["torch"]
+    usable: list[Backend] = []
+    for name in names:
+        try:
+            usable.append(load_backend(name, model, engines, **options))
+        except UsageError as error:
+            modules = ", ".join(m for m, used in sorted(ran.items()) if name in used)
+            raise UsageError(
+                f"the picture was made with backend {name} for {modules}, which cannot run now: {error}"
+            ) from error
+    engined = {b.name: b for b in usable if isinstance(b, Engined)}
+    for module, name, digest in built:
+        runs = engined.get(name)
+        digests = [] if runs is None else runs.engine_digests(module)
+        if digest not in digests:
+            state = f"is another one now ({', '.join(digests)})" if digests else "is gone"
+            where = "" if runs is None else f" in {runs.folder}"
+            raise UsageError(f"the picture was made with the {name} engine {digest} of {module}, which {state}{where}")
+    return usable[0] if len(usable) == 1 else FallbackBackend(usable, model.vae_scale_factor, ran=ran)

@@ -1,0 +1,1 @@
+"""The command line. It imports no heavy package before a command needs one."""

@@ -1,0 +1,173 @@
+"""How an edit is made: everything about it that is not its inputs. Frozen dataclasses, a sentence for each field."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..kernels.ito_step import UPDATES
+from .errors import UsageError
+from .model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE
+from .model.model import Model
+
+# METHOD section 3, row 3; ITO's section 4 compares with DiffEdit at 0.7 and with ControlNet + DiffEdit at 1.0.
+RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "controlnet-diffedit": 1.0}
+STEPS = {"iedit": 50}  # METHOD section 3, row 3; ITO's section 4 uses 25 for all that it compares
+
+
+@dataclass(frozen=True)
+class ItoSettings:
+    """How one pass of ITO updates its latent (METHOD section 2, rows 5-8; A.2 reports t_u 20, k 30 for the guidance).
+
+    Attributes:
+        t_u: steps that are updated, the noisiest first; None is 15 of 25, or what the checkpoint recommends for edits without layouts.
+        k: inner steps at each.
+        lr: the longest step of a value (clipped), or Adam's learning rate.
+        update: "clipped", the Newton step of the preservation loss, never longer than lr; or "adam", the papers' letter.
+        carry: keep Adam's state across timesteps in place of a fresh one at each.
+    """
+
+    t_u: int | None = None
+    k: int = 1
+    lr: float = 0.1
+    update: str = "clipped"
+    carry: bool = False
+
+    def updates(self, steps: int, share: float | None = None) -> int:
+        """t_u for a run of `steps` steps; `share` is what the checkpoint recommends, if anything."""
+        return round(steps * (15 / 25 if share is None else share)) if self.t_u is None else self.t_u
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How the edit mask is estimated (ITO Eq. 7; METHOD section 2, rows 11-14).
+
+    Attributes:
+        mode: "single" (one evaluation at the noise level of `strength`), "trajectory" (both conditions are denoised and
+            compared at the last step) or "none" (ITO then preserves everywhere, Eq. 3; other methods do not blend).
+        seeds: noises that the difference is averaged over.
+        strength: where the comparison starts, share of the steps; None is what the checkpoint recommends, else 0.5.
+        guided: compare predictions after guidance.
+        sigma: of the Gaussian smoothing, latent pixels.
+        norm: "minmax", or "clamp" at 3x the mean as diffusers does; per image.
+        threshold: cells above it are edited; None is 0.5 for clamp, and for minmax what the checkpoint recommends, else 0.1.
+    """
+
+    mode: str = "single"
+    seeds: int = 10
+    strength: float | None = None
+    guided: bool = True
+    sigma: float = 1.0
+    norm: str = "minmax"
+    threshold: float | None = None
+
+    def settled(self, model: Model) -> MaskOptions:
+        """With a number for what was left to the checkpoint."""
+        strength, threshold = self.strength, self.threshold
+        if strength is None:
+            strength = 0.5 if model.mask_strength is None else model.mask_strength
+        if threshold is None and self.norm == "minmax":
+            threshold = 0.1 if model.mask_threshold is None else model.mask_threshold
+        return dataclasses.replace(self, strength=strength, threshold=0.5 if threshold is None else threshold)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything about an edit that is not its inputs.
+
+    Attributes:
+        lam: weight of preservation against guidance, lambda of ITO Eq. 6; 1 skips the guidance image.
+        guidance_scale: classifier-free guidance; None is what the checkpoint recommends, else 7.5.
+        negative_prompt: text of the unconditional half.
+        control_scale: of every ControlNet's residuals.
+        control_scales: (name, scale) pairs that differ from `control_scale`.
+        encoding_ratio: share of the steps that ITO encodes, t_E / N.
+        ratio: share of the steps that the other methods encode; None is 0.7, and 1.0 for ControlNet + DiffEdit.
+        mask: how the mask is estimated.
+        guidance, final: ITO's updates while the guidance image is made and in the final pass.
+        refine: refine the guidance image with the input (ITO A.5).
+        refinement: the updates of that refinement.
+        inversion: condition of the inversion: the "source" prompt or "unconditional".
+        inversion_scale: classifier-free guidance during the inversion; 1 is off.
+        inversion_evaluate: timestep told during inversion: of the "target" level (as diffusers does) or the "source".
+        round_trip: pass the guidance image through the VAE before it is inverted.
+        kept_area: normalise the preservation loss by the kept area.
+        composite: "none"; "latent" (source latent outside the mask at the end); "pixel" (feathered paste of the input).
+        feather: width of the pixel paste's edge, pixels.
+        resize: a picture with a longer side is worked on at this size of it, pixels, and the edit is pasted back into the picture
+            as it was: where there is a mask, nothing outside it changes.
+    """
+
+    lam: float = 0.6
+    guidance_scale: float | None = None
+    negative_prompt: str = ""
+    control_scale: float = 1.0
+    control_scales: tuple[tuple[str, float], ...] = ()
+    encoding_ratio: float = 1.0
+    ratio: float | None = None
+    mask: MaskOptions = MaskOptions()
+    guidance: ItoSettings = ItoSettings()
+    final: ItoSettings = ItoSettings()
+    refine: bool = False
+    refinement: ItoSettings = ItoSettings(t_u=6)
+    inversion: str = "source"
+    inversion_scale: float = 1.0
+    inversion_evaluate: str = "target"
+    round_trip: bool = False
+    kept_area: bool = False
+    composite: str = "none"
+    feather: float = 4.0
+    resize: int | None = None
+
+    def settled(self, model: Model, steps: int, layouts: bool = False) -> Options:
+        """With a number for what was left to the checkpoint; `layouts`: the edit has some."""
+        share = None if layouts else model.text_update_share
+        guidance, final = (dataclasses.replace(p, t_u=p.updates(steps, share)) for p in (self.guidance, self.final))
+        scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return dataclasses.replace(
+            self, guidance_scale=scale, mask=self.mask.settled(model), guidance=guidance, final=final
+        )
+
+    def check(self) -> None:
+        """Raises UsageError for a value that no stage could use, TypeError for one of another type than declared."""
+
+        def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+            if value not in allowed:
+                raise UsageError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+
+        def within(name: str, value: float, low: float, high: float) -> None:
+            if not low <= value <= high:
+                raise UsageError(f"{name} is {value}, expected {low:g} to {high:g}")
+
+        one_of("mask mode", self.mask.mode, ("single", "trajectory", "none"))
+        one_of("mask norm", self.mask.norm, ("minmax", "clamp"))
+        one_of("inversion", self.inversion, ("source", "unconditional"))
+        one_of("inversion_evaluate", self.inversion_evaluate, ("target", "source"))
+        one_of("composite", self.composite, ("none", "latent", "pixel"))
+        within("lambda", self.lam, 0, 1)
+        within("mask threshold", 0 if self.mask.threshold is None else self.mask.threshold, 0, 1)
+        within("mask seeds", self.mask.seeds, 1, 1000)
+        within("mask sigma", self.mask.sigma, 0, 1000)
+        within("feather", self.feather, 0, 1000)
+        within("resize", MIN_SIDE if self.resize is None else self.resize, MIN_SIDE, MAX_SIDE)
+        within("guidance_scale", 0 if self.guidance_scale is None else self.guidance_scale, 0, MAX_GUIDANCE)
+        within("inversion_scale", self.inversion_scale, 0, MAX_GUIDANCE)
+        within("control_scale", self.control_scale, 0, MAX_CONTROL)
+        for name, scale in self.control_scales:
+            within(f"control_scales {name}", scale, 0, MAX_CONTROL)
+        for name, ratio in (("encoding_ratio", self.encoding_ratio), ("mask strength", 1.0 if self.mask.strength is None else self.mask.strength),
+                            ("ratio", 1.0 if self.ratio is None else self.ratio)):  # fmt: skip
+            if not 0 < ratio <= 1:
+                raise UsageError(f"{name} is {ratio}, expected a number above 0 and at most 1")
+        for phase in (self.guidance, self.final, self.refinement):
+            if (
+                not 1 <= phase.k <= MAX_INNER_STEPS
+                or (phase.t_u is not None and phase.t_u < 0)
+                or not 0 < phase.lr < math.inf
+            ):
+                raise UsageError(f"{phase}: expected t_u >= 0, k >= 1 (at most {MAX_INNER_STEPS}) and lr > 0")
+            one_of("update", phase.update, UPDATES)
+            if phase.carry and phase.update != "adam":
+                raise UsageError(f"carry keeps Adam's state, and update {phase.update!r} has none; use update='adam'")
