@@ -150,6 +150,9 @@ class ClipEmbedder(nn.Module):
         processor: its `CLIPImageProcessor`, for size, crop, mean and standard deviation.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, clip: Any, processor: Any):
         super().__init__()
         self.clip = clip.eval().requires_grad_(False)
@@ -167,8 +170,7 @@ class ClipEmbedder(nn.Module):
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (size[0] - self.crop) // 2, (size[1] - self.crop) // 2
         pixels = pixels[..., top : top + self.crop, left : left + self.crop]
-        prepared: Tensor = (pixels - self.mean) / self.std  # type: ignore[operator]
-        return prepared
+        return (pixels - self.mean) / self.std
 
     def images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, D)."""
@@ -199,6 +201,9 @@ class VggFeatures(nn.Module):
     Raises:
         ValueError: a weight is missing or has another shape.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, weights: Mapping[str, Tensor] | None = None, widths: tuple[int, ...] = VGG_WIDTHS):
         super().__init__()
