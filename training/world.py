@@ -86,6 +86,12 @@ _NEUTRAL = {
 Point = tuple[float, float]
 Part = tuple[str, tuple[float, ...], str]  # shape, flat coordinates, role of the fill
 
+
+def proportions(kind: str) -> tuple[float, float]:
+    """Width and height of a thing of `kind` in units of its size."""
+    return _PROPORTIONS[kind]
+
+
 REST_POSE = (20.0, 15.0, 20.0, 15.0, 8.0, 4.0, 8.0, 4.0)
 
 
