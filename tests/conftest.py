@@ -7,11 +7,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, which no test has done yet
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib.util
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -37,16 +40,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@pytest.fixture(scope="session")
-def taped() -> Any:
-    """The module `tests/taped.py`: CUDA graphs without CUDA."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("taped", ROOT / "tests" / "taped.py")
+def _load_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def taped() -> Any:
+    """The module `tests/taped.py`: CUDA graphs without CUDA."""
+    return _load_file(ROOT / "tests" / "taped.py")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """`bench(name)`: a script of `bench/` as a module; like a script it finds those beside it."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    monkeypatch.delitem(sys.modules, "results", raising=False)
+    return lambda name: _load_file(ROOT / "bench" / f"{name}.py")
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +118,60 @@ def tiny_checkpoint_cli(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.normal_(zero.weight, std=0.3)
         control.save_pretrained(folder / f"controlnet-{name}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def assert_rounded_once() -> Callable[..., None]:
+    """`assert_rounded_once(got, exact)`: every value within twice the error of rounding the exact answer (float64) once.
+
+    The bound is taken for each sample of dimension 0. NaN is never within it.
+    """
+
+    def check(got: Any, exact: Any) -> None:
+        error = (got.double() - exact).abs().flatten(1).amax(1)
+        bound = 2 * (exact.to(got.dtype).double() - exact).abs().flatten(1).amax(1)
+        assert (error <= bound).all(), f"{(error / bound).tolist()} of the bound, by sample"
+
+    return check
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write is NaN, not whatever lay there (often the right answer, of the call before)."""
+    import torch
+
+    monkeypatch.setenv("IEDIT_KERNELS", "auto")
+    like, new = torch.empty_like, torch.empty
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: like(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: new(*a, **k).fill_(float("nan")))
+
+
+# What the kernels are run on where there is a GPU: round and ragged shapes, many channels, the latent of 512x512.
+GPU_SHAPES = [(3, 4, 16, 16), (3, 4, 9, 13), (3, 16, 17, 19), (3, 4, 64, 64), (2, 4, 96, 72)]
+
+
+@pytest.fixture(params=GPU_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def gpu_shape(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(params=["float32", "float16", "bfloat16"])
+def gpu_dtype(request: pytest.FixtureRequest) -> Any:
+    import torch
+
+    return getattr(torch, request.param)
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., list[Any]]:
+    """`draw(shape, dtype, count, seed=0)`: random tensors on the GPU."""
+    import torch
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, count: int, seed: int = 0) -> list[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(shape, generator=generator).to("cuda", dtype) for _ in range(count)]
+
+    return make
 
 
 @pytest.fixture(scope="session")
