@@ -4,7 +4,7 @@ A graph takes and returns float32 whatever its precision, and batch, height, wid
 weights lie beside it in `model.onnx.data` (a protobuf ends at 2 GB). A half-precision graph has explicit float32 islands,
 norms and softmax, and the time embeddings of all timesteps are a table that was computed in float32, so the file means the
 same wherever it runs. Images of layouts enter through the graphs `hint-NAME`, once for each edit; the conditioning scales
-are inputs of the fused graphs. Names of inputs and outputs are in `runtime/module_io.py`.
+are inputs of the fused graphs. Names of inputs and outputs are in `runtime/model/module_io.py`.
 """
 
 from __future__ import annotations

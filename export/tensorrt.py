@@ -295,7 +295,7 @@ def build_all(
     """Engines of every module of a model, from the ONNX engines in `out`; those that are missing are exported first.
 
     Args:
-        model: a `runtime.models.Model`.
+        model: a `runtime.model.model.Model`.
         layouts: ControlNets to fuse; None is each that the model has, alone.
     """
     tokens = min(model.tokenizer.model_max_length, model.text_encoder.config.max_position_embeddings)

@@ -121,7 +121,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint_cli: Path)
 
 def _share_models(patched: pytest.MonkeyPatch, box: Sandbox) -> None:
     """The sound checkpoint is loaded once for all cases; every other one as ever."""
-    from iedit.runtime import editor
+    from iedit.runtime import editor, replay
 
     load, held = models.load_model, {}
 
@@ -135,6 +135,7 @@ def _share_models(patched: pytest.MonkeyPatch, box: Sandbox) -> None:
 
     patched.setattr(models, "load_model", shared)
     patched.setattr(editor, "load_model", shared)
+    patched.setattr(replay, "load_model", shared)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The TensorRT builder and backend, driven through a recording fake that knows only the names of a hand-written manifest.
 
-What runs is all of `export/tensorrt.py` and `runtime/backend_tensorrt.py`; what does not is TensorRT. The fake's engines call
+What runs is all of `export/tensorrt.py` and `runtime/backends/trt.py`; what does not is TensorRT. The fake's engines call
 the tiny checkpoint in torch on the memory whose addresses they were given.
 """
 

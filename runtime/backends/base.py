@@ -55,7 +55,7 @@ class Backend(Modules, Protocol):
         ...
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """See `denoiser.Denoiser`; float32."""
+        """See `base.Denoiser`; float32."""
         ...
 
 

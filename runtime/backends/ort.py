@@ -156,7 +156,7 @@ class OnnxBackend:
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """See `denoiser.Denoiser`."""
+        """See `base.Denoiser`."""
         module, size = (
             unet_module(condition),
             (x.shape[-2] * self.model.vae_scale_factor, x.shape[-1] * self.model.vae_scale_factor),
@@ -240,7 +240,7 @@ class OnnxBackend:
         except Exception as error:
             told = str(error).splitlines()[0][:300]
             if "allocate" in told.lower():
-                # The words by which `denoiser.Network` knows it and goes on with smaller batches.
+                # The words by which `network.Network` knows it and goes on with smaller batches.
                 raise MemoryError(f"onnxruntime can't allocate memory: {told}") from error
             raise RunError(f"onnxruntime could not run {module} on {tuple(given[0].shape)}: {told}") from error
 

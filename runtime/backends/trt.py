@@ -226,7 +226,7 @@ class TensorrtBackend:
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """See `denoiser.Denoiser`."""
+        """See `base.Denoiser`."""
         module, size = (
             unet_module(condition),
             (x.shape[-2] * self.model.vae_scale_factor, x.shape[-1] * self.model.vae_scale_factor),
@@ -353,7 +353,7 @@ class TensorrtBackend:
     def _new_context(self, module: str, loaded: _Loaded, profile: int) -> Any:
         context = loaded.engine.create_execution_context()
         if context is None or not context.set_optimization_profile_async(profile, current_stream(self.device)):
-            # The words by which `denoiser.Network` knows it and goes on with smaller batches.
+            # The words by which `network.Network` knows it and goes on with smaller batches.
             raise MemoryError(f"tensorrt can't allocate memory for {module}: {last_errors(self._log)}")
         return context
 

@@ -174,7 +174,7 @@ class Checkpoint:
 
 
 def find_checkpoint(model: str, layouts: Mapping[str, str] | Sequence[str] | None = None) -> Checkpoint:
-    """Find a model and check everything that can be checked without its weights; see `models.load_model`.
+    """Find a model and check everything that can be checked without its weights; see `model.load_model`.
 
     Raises:
         UsageError: a part is missing or unreadable, or it is a model that cannot be run here.
