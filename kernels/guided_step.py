@@ -65,24 +65,12 @@ def guided_step(
         from .guided_step_triton import guided_step as fused
 
         return fused(x, cond, uncond, scale, c_x, c_out, mask, reference, noise, reference_abar)
-    return guided_step_reference(
-        x, cond, uncond, scale, c_x, c_out, mask=mask, reference=reference, noise=noise, reference_abar=reference_abar
-    )
+    return guided_step_reference(x, cond, uncond, scale, c_x, c_out, mask, reference, noise, reference_abar)
 
 
-def guided_step_reference(
-    x: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    scale: float,
-    c_x: Tensor,
-    c_out: Tensor,
-    *,
-    mask: Tensor | None = None,
-    reference: Tensor | None = None,
-    noise: Tensor | None = None,
-    reference_abar: Tensor | None = None,
-) -> Tensor:
+def guided_step_reference(x: Tensor, cond: Tensor, uncond: Tensor | None, scale: float, c_x: Tensor, c_out: Tensor,
+                          mask: Tensor | None = None, reference: Tensor | None = None, noise: Tensor | None = None,
+                          reference_abar: Tensor | None = None) -> Tensor:  # fmt: skip
     """The definition of `guided_step` in plain torch; arguments and result as there, unchecked."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     value, out = x.to(dtype), cond.to(dtype)

@@ -139,19 +139,8 @@ def ito_step(
     return ito_step_reference(y, x, g, mask, lam, update=update, k=k, lr=lr, kept_area=kept_area, state=state)
 
 
-def ito_step_reference(
-    y: Tensor,
-    x: Tensor,
-    g: Tensor | None,
-    mask: Tensor,
-    lam: Tensor,
-    *,
-    update: str = "clipped",
-    k: int = 1,
-    lr: float = 0.1,
-    kept_area: bool = False,
-    state: AdamState | None = None,
-) -> Tensor:
+def ito_step_reference(y: Tensor, x: Tensor, g: Tensor | None, mask: Tensor, lam: Tensor, *, update: str = "clipped", k: int = 1,
+                       lr: float = 0.1, kept_area: bool = False, state: AdamState | None = None) -> Tensor:  # fmt: skip
     """The definition of `ito_step` in plain torch; arguments and result as there, unchecked."""
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     value = y.to(dtype)
