@@ -51,20 +51,8 @@ def module_call(
     seconds = time.perf_counter() - began
     if events is not None:
         events[1].record()
-    running.modules.append(
-        ModuleCall(
-            running.label,
-            running.step_number,
-            module,
-            backend,
-            batch,
-            began - running.began,
-            seconds,
-            cold,
-            events,
-            engine,
-        )
-    )
+    start, where = began - running.began, (running.label, running.step_number)
+    running.modules.append(ModuleCall(*where, module, backend, batch, start, seconds, cold, events, engine))
 
 
 @dataclass(frozen=True)
@@ -215,6 +203,7 @@ class Profile:
         self._report(step, steps)
 
     def _mark(self, stage: str, step: int) -> None:
+        """A step begins, and the one before it ends."""
         self._close()
         self.stage_name, self.step_number = stage, step
         self.steps.append(Step(self.label, step, time.perf_counter() - self.began, -1.0))
@@ -225,6 +214,7 @@ class Profile:
             self.steps[-1].seconds = time.perf_counter() - self.began - self.steps[-1].start
 
     def _report(self, step: int, steps: int) -> None:
+        """Hands the progress to the callback, if there is one; raises Cancelled where that answers False."""
         if self.callback is None:
             return
         done = min(1.0, (self.before + sum(self.evaluations.values())) / self.expected) if self.expected > 0 else 0.0
@@ -245,6 +235,7 @@ class Profile:
         self.calls[last] = self.calls.get(last, 0) + 1
 
     def note(self, text: str) -> None:
+        """Something that the user should know of this run, once."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -287,16 +278,8 @@ class Profile:
                 for x in self.steps
             ],
             "module_calls": [
-                {
-                    "stage": c.stage,
-                    "step": c.step,
-                    "module": c.module,
-                    "backend": c.backend,
-                    "batch": c.batch,
-                    "start": round(c.start, 6),
-                    "seconds": round(c.seconds, 6),
-                    "cold": c.cold,
-                }
+                {"stage": c.stage, "step": c.step, "module": c.module, "backend": c.backend, "batch": c.batch}
+                | {"start": round(c.start, 6), "seconds": round(c.seconds, 6), "cold": c.cold}
                 for c in self.modules
             ],
             "outside_modules": round(self.outside_modules(), 6),

@@ -168,6 +168,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
 
 
 def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
+    """A contact sheet: for each edit the input, its layouts, mask, guidance image and result."""
     from ..images import contact_sheet
 
     rows = []

@@ -1,4 +1,4 @@
-"""The commands that tell: `profile`, `info` and `demo`."""
+"""The commands that describe: where the time of an edit goes (`profile`), what is here (`info`), the sample edits (`demo`)."""
 
 from __future__ import annotations
 

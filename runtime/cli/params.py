@@ -46,6 +46,7 @@ class Between(click.FloatRange):
 
 
 def pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """NAME=FILE, given any number of times, as a mapping of name to file."""
     paths: dict[str, str] = {}
     for value in values:
         name, sign, path = value.partition("=")
@@ -140,6 +141,7 @@ def check_given(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> No
 
 
 def option_context(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> OptionContext:
+    """What of a command's values decides which options matter."""
     return OptionContext(
         values["method"],
         lambdas=tuple(lambdas),
@@ -156,9 +158,10 @@ def option_context(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) ->
 
 
 def make_options(values: dict[str, Any], lam: float = 0.6) -> Options:
+    """The options of an edit out of a command's values; what a command has no option for is the default."""
     from ..options import ItoSettings, MaskOptions, Options
 
-    phase = ItoSettings(t_u=values.get("t_u"), k=values.get("k", 1), update=values.get("update", "clipped"))
+    settings = ItoSettings(t_u=values.get("t_u"), k=values.get("k", 1), update=values.get("update", "clipped"))
     return Options(
         lam=lam,
         guidance_scale=values["guidance_scale"],
@@ -171,8 +174,8 @@ def make_options(values: dict[str, Any], lam: float = 0.6) -> Options:
             strength=values["mask_strength"],
             threshold=values["mask_threshold"],
         ),
-        guidance=phase,
-        final=phase,
+        guidance=settings,
+        final=settings,
         refine=values.get("refine", False),
         composite=values.get("composite", "none"),
         resize=values["resize"],
@@ -252,6 +255,7 @@ def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, opti
 
 
 def load_editor(values: dict[str, Any], cache: str | None = None) -> Editor:
+    """The model and its backend out of a command's values; `cache` is the folder where stage results are kept."""
     quiet_libraries()
     from ..editor import Editor
     from ..stage_cache import StageCache
