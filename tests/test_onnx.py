@@ -122,7 +122,7 @@ def test_the_embedding_of_a_layout_is_made_once_for_a_condition(
     rows = {r["module"]: r["calls"] for r in profile.by_module() if r["backend"] == "onnx"}
     assert rows == {"unet+pose+scribble": 6, "hint-pose": 2, "hint-scribble": 2}
     x, t, condition = calls[0]
-    other = dataclasses.replace(condition, layouts=tuple((n, 1 - m, s) for n, m, s in condition.layouts))
+    other = dataclasses.replace(condition, controls=tuple(dataclasses.replace(c, image=1 - c.image) for c in condition.controls))  # fmt: skip
     assert not torch.allclose(backend.predict(x, t, other), backend.predict(x, t, condition), atol=1e-3)
 
 

@@ -43,7 +43,7 @@ from iedit.runtime.model import module_io
 from iedit.runtime.profile import Profile
 
 HERE = Path(__file__).parent
-SOURCES = ("export/tensorrt.py", "runtime/backend_tensorrt.py")
+SOURCES = ("export/tensorrt.py", "runtime/backends/trt.py")
 SMALL = Shapes((1, 2, 4), (64, 64, 64), (64, 64, 64))
 WIDE = Shapes((1, 1, 2), (64, 128, 128), (64, 128, 192))
 MODULES = ("unet", "unet+pose+scribble", "hint-pose", "hint-scribble", "vae_encoder", "vae_decoder", "text_encoder")

@@ -34,7 +34,7 @@ HUB_FILES = tuple(
 
 def picturebook_folder() -> Path:
     """Where the embedded model lies in the installed package."""
-    return Path(__file__).parent / "picturebook"
+    return Path(__file__).parent.parent / "picturebook"
 
 
 def find_folder(model: str) -> Path:
