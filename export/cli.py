@@ -77,7 +77,7 @@ def export() -> None:
                    "Default: one of each that the model has; none for the plain UNet only.")  # fmt: skip
 @click.option("--module", "modules", multiple=True, metavar="NAME",
               help="Only this module, in place of all that an edit needs: unet, unet+pose, vae_encoder, vae_decoder, "
-                   "text_encoder, hint-NAME or controlnet-NAME. Repeat for more.")  # fmt: skip
+                   "text_encoder, control-embedding-NAME or controlnet-NAME. Repeat for more.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True,
               help="fp16 and bf16 keep norms and softmax in float32; for GPUs.")  # fmt: skip
 @click.option("--opset", type=click.Choice(["22", "23"]), default="23", show_default=True,

@@ -94,6 +94,7 @@ def build_tensorrt(
         opset=source.opset,
         versions={**source.versions, "tensorrt": str(trt.__version__)},
         gpu=backend_tensorrt.arch(where),
+        inputs=source.inputs,
         refit=refit,
     )
     with build_lock(out, tell):
@@ -144,7 +145,7 @@ def _valid(folder: Path, wanted: EngineSpec) -> EngineSpec | None:
         spec = read_spec(folder)
     except UsageError:
         return None
-    fields = ("format", "module", "weights", "graph", "precision", "shapes", "gpu", "refit")
+    fields = ("format", "module", "weights", "graph", "precision", "shapes", "gpu", "refit", "inputs")
     if spec.differs(**{name: getattr(wanted, name) for name in fields}) or damaged(folder, spec):
         return None
     return spec if spec.versions.get("tensorrt") == wanted.versions["tensorrt"] else None
@@ -237,7 +238,7 @@ def input_ranges(
     pixels = (limits.height, limits.width)
     cells = tuple(tuple(v // factor for v in side) for side in pixels)
     rows: tuple[tuple[int, ...], ...]
-    if name in ("sample", "latents") or name.endswith("_hint"):
+    if name in ("sample", "latents") or name.endswith("_control_embedding"):
         rows = (limits.batch, (0, 0, 0), *cells)  # channels are never open
     elif name in ("images", "image"):
         rows = (limits.batch, (3, 3, 3), *pixels)

@@ -28,7 +28,7 @@ from ..runtime.errors import UsageError
 from ..runtime.files import write_whole
 from ..runtime.model import module_io
 from ..runtime.model.model import Model
-from ..runtime.model.module_io import HINT_PREFIX
+from ..runtime.model.module_io import CONTROL_EMBEDDING_PREFIX
 from ..runtime.stage_cache import StageCache
 from .onnx import DTYPES
 
@@ -81,8 +81,8 @@ def _inputs(
         words = int(model.text_encoder.config.vocab_size)
         ids = torch.randint(0, words, (batch, length), generator=draw).to(model.device)
         return lambda b: b.encode_tokens(ids)
-    if module.startswith(HINT_PREFIX):
-        return lambda b: b.hint(module.removeprefix(HINT_PREFIX), images).float()
+    if module.startswith(CONTROL_EMBEDDING_PREFIX):
+        return lambda b: b.control_embedding(module.removeprefix(CONTROL_EMBEDDING_PREFIX), images).float()
     times = torch.randint(0, 1000, (batch,), generator=draw).to(model.device)  # every sample at a level of its own
     text = normal(batch, length, int(model.unet.config.cross_attention_dim))
     controls = tuple(
@@ -241,7 +241,7 @@ def _samples(model: Model, modules: set[str], count: int) -> list[tuple[str, Edi
         if (
             fits
             and set(request.layouts) <= set(model.controlnets)
-            and {"unet", unet, *module_io.hint_modules(unet)} <= modules
+            and {"unet", unet, *module_io.control_embedding_modules(unet)} <= modules
         ):
             found.append((name, request))
     return found[:count]

@@ -61,7 +61,7 @@ class EngineSpec:
     Attributes:
         format: "onnx" or "tensorrt".
         module: unet, unet+NAMES (fused with those ControlNets, names sorted and joined by "+"), controlnet-NAME,
-            hint-NAME (its layout embedding), vae_encoder, vae_decoder or text_encoder; see `module_io`.
+            control-embedding-NAME (of its layout), vae_encoder, vae_decoder or text_encoder; see `module_io`.
         model: name of the checkpoint, for people.
         weights: digest of the module's weights and configs (`Model.module_digest`).
         graph: digest of the ONNX graph without its metadata, weights apart.
@@ -71,6 +71,7 @@ class EngineSpec:
         versions: of what made it: torch, diffusers, onnx, tensorrt ...
         gpu: "sm_90" and so on; "" runs anywhere.
         refit: its weights can be exchanged (TensorRT).
+        inputs: names of its inputs, in the order of `module_io.inputs`.
         files: name -> sha256 of every other file of the folder that belongs to it.
         checked: the parity report's figures, once `iedit export verify` has passed.
     """
@@ -86,6 +87,7 @@ class EngineSpec:
     versions: Mapping[str, str]
     gpu: str = ""
     refit: bool = False
+    inputs: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     checked: Mapping[str, Any] = field(default_factory=dict)
 

@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from .. import cpu
-from ..errors import RunError, UsageError
+from ..errors import UsageError
 from ..schedule import Schedule
 from .checkpoint import PICTUREBOOK, find_checkpoint, first_line, read_json, weights_of
-from .module_io import CONTROLNET_PREFIX, HINT_PREFIX
+from .module_io import CONTROL_EMBEDDING_PREFIX, CONTROLNET_PREFIX
 from .module_io import layouts as layouts_of
-
-
-class Modules(Protocol):
-    """What runs everything but the UNet; see `backends.Backend`."""
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: the posterior's mode, not scaled."""
-        ...
-
-    def decode_latent(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w), unscaled -> (B, 3, H, W) float32, about [-1, 1]."""
-        ...
-
-    def encode_tokens(self, ids: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, L, D) float32."""
-        ...
 
 
 @dataclass
@@ -49,7 +30,6 @@ class Model:
         digest: sha256 over everything of the checkpoint that a result depends on beside the noise schedule: weights and configs
             of every part in use, the tokenizer, and which ControlNet goes by which name; 16 hex digits.
         weights_digest: over the weights alone; names the folder that engines are kept in.
-        modules: the backend that runs VAE and text encoder; None is eager torch.
         words, reconstruction_error: what its `iedit.json` says of its world (see `checkpoint.Recommended`).
         notes: what was settled otherwise than asked while it was loaded; every result of an edit repeats them.
         part_digests: over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
@@ -78,7 +58,6 @@ class Model:
     notes: tuple[str, ...] = ()
     words: frozenset[str] = frozenset()
     reconstruction_error: float | None = None
-    modules: Modules | None = None
 
     def module_digest(self, module: str) -> str:
         """Of the parts that an engine for `module` is made of (see `engine_spec.EngineSpec`), 16 hex digits."""
@@ -106,75 +85,9 @@ class Model:
         return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
-    def _shift(self) -> float:
-        """What the VAE's latents are shifted by; Stable Diffusion's are not."""
-        return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, note: Callable[[str], None] | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: posterior mode, less the shift, times the scaling factor.
-
-        `note` is told when a half overflowed and float32 was used.
-        """
-        images = images.to(self.device)
-        if self.modules is None:
-            latent = self.vae.encode(images.to(self.dtype)).latent_dist.mode().float()
-        else:
-            latent = self.modules.encode_image(images)
-        if not _finite(latent):
-            latent = self._float32_vae("encoding", note).encode(images.float()).latent_dist.mode()
-        if not _finite(latent):
-            raise RunError("stage encode: the VAE returned NaN or infinity, in float32 too; check the checkpoint")
-        return (latent - self._shift) * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, note: Callable[[str], None] | None = None) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]; float32 is tried where a half overflows."""
-        z = latents.to(self.device) / self.vae.config.scaling_factor + self._shift
-        if self.modules is None:
-            images = self.vae.decode(z.to(self.dtype)).sample.float()
-        else:
-            images = self.modules.decode_latent(z)
-        if not _finite(images):
-            images = self._float32_vae("decoding", note).decode(z.float()).sample
-        if not _finite(images):
-            raise RunError(
-                "stage decode: the VAE returned NaN or infinity, in float32 too; try a smaller guidance scale"
-            )
-        return images
-
-    def _float32_vae(self, what: str, note: Callable[[str], None] | None) -> Any:
-        """A copy: other threads may be using the VAE in its own dtype."""
-        backend = getattr(self.modules, "name", "")
-        if note is not None:
-            how = (
-                f"in {str(self.dtype).removeprefix('torch.')}" if backend in ("", "torch") else f"on backend {backend}"
-            )
-            note(f"the VAE gave NaN {how}; {what} was repeated in float32")
-        return copy.deepcopy(self.vae).float()
-
-    def token_chunks(self, text: str) -> list[list[int]]:
-        """Token ids of a prompt in chunks that the text encoder takes; a long prompt has several."""
-        room = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings) - 2
-        ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        return [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
-
-    @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], chunks: int = 1) -> Tensor:
-        """(B, chunks * L, D) float32 states; prompts of fewer chunks are filled up with empty ones."""
-        tokenizer = self.tokenizer
-        length = min(tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        rows = []
-        for text in texts:
-            parts = self.token_chunks(text)
-            parts += [[]] * (chunks - len(parts))
-            for ids in parts:
-                row = [begin, *ids, end]
-                rows.append(row + [pad] * (length - len(row)))
-        tokens = torch.tensor(rows, device=self.device)
-        states = self.text_encoder(tokens)[0].float() if self.modules is None else self.modules.encode_tokens(tokens)
-        return states.reshape(len(texts), -1, states.shape[-1])
+    def text_length(self) -> int:
+        """Tokens that the text encoder takes at a time, with the first and the last one."""
+        return int(min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings))
 
 
 def module_digest(part_digests: Mapping[str, str], module: str) -> str:
@@ -185,8 +98,8 @@ def module_digest(part_digests: Mapping[str, str], module: str) -> str:
     """
     if module.startswith("unet"):
         parts = ["unet", *(CONTROLNET_PREFIX + name for name in layouts_of(module))]
-    elif module.startswith(HINT_PREFIX):
-        parts = [CONTROLNET_PREFIX + module.removeprefix(HINT_PREFIX)]
+    elif module.startswith(CONTROL_EMBEDDING_PREFIX):
+        parts = [CONTROLNET_PREFIX + module.removeprefix(CONTROL_EMBEDDING_PREFIX)]
     else:
         parts = ["vae" if module.startswith("vae_") else module]
     return hashlib.sha256("".join(part_digests[p] for p in parts).encode()).hexdigest()[:16]
@@ -205,13 +118,6 @@ def read_digests(model: str) -> Digests:
     """Of a checkpoint with the ControlNets inside it; its weights are not loaded."""
     found = find_checkpoint(model)
     return _digests(found.folder, {CONTROLNET_PREFIX + name: path for name, path in found.controlnets.items()})
-
-
-def _finite(values: Tensor) -> bool:
-    """NumPy on a CPU: for a picture torch wakes its other threads, which takes longer than to look at it."""
-    if values.device.type == "cpu":
-        return bool(np.isfinite(values.detach().float().numpy()).all())
-    return bool(torch.isfinite(values).all())
 
 
 @contextlib.contextmanager
