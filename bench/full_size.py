@@ -160,7 +160,7 @@ def edit(folder: Path, table: Path | None = None) -> dict[str, Any]:
     busy = f"load average {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores at the start"
     with PeakMemory() as memory:
         began = time.perf_counter()
-        editor = Editor.load(str(folder), device="cpu", dtype="float32")
+        editor = Editor.load(str(folder), backend="torch", device="cpu", dtype="float32")
         loaded = time.perf_counter() - began
         result = editor.edit(request)
     spent, evaluations = sum(result.profile.seconds.values()), sum(result.profile.evaluations.values())

@@ -103,7 +103,7 @@ def plot(curves: dict[str, np.ndarray], updates: int) -> Image.Image:
 def main(cases: int, seed: int, steps: int, t_u: int | None, output: Path) -> None:
     """Follow the kept area through the final pass with both updates."""
     torch.set_num_threads(1)
-    editor = Editor.load(device="cpu")
+    editor = Editor.load(backend="torch", device="cpu")
     settled = Options(final=ItoSettings(t_u=t_u)).settled(editor.model, steps).final
     curves: dict[str, list[list[float]]] = {u: [] for u in UPDATES}
     asked = [c for kind in truth.TEXT_KINDS for c in truth.edit_cases(kind, cases, seed)]

@@ -15,7 +15,7 @@ import click
 
 from ..runtime.cli.help import show
 from ..runtime.errors import RunError, UsageError
-from ..runtime.untrusted import printable
+from ..runtime.files import printable
 from .tensorrt_cli import tensorrt
 
 _out = click.option("--out", "--engines", "out", type=click.Path(path_type=Path, file_okay=False), default=None,

@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    Image,
+    ImageChops,
+    ImageDraw,
+    ImageFilter,
+    ImageFont,
+    ImageOps,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 
 from .errors import RunError, UsageError
-from .files import check_regular, write_whole
-from .untrusted import parse_json
+from .files import check_regular, parse_json, write_whole
 
 if TYPE_CHECKING:  # torch takes seconds to import, and layouts, masks and receipts need none of it
     from torch import Tensor
@@ -54,10 +62,10 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, backg
 
 def dropped(image: Image.Image) -> list[str]:
     """What `load_image` lost of a picture, and what `as_rgb` would lose: other frames, transparency."""
-    found = list(image.info.get(_DROPPED, ()))
+    notes = list(image.info.get(_DROPPED, ()))
     if has_transparency(image):
-        found.append("the picture's transparency was dropped: it was laid on white")
-    return found
+        notes.append("the picture's transparency was dropped: it was laid on white")
+    return notes
 
 
 def has_transparency(image: Image.Image) -> bool:
@@ -306,6 +314,67 @@ def mask_to_latent(mask: Image.Image, latent_hw: tuple[int, int], padded_size: t
     return torch.from_numpy((share > 0).astype(np.float32)).view(1, 1, h, w)
 
 
+def cells_to_mask(cells: Tensor, padded_size: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    """A latent mask as a picture: every pixel of a cell that is edited is.
+
+    Args:
+        cells: (1, 1, h, w) in [0, 1].
+        padded_size, size: width and height of the padded picture and of the picture itself, as in `pad_to_multiple`.
+
+    Returns:
+        "L" of `size`.
+    """
+    values = (cells[0, 0].cpu() * 255).round().byte().numpy()
+    return crop_back(Image.fromarray(values).resize(padded_size, Image.Resampling.NEAREST), size)
+
+
+# --- an edit put back into its picture --------------------------------------------------------------------------
+
+
+def paste(source: Image.Image, edited: Image.Image, mask: Image.Image, feather: float) -> Image.Image:
+    """The edited picture inside the mask, the source outside it, with a soft edge that lies inside the mask.
+
+    Pixels outside the mask are the source's, bit for bit. The edge is a ramp over `feather` pixels, or over as many as the
+    mask is deep where that is less; parts of a mask that are thinner than its edge get a hard one, for they would fade away.
+
+    Args:
+        source, edited: RGB of one size.
+        mask: "L" of that size, 0 or 255.
+        feather: width of the edge in pixels; up to 1 it is hard.
+    """
+    weight, inner, depth = np.asarray(mask, np.uint32), mask, 1
+    while depth < round(feather):
+        smaller = inner.filter(ImageFilter.MinFilter(3))
+        if smaller.getbbox() is None:
+            break
+        inner, depth = smaller, depth + 1
+        weight = weight + np.asarray(inner)
+    ramp = Image.fromarray((weight / depth).round().astype(np.uint8))
+    # Grown back by a pixel more than it was shrunk by: the corners of a thick part are not thin.
+    thick = inner.filter(ImageFilter.MaxFilter(2 * depth + 1)) if depth > 1 else mask
+    return Image.composite(edited, source, ImageChops.lighter(ramp, ImageChops.subtract(mask, thick)))
+
+
+def paste_enlarged(
+    source: Image.Image, edited: Image.Image, mask: Image.Image | None, feather: float
+) -> tuple[Image.Image, Image.Image | None]:
+    """An edit that was made on a smaller picture (`Options.resize`), at the size of the picture that was given, with its mask.
+
+    With a mask all outside it is the given picture, bit for bit; without one everything is the edit, enlarged.
+
+    Args:
+        source: RGB, the picture that was given.
+        edited: RGB, smaller.
+        mask: "L" of either size, 0 or 255.
+        feather: as in `paste`.
+    """
+    large = edited.resize(source.size, Image.Resampling.LANCZOS)
+    if mask is None:
+        return large, None
+    mask = mask.resize(source.size, Image.Resampling.NEAREST)
+    return paste(source, large, mask, feather), mask
+
+
 # --- pictures to files ------------------------------------------------------------------------------------------
 
 
@@ -313,9 +382,9 @@ def png_bytes(image: Image.Image, receipt: Mapping[str, Any] | None = None) -> b
     """A PNG file, with `receipt` as JSON in an iTXt chunk keyed `iedit`."""
     text = PngImagePlugin.PngInfo()
     if receipt is not None:
-        told = json.dumps(receipt, ensure_ascii=False, sort_keys=True)
+        value = json.dumps(receipt, ensure_ascii=False, sort_keys=True)
         # A prompt out of a command line that is not UTF-8 has half characters: JSON's own escapes are what is left for them.
-        text.add_itxt(RECEIPT_KEY, told.encode("utf-8", "backslashreplace").decode())
+        text.add_itxt(RECEIPT_KEY, value.encode("utf-8", "backslashreplace").decode())
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=text)
     return buffer.getvalue()
@@ -333,7 +402,7 @@ def write_png(path: str | os.PathLike[str], image: Image.Image, receipt: Mapping
 
 
 def read_receipt(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The receipt that `write_png` put into a PNG: any object of JSON within `untrusted.parse_json`'s bounds.
+    """The receipt that `write_png` put into a PNG: any object of JSON within `files.parse_json`'s bounds.
 
     Raises:
         UsageError: unreadable, or there is no receipt in it.

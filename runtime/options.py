@@ -1,16 +1,23 @@
-"""How an edit is made: everything about it that is not its inputs. Frozen dataclasses, a sentence for each field."""
+"""How an edit is made: everything about it that is not its inputs, with bounds; and which method uses which option.
+
+The table `USES` is where the checks, the command line's help and docs/options.md come from. Nothing heavy is imported, so
+that the command line can refuse an option before torch is loaded.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..kernels.ito_step import UPDATES
+from . import METHODS
 from .errors import UsageError
 from .model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE
-from .model.model import Model
+
+if TYPE_CHECKING:
+    from .model.model import Model
 
 # METHOD section 3, row 3; ITO's section 4 compares with DiffEdit at 0.7 and with ControlNet + DiffEdit at 1.0.
 RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "controlnet-diffedit": 1.0}
@@ -25,7 +32,7 @@ class ItoSettings:
         t_u: steps that are updated, the noisiest first; None is 15 of 25, or what the checkpoint recommends for edits without layouts.
         k: inner steps at each.
         lr: the longest step of a value (clipped), or Adam's learning rate.
-        update: "clipped", the Newton step of the preservation loss, never longer than lr; or "adam", the papers' letter.
+        update: "clipped", the Newton step of the preservation loss, never longer than lr; or "adam", as in the papers.
         carry: keep Adam's state across timesteps in place of a fresh one at each.
     """
 
@@ -124,14 +131,15 @@ class Options:
     def settled(self, model: Model, steps: int, layouts: bool = False) -> Options:
         """With a number for what was left to the checkpoint; `layouts`: the edit has some."""
         share = None if layouts else model.text_update_share
-        guidance, final = (dataclasses.replace(p, t_u=p.updates(steps, share)) for p in (self.guidance, self.final))
+        guidance, final = (dataclasses.replace(s, t_u=s.updates(steps, share)) for s in (self.guidance, self.final))
         scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
         return dataclasses.replace(
             self, guidance_scale=scale, mask=self.mask.settled(model), guidance=guidance, final=final
         )
 
     def check(self) -> None:
-        """Raises UsageError for a value that no stage could use, TypeError for one of another type than declared."""
+        """Raises UsageError for a value that no stage could use."""
+        from ..kernels.ito_step import UPDATES
 
         def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
             if value not in allowed:
@@ -157,17 +165,178 @@ class Options:
         within("control_scale", self.control_scale, 0, MAX_CONTROL)
         for name, scale in self.control_scales:
             within(f"control_scales {name}", scale, 0, MAX_CONTROL)
-        for name, ratio in (("encoding_ratio", self.encoding_ratio), ("mask strength", 1.0 if self.mask.strength is None else self.mask.strength),
-                            ("ratio", 1.0 if self.ratio is None else self.ratio)):  # fmt: skip
-            if not 0 < ratio <= 1:
+        ratios = {"encoding_ratio": self.encoding_ratio, "mask strength": self.mask.strength, "ratio": self.ratio}
+        for name, ratio in ratios.items():
+            if ratio is not None and not 0 < ratio <= 1:
                 raise UsageError(f"{name} is {ratio}, expected a number above 0 and at most 1")
-        for phase in (self.guidance, self.final, self.refinement):
-            if (
-                not 1 <= phase.k <= MAX_INNER_STEPS
-                or (phase.t_u is not None and phase.t_u < 0)
-                or not 0 < phase.lr < math.inf
-            ):
-                raise UsageError(f"{phase}: expected t_u >= 0, k >= 1 (at most {MAX_INNER_STEPS}) and lr > 0")
-            one_of("update", phase.update, UPDATES)
-            if phase.carry and phase.update != "adam":
-                raise UsageError(f"carry keeps Adam's state, and update {phase.update!r} has none; use update='adam'")
+        for settings in (self.guidance, self.final, self.refinement):
+            t_u = 0 if settings.t_u is None else settings.t_u
+            if not (1 <= settings.k <= MAX_INNER_STEPS and t_u >= 0 and 0 < settings.lr < math.inf):
+                raise UsageError(f"{settings}: expected t_u >= 0, k >= 1 (at most {MAX_INNER_STEPS}) and lr > 0")
+            one_of("update", settings.update, UPDATES)
+            if settings.carry and settings.update != "adam":
+                raise UsageError(
+                    f"carry keeps Adam's state, and update {settings.update!r} has none; use update='adam'"
+                )
+
+
+# --- which method uses which option -----------------------------------------------------------------------------
+
+UNMASKED = ("sdedit", "controlnet")
+ITO = ("ito",)
+MASKED = tuple(m for m in METHODS if m not in UNMASKED)
+INVERTING = ("ito", "diffedit", "controlnet-diffedit")
+NOISING = tuple(m for m in METHODS if m not in ITO)
+
+
+@dataclass(frozen=True)
+class OptionContext:
+    """What of an edit decides which of its options matter.
+
+    Attributes:
+        lambdas: of all edits that are asked for together.
+        mask_given: a mask was given, so none is estimated.
+        guidance_scale: None where it is left to a checkpoint that is not loaded yet.
+        inverts_with_negative: the inversion reads the negative prompt too.
+    """
+
+    method: str
+    lambdas: tuple[float, ...] = (0.6,)
+    mask_given: bool = False
+    mask_mode: str = "single"
+    layouts: bool = False
+    composite: str = "none"
+    refine: bool = False
+    resize: bool = False
+    guidance_scale: float | None = None
+    inverts_with_negative: bool = False
+
+    @property
+    def estimates_mask(self) -> bool:
+        """Whether the method uses a mask that it has to find itself."""
+        return self.method in MASKED and not self.mask_given and self.mask_mode != "none"
+
+    def lacks(self, need: str) -> str:
+        """What is missing for `OptionUse.needs`, as a clause; "" if it is there."""
+        masked = self.mask_given or self.mask_mode != "none"
+        fulfilled, why = {
+            "": (True, ""),
+            "a mask": (masked, "there is no mask with mask mode none; give a mask, or mask mode single"),
+            "a mask to estimate": (
+                not self.mask_given and self.mask_mode != "none",
+                "a mask is given, so none is estimated" if self.mask_given else "mask mode none estimates no mask",
+            ),
+            "no given mask": (not self.mask_given, "a mask is given, so none is estimated"),
+            "layouts": (self.layouts, "no layout is given (--layout NAME=FILE)"),
+            "guidance": (
+                self.guidance_scale != 1 or self.inverts_with_negative,
+                "guidance scale 1 is without the unconditional half",
+            ),
+            "a guidance image": (min(self.lambdas) < 1, "lambda 1 makes no guidance image"),
+            "refinement": (self.refine, "the guidance image is not refined (--refine)"),
+            "the pixel composite or resize": (
+                self.composite == "pixel" or self.resize,
+                "the composite is not pixel, and nothing is resized",
+            ),
+        }[need]
+        return "" if fulfilled else why
+
+
+@dataclass(frozen=True)
+class OptionUse:
+    """One option and the methods that use it.
+
+    Attributes:
+        field: of `EditRequest`, or of its `Options` ("mask.threshold" is nested).
+        methods: that use it.
+        option: of the command line; "" where it is of the Python interface alone.
+        needs: what else there must be, one of those that `OptionContext.lacks` knows.
+    """
+
+    field: str
+    methods: tuple[str, ...]
+    option: str = ""
+    needs: str = ""
+
+
+USES = (
+    OptionUse("mask", MASKED, "--mask"),
+    OptionUse("options.lam", ITO, "--lambda"),
+    OptionUse("options.negative_prompt", METHODS, "--negative-prompt", "guidance"),
+    OptionUse("options.control_scale", METHODS, "--control-scale", "layouts"),
+    OptionUse("options.control_scales", METHODS, needs="layouts"),
+    OptionUse("options.mask.mode", MASKED, "--mask-mode", "no given mask"),
+    OptionUse("options.mask.threshold", MASKED, "--mask-threshold", "a mask to estimate"),
+    OptionUse("options.mask.strength", MASKED, "--mask-strength", "a mask to estimate"),
+    OptionUse("options.mask.seeds", MASKED, "--mask-seeds", "a mask to estimate"),
+    OptionUse("options.mask.guided", MASKED, needs="a mask to estimate"),
+    OptionUse("options.mask.sigma", MASKED, needs="a mask to estimate"),
+    OptionUse("options.mask.norm", MASKED, needs="a mask to estimate"),
+    OptionUse("options.guidance", ITO),
+    OptionUse("options.final", ITO),
+    OptionUse("options.final.t_u", ITO, "--t-u"),
+    OptionUse("options.final.k", ITO, "--k"),
+    OptionUse("options.final.update", ITO, "--update"),
+    OptionUse("options.refine", ITO, "--refine", "a guidance image"),
+    OptionUse("options.refinement", ITO, needs="refinement"),
+    OptionUse("options.round_trip", ITO, needs="a guidance image"),
+    OptionUse("options.encoding_ratio", ITO),
+    OptionUse("options.kept_area", ITO),
+    OptionUse("options.ratio", NOISING, "--ratio"),
+    OptionUse("options.inversion", INVERTING),
+    OptionUse("options.inversion_scale", INVERTING),
+    OptionUse("options.inversion_evaluate", INVERTING),
+    OptionUse("options.composite", MASKED, "--composite", "a mask"),
+    OptionUse("options.feather", MASKED, needs="the pixel composite or resize"),
+    OptionUse("options.resize", METHODS, "--resize"),
+)
+
+
+def check_uses(context: OptionContext, given: Iterable[OptionUse]) -> None:
+    """Refuse the first of the options that were set although this edit would not use them.
+
+    Raises:
+        UsageError: naming the option and the methods that use it, or what it lacks.
+    """
+    for use in given:
+        name = use.option or use.field.removeprefix("options.")
+        if context.method not in use.methods:
+            raise UsageError(
+                f"{name}: method {context.method} does not use it; leave it out, or name a method that does: {', '.join(use.methods)}"
+            )
+        why = context.lacks(use.needs)
+        if why:
+            raise UsageError(f"{name}: it would not be used, {why}; leave it out, or change that")
+
+
+def unused_notes(context: OptionContext, source_prompt: bool, source_layouts: bool) -> list[str]:
+    """What an edit does not use of what describes the picture: no reason to refuse it, as the same command serves several methods."""
+    notes = []
+    if source_prompt and context.method not in INVERTING and not context.estimates_mask:
+        notes.append("the source prompt is not used: nothing is inverted and no mask is estimated")
+    if source_layouts and not context.estimates_mask:
+        notes.append("the source layouts are not used: no mask is estimated")
+    return notes
+
+
+def used_by(option: str) -> str:
+    """For an option's help: the methods that use it, where that is not all of them, and what it needs."""
+    for use in USES:
+        if use.option == option:
+            few = len(use.methods) <= len(METHODS) // 2
+            others = [m for m in METHODS if m not in use.methods]
+            clauses = [] if not others else [f"{', '.join(use.methods)} only" if few else f"not {', '.join(others)}"]
+            clauses += [f"needs {use.needs}"] if use.needs and use.needs != "no given mask" else []
+            clauses += ["not with --mask"] if use.needs == "no given mask" else []
+            return f"[{'; '.join(clauses)}]" if clauses else ""
+    raise KeyError(option)
+
+
+def uses_table() -> str:
+    """The table of docs/options.md, markdown."""
+    lines = [f"| option | {' | '.join(METHODS)} | needs |", "|---" * (len(METHODS) + 2) + "|"]
+    for use in USES:
+        marks = ["x" if m in use.methods else "" for m in METHODS]
+        name = f"`{use.option}`" if use.option else f"`{use.field}`"
+        lines.append(f"| {name} | {' | '.join(marks)} | {use.needs} |")
+    return "\n".join(lines) + "\n"

@@ -23,7 +23,7 @@ from .denoise_step import Condition, ControlInput, Sampler, joined
 from .errors import RunError
 from .model.model import Model
 from .network import Network
-from .options import RATIOS
+from .options import RATIOS, UNMASKED
 from .profile import Profile
 from .request import PreparedRequest, estimates_mask
 from .sampling import (
@@ -38,7 +38,6 @@ from .sampling import (
 )
 from .schedule import add_noise, seeded_noise
 from .stage_cache import Stage, StageCache, StageRunner, key_of, tensor_digest
-from .uses import UNMASKED
 
 Requests = list[PreparedRequest]
 

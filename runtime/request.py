@@ -15,14 +15,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from . import METHODS, uses
+from . import METHODS
 from . import images as pictures
 from . import layouts as layout_maps
 from .codec import token_chunks
 from .errors import UsageError
 from .model.checkpoint import check_layouts, check_side
 from .model.model import Model
-from .options import STEPS, Options
+from .options import ITO, STEPS, UNMASKED, USES, OptionContext, Options, OptionUse, check_uses, unused_notes
 from .profile import Profile
 
 # A PIL image, a path, or an array; in a checked request a PIL image.
@@ -104,8 +104,9 @@ class PreparedRequest:
         mask_picture: the given mask, at the size of the picture that was given.
         full: that picture, RGB, where it is worked on smaller (`Options.resize`).
         results: stage results by stage name.
-        keys: of those that the cache keeps.
-        notes: what of the request is not used as its author may expect.
+        keys: their cache keys, of the stages that the cache keeps.
+        mask: (1, 1, h, w) in [0, 1], given or estimated; None until then, and where there is none.
+        notes: what the user should know of this edit.
     """
 
     request: EditRequest
@@ -129,6 +130,15 @@ class PreparedRequest:
         assert self.request.steps is not None  # settled by `check_request`
         return self.request.steps
 
+    def edited_area(self) -> Image.Image | None:
+        """Where the edit was allowed: see `EditResult.mask`; of the size of the picture as it is worked on, or of the given mask."""
+        if self.mask is None:
+            return None
+        if self.mask_picture is not None and (self.request.options.composite == "pixel" or self.full is not None):
+            return self.mask_picture
+        height, width = self.pixels.shape[-2:]
+        return pictures.cells_to_mask(self.mask, (width, height), self.size)
+
     def note(self, text: str) -> None:
         """Something that the user should know of this edit, once."""
         if text not in self.notes:
@@ -137,12 +147,12 @@ class PreparedRequest:
 
 def estimates_mask(request: EditRequest) -> bool:
     """Whether the method uses a mask and the options let it be estimated where none is given."""
-    return request.method not in uses.UNMASKED and request.options.mask.mode != "none"
+    return request.method not in UNMASKED and request.options.mask.mode != "none"
 
 
-def asked_of(
+def option_context(
     request: EditRequest, guidance_scale: float | None = None, lambdas: Sequence[float] | None = None
-) -> uses.Asked:
+) -> OptionContext:
     """What of a request decides which options matter.
 
     Args:
@@ -150,7 +160,7 @@ def asked_of(
         lambdas: of all requests that are asked for together; by default its own.
     """
     o = request.options
-    return uses.Asked(
+    return OptionContext(
         request.method,
         lambdas=(o.lam,) if lambdas is None else tuple(lambdas),
         mask_given=request.mask is not None,
@@ -160,18 +170,18 @@ def asked_of(
         refine=o.refine,
         resize=o.resize is not None,
         guidance_scale=guidance_scale if o.guidance_scale is None else o.guidance_scale,
-        other_uses_of_negative=o.inversion == "unconditional" or o.inversion_scale != 1,
+        inverts_with_negative=o.inversion == "unconditional" or o.inversion_scale != 1,
     )
 
 
-def set_fields(request: EditRequest) -> list[uses.Use]:
-    """The rows of `uses.USES` whose field differs from its default."""
+def set_fields(request: EditRequest) -> list[OptionUse]:
+    """The rows of `options.USES` whose field differs from its default."""
     default = EditRequest(request.image, request.prompt)
 
     def value(of: EditRequest, path: str) -> Any:
         return functools.reduce(getattr, path.split("."), of)
 
-    return [use for use in uses.USES if value(request, use.field) != value(default, use.field)]
+    return [use for use in USES if value(request, use.field) != value(default, use.field)]
 
 
 def _with_pictures(request: EditRequest) -> EditRequest:
@@ -187,8 +197,15 @@ def _with_pictures(request: EditRequest) -> EditRequest:
 
 
 D = TypeVar("D")
-_KINDS: dict[Any, Any] = {float: numbers.Real, int: numbers.Integral, str: str, bool: (bool, np.bool_), tuple: tuple,
-                          type(None): type(None)}  # fmt: skip
+# Declared type -> what a caller may give for it.
+_ACCEPTED: dict[Any, Any] = {
+    float: numbers.Real,
+    int: numbers.Integral,
+    str: str,
+    bool: (bool, np.bool_),
+    tuple: tuple,
+    type(None): type(None),
+}
 
 
 def _plain(value: D, inside: str) -> D:
@@ -200,18 +217,17 @@ def _plain(value: D, inside: str) -> D:
     changed = {}
     for name, hint in get_type_hints(type(value)).items():
         held = getattr(value, name)
-        kinds: list[Any] = [
-            get_origin(k) or k for k in (get_args(hint) if get_origin(hint) is not tuple else ()) or (hint,)
-        ]
-        first = kinds[0]
+        parts = (get_args(hint) if get_origin(hint) is not tuple else ()) or (hint,)
+        types: list[Any] = [get_origin(part) or part for part in parts]
+        first = types[0]
         if isinstance(first, type) and dataclasses.is_dataclass(first):
             if not isinstance(held, first):
                 raise TypeError(f"{inside}{name} is a {type(held).__name__}, expected {first.__name__}")
             changed[name] = _plain(held, f"{inside}{name}.")
-        elif all(k in _KINDS for k in kinds):
+        elif all(t in _ACCEPTED for t in types):
             is_truth = isinstance(held, (bool, np.bool_))
-            if not any(isinstance(held, _KINDS[k]) for k in kinds) or (is_truth and bool not in kinds):
-                wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+            if not any(isinstance(held, _ACCEPTED[t]) for t in types) or (is_truth and bool not in types):
+                wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
                 raise TypeError(f"{inside}{name} is {held!r}, a {type(held).__name__}; expected {wanted}")
             if isinstance(held, np.generic):
                 changed[name] = held.item()
@@ -230,13 +246,13 @@ def _unknown_words(model: Model, texts: Iterable[str]) -> list[str]:
     ]
 
 
-def _settled(model: Model, request: EditRequest, steps: int, asked: uses.Asked) -> Options:
+def _settled(model: Model, request: EditRequest, steps: int, context: OptionContext) -> Options:
     """A request's options with a number for what was left to the checkpoint, where the edit uses it: a receipt says what ran."""
     o = request.options
-    found = o.settled(model, steps, asked.layouts)
-    mask = found.mask if asked.estimates_mask else o.mask
-    guidance, final = (found.guidance, found.final) if asked.method in uses.ITO else (o.guidance, o.final)
-    return dataclasses.replace(found, mask=mask, guidance=guidance, final=final)
+    settled = o.settled(model, steps, context.layouts)
+    mask = settled.mask if context.estimates_mask else o.mask
+    guidance, final = (settled.guidance, settled.final) if context.method in ITO else (o.guidance, o.final)
+    return dataclasses.replace(settled, mask=mask, guidance=guidance, final=final)
 
 
 def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] | None = None) -> PreparedRequest:
@@ -265,11 +281,11 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         if name not in model.controlnets:
             known = ", ".join(model.controlnets) or "none"
             raise UsageError(f"control_scales: {model.name} has no ControlNet {name!r}; it has {known}")
-    asked = asked_of(request, model.guidance_scale, lambdas)
-    uses.check(asked, set_fields(request))
+    context = option_context(request, model.guidance_scale, lambdas)
+    check_uses(context, set_fields(request))
     steps = STEPS.get(request.method, 25) if request.steps is None else request.steps
     model.schedule.levels(steps)
-    request = dataclasses.replace(request, steps=steps, options=_settled(model, request, steps, asked))
+    request = dataclasses.replace(request, steps=steps, options=_settled(model, request, steps, context))
     check_layouts(model.name, model.controlnets, [*request.layouts, *request.source_layouts])
     extra = sorted(set(request.source_layouts) - set(request.layouts))
     if extra:
@@ -291,7 +307,7 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
 
     maps = {name: tensor_of(name, picture) for name, picture in request.layouts.items()}
     source_maps = {}
-    if asked.estimates_mask:
+    if context.estimates_mask:
         for name in maps:
             given = request.source_layouts.get(name)
             source_maps[name] = tensor_of(name, layout_maps.annotate(image, name) if given is None else given)
@@ -317,7 +333,7 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         source_prompt=source_prompt,
         notes=[
             *pictures.dropped(request.image),
-            *uses.notes(asked, bool(request.source_prompt), bool(request.source_layouts)),
+            *unused_notes(context, bool(request.source_prompt), bool(request.source_layouts)),
             *_unknown_words(model, texts),
         ],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +20,12 @@ from torch import Tensor
 from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.codec import Codec, token_chunks
 from iedit.runtime.denoise_step import Condition
-from iedit.runtime.editor import METHODS, EditRequest, EditResult, MaskOptions, Options, paste
+from iedit.runtime.editor import METHODS, EditRequest, EditResult, MaskOptions, Options
 from iedit.runtime.editor import Editor as RealEditor
 from iedit.runtime.errors import Cancelled, RunError, UsageError
 from iedit.runtime.model.model import load_model
 from iedit.runtime.options import ItoSettings
+from iedit.runtime.pipeline import Pipeline
 from iedit.runtime.profile import Profile, Progress
 from iedit.runtime.stage_cache import StageCache, tensor_digest
 
@@ -247,20 +249,6 @@ def test_pixel_composite_changes_no_pixel_outside_the_estimated_mask(
     assert not changed[~inside].any() and changed[inside].any()
 
 
-def test_a_soft_edge_rises_to_the_edited_picture_within_its_width() -> None:
-    mask = Image.new("L", (40, 40))
-    ImageDraw.Draw(mask).rectangle((10, 10, 29, 29), fill=255)
-    black, white = Image.new("RGB", (40, 40)), Image.new("RGB", (40, 40), "white")
-    for feather, want in (
-        (0, [255] * 10),
-        (4, [64, 128, 191] + [255] * 7),
-        (30, [26, 51, 76, 102, 128, 153, 178, 204, 230, 255]),
-    ):
-        row = np.asarray(paste(black, white, mask, feather))[20, :, 0]
-        assert row[10:20].tolist() == want and row[20:30].tolist() == want[::-1]
-        assert not row[:10].any() and not row[30:].any()
-
-
 def test_latent_composite_keeps_the_source_latent_outside(editor: RealEditor, picture: Picture) -> None:
     result = editor.edit(ask(picture(0), mask=disc(), options=Options(composite="latent")))
     assert result.mask is not None
@@ -288,6 +276,15 @@ def test_a_text_edit_costs_what_the_method_says(editor: RealEditor, picture: Pic
     }
     alone = RealEditor(editor.model, editor.denoiser, share=False).edit(ask(picture(0), steps=25)).profile
     assert alone.evaluations == want and alone.calls == profile.calls | {"invert": 25}
+
+
+def test_a_mask_alone_decodes_nothing(editor: RealEditor, picture: Picture) -> None:
+    mask, profile = editor.mask(ask(picture(0)))
+    calls = Counter(c.module for c in profile.modules)
+    assert calls == {"text_encoder": 3, "vae_encoder": 1, "unet": 1}  # both prompts and the negative one
+    whole = editor.edit(ask(picture(0)))
+    assert mask is not None and whole.mask is not None and mask.tobytes() == whole.mask.tobytes()
+    assert Counter(c.module for c in whole.profile.modules)["vae_decoder"] == 1
 
 
 def test_changing_lambda_runs_the_final_pass_only(editor: RealEditor, picture: Picture) -> None:
@@ -535,7 +532,7 @@ def test_an_empty_or_full_mask_is_said(editor: RealEditor, picture: Picture, fil
 def test_a_bad_request_is_refused_in_one_line_before_anything_runs(
     editor: RealEditor, picture: Picture, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: str
 ) -> None:
-    monkeypatch.setattr(editor, "_run", lambda *_: pytest.fail("something was run"))
+    monkeypatch.setattr(Pipeline, "run", lambda *_: pytest.fail("something was run"))
     asked = dataclasses.replace(ask(picture(0)), **change)
     with pytest.raises(UsageError, match=said) as caught:
         editor.edit(asked)

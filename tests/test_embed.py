@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from iedit.runtime import cpu
+from iedit.runtime import machine
 from iedit.runtime.editor import Editor, EditRequest
 from iedit.training import embed, world
 
@@ -56,7 +56,7 @@ def test_the_command_trains_every_part_and_writes_a_model_that_edits(tmp_path: P
     assert {p: p.stat().st_mtime_ns for p in before} == before
     text = embed.card(out, "FIGURES")
     assert (
-        f"Made on two CPU cores, {'bfloat16 autocast' if cpu.has_arithmetic(torch.bfloat16) else 'float32'}, AdamW"
+        f"Made on two CPU cores, {'bfloat16 autocast' if machine.has_arithmetic(torch.bfloat16) else 'float32'}, AdamW"
         in text
     )
     assert all(f"| {name} | 2 | 4 | 0.001 |" in text for name in embed.PARTS)
@@ -94,11 +94,11 @@ def test_training_computes_in_bfloat16_only_where_the_processor_has_arithmetic_f
         return embed.card(tmp_path, "FIGURES")
 
     def train(steps: int, **features: bool) -> str:
-        monkeypatch.setattr(cpu, "features", lambda: features)
+        monkeypatch.setattr(machine, "features", lambda: features)
         net = nn.Linear(3, 1)
 
         def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            with cpu.autocast():
+            with machine.autocast():
                 got = net(torch.randn(batch, 3))
             seen.append(got.dtype)
             return got.float().square().mean(), {}

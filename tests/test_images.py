@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from iedit.runtime import images
 from iedit.runtime.errors import IeditError, RunError, UsageError
@@ -465,3 +465,20 @@ def test_a_sheet_of_nothing_or_with_too_few_titles_is_refused() -> None:
         images.contact_sheet([[]])
     with pytest.raises(UsageError, match="1 titles for 2 rows"):
         images.contact_sheet([[("a", Image.new("RGB", (2, 2)))]] * 2, titles=["one"])
+
+
+# --- an edit put back into its picture --------------------------------------------------------------------------
+
+
+def test_a_soft_edge_rises_to_the_edited_picture_within_its_width() -> None:
+    mask = Image.new("L", (40, 40))
+    ImageDraw.Draw(mask).rectangle((10, 10, 29, 29), fill=255)
+    black, white = Image.new("RGB", (40, 40)), Image.new("RGB", (40, 40), "white")
+    for feather, want in (
+        (0, [255] * 10),
+        (4, [64, 128, 191] + [255] * 7),
+        (30, [26, 51, 76, 102, 128, 153, 178, 204, 230, 255]),
+    ):
+        row = np.asarray(images.paste(black, white, mask, feather))[20, :, 0]
+        assert row[10:20].tolist() == want and row[20:30].tolist() == want[::-1]
+        assert not row[:10].any() and not row[30:].any()

@@ -40,7 +40,7 @@ def wobbled(picture: Image.Image, size: float = 1.5) -> Image.Image:
 
 @pytest.mark.parametrize("things", [1, 2])
 def test_what_the_renderer_drew_is_found_and_what_wobbles_has_no_rendering(things: int) -> None:
-    sharp, soft = [], []
+    sharp, soft = list[float](), list[float]()
     for seed in range(4):
         scene = world.random_scene(random.Random(f"redraw-{things}-{seed}"), things)
         picture, reading = world.render(scene), reading_of(scene)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..runtime import cpu
+from ..runtime import machine
 from . import world
 from .embed import Part, images_to_tensor, train_loop
 
@@ -248,7 +248,7 @@ def reader_loss(net: Classifier, drawn: Sequence[Drawn], augment: bool = True) -
     mask = torch.from_numpy(np.stack([d[1] for d in drawn]))[:, None].float() / 255
     labels = dict(zip(_HEADS, torch.tensor([d[2] for d in drawn]).unbind(1), strict=True))
     points = torch.from_numpy(np.stack([d[3] for d in drawn]))
-    with cpu.autocast():
+    with machine.autocast():
         logits, seen, heat = net(images)
     heads = torch.stack([F.cross_entropy(v, labels[k], ignore_index=-1) for k, v in logits.items()]).nan_to_num(0.0)
     p = seen.sigmoid()

@@ -32,7 +32,7 @@ from torch import distributed as dist
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from ..runtime import cpu
+from ..runtime import machine
 from ..runtime.model.module_io import CONTROLNET_PREFIX
 from . import world
 
@@ -178,7 +178,7 @@ def train_loop(
     path = work / f"{name}.pt"
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = part.batch // processes
-    if cpu.training_dtype() is torch.float32:  # convolutions in float32 are a tenth faster in this format
+    if machine.training_dtype() is torch.float32:  # convolutions in float32 are a tenth faster in this format
         modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = {k: p for k, p in modules.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(list(trained.values()), lr=part.lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -191,7 +191,7 @@ def train_loop(
         average, start, seconds = state["average"], state["step"], state["seconds"]
         arithmetic = state.get("arithmetic", [BFLOAT16])  # before it was said it was always that
         log(f"{name}: resumed at step {start} of {part.steps}")
-    here = BFLOAT16 if cpu.training_dtype() is torch.bfloat16 else "float32"
+    here = BFLOAT16 if machine.training_dtype() is torch.bfloat16 else "float32"
     if start < part.steps and here not in arithmetic:
         arithmetic.append(here)
     began = time.perf_counter()
@@ -304,7 +304,7 @@ def train_vae(plan: Plan, log: Callable[[str], None]) -> Any:
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         whole = step >= 0.8 * part.steps
         images = _crops(rng, batch // 4 if whole else batch, world.SIZE if whole else 64)
-        with cpu.autocast():
+        with machine.autocast():
             posterior = vae.encode(images).latent_dist
             got = vae.decode(posterior.sample()).sample
         got = got.float()
@@ -346,7 +346,7 @@ def measure_scaling(vae: Any) -> float:
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> Tensor:
     """(B, 3, 128, 128) in [-1, 1] -> (B, 4, 16, 16), posterior mode, not scaled, float32."""
-    with cpu.autocast():
+    with machine.autocast():
         return vae.encode(images).latent_dist.mode().float()
 
 
@@ -413,7 +413,7 @@ def train_decoder(vae: Any, plan: Plan, log: Callable[[str], None]) -> Any:
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         z, scenes = latents.draw(rng, batch)
         images = images_to_tensor([world.render(s) for s in scenes])
-        with cpu.autocast():
+        with machine.autocast():
             got = vae.decode(z + 0.01 * torch.randn_like(z)).sample
         got = got.float()
         mse = F.mse_loss(got.detach(), images).item() / 4
@@ -556,7 +556,7 @@ def train_denoiser(vae: Any, tokenizer: Any, plan: Plan, log: Callable[[str], No
         z, scenes = latents.draw(rng, batch)
         captions = ["" if rng.random() < 0.1 else world.caption(s) for s in scenes]
         x, t, noise, weight = noisy(z * scale, alphas)
-        with cpu.autocast():
+        with machine.autocast():
             got = unet(x, t, text(tokens_of(tokenizer, captions)).last_hidden_state).sample
         error = (got.float() - noise) ** 2
         return (weight * error).mean(), {"mse": error.detach().mean().item()}
@@ -599,7 +599,7 @@ def train_controlnet(
         captions = ["" if rng.random() < 0.5 else world.caption(s) for s in scenes]
         maps = (images_to_tensor([world.layout(s, name) for s in scenes]) + 1) / 2
         x, t, noise, weight = noisy(z * scale, alphas)
-        with cpu.autocast():
+        with machine.autocast():
             with torch.no_grad():
                 states = text(tokens_of(tokenizer, captions)).last_hidden_state
             down, mid = control(x, t, states, controlnet_cond=maps, return_dict=False)
@@ -649,7 +649,7 @@ def train_clip(tokenizer: Any, plan: Plan, log: Callable[[str], None]) -> Any:
         scenes = [training_scene(rng) for _ in range(batch)]
         pixels = ((images_to_tensor([world.render(s) for s in scenes]) + 1) / 2 - mean) / std
         ids = tokens_of(tokenizer, [world.caption(s) for s in scenes])
-        with cpu.autocast():
+        with machine.autocast():
             logits = clip(input_ids=ids, pixel_values=pixels).logits_per_image
         right = torch.arange(batch)
         loss = (F.cross_entropy(logits.float(), right) + F.cross_entropy(logits.float().t(), right)) / 2

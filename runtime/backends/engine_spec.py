@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..errors import RunError, UsageError
-from ..files import check_regular, write_whole
-from ..untrusted import Match, parse_json, typed
+from ..files import Match, check_regular, parse_json, typed, write_whole
 
 SPEC_FILE = "engine.json"
 REPORT_FILE = "report.json"  # of `iedit export verify`

@@ -11,12 +11,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ..editor import Editor, EditRequest, Options, versions
+from ..editor import Editor, EditRequest, Options
 from ..errors import UsageError
 from ..files import check_outputs, write_whole
 from ..images import contact_sheet, load_image, load_layout, write_png
 from ..model.checkpoint import picturebook_folder
 from ..profile import Callback
+from ..receipt import versions
 
 
 def sample_requests(folder: Path | None = None) -> list[tuple[str, EditRequest]]:

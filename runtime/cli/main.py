@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import BACKENDS, METHODS, VERSION, threads, uses
+from .. import BACKENDS, METHODS, VERSION, machine
 from ..errors import IeditError, UsageError
-from ..files import check_outputs, write_outputs
+from ..files import check_outputs, printable, write_outputs
 from ..model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE, check_engines
-from ..untrusted import printable
+from ..options import UNMASKED, USES, OptionContext, check_uses, used_by
 from .help import Choice, Grouped, show, suggestion
 
 if TYPE_CHECKING:
     from ..editor import Editor, EditRequest, EditResult, Options
     from ..profile import Progress
 
-_BUSY = threads.Busy()  # from here on, for the seconds until the libraries are loaded
+_BUSY = machine.BusyMeter()  # from here on, for the seconds until the libraries are loaded
 
 # Groups of the packages above this one, by name so that imports keep pointing one way.
 _GROUPS = {
@@ -195,7 +195,7 @@ def _apply(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 
 def _told(option: str, text: str) -> str:
     """An option's help with the methods that use it."""
-    return f"{text} {uses.who(option)}"
+    return f"{text} {used_by(option)}"
 
 
 def _check_uses(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> None:
@@ -207,11 +207,11 @@ def _check_uses(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> No
         if context.get_parameter_source(str(parameter.name)) not in (source.DEFAULT, source.DEFAULT_MAP, None)
         for name in parameter.opts
     }
-    uses.check(_asked(values, lambdas), [use for use in uses.USES if use.option in given])
+    check_uses(_option_context(values, lambdas), [use for use in USES if use.option in given])
 
 
-def _asked(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> uses.Asked:
-    return uses.Asked(
+def _option_context(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> OptionContext:
+    return OptionContext(
         values["method"],
         lambdas=tuple(lambdas),
         mask_given=bool(values.get("mask")),
@@ -346,7 +346,7 @@ def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
     for name, picture in [*maps.items(), *source_maps.items()]:
         check_layout(picture, name, inputs["image"].size)
     for name in maps:
-        if _asked(values).estimates_mask and name not in source_maps:
+        if _option_context(values).estimates_mask and name not in source_maps:
             check_annotator(name)
 
 
@@ -385,11 +385,11 @@ def _editor(values: dict[str, Any], cache: str | None = None) -> Editor:
 
 
 @functools.cache
-def _use_threads() -> threads.Choice:
+def _use_threads() -> machine.ThreadChoice:
     """Compute with the threads that suit this moment; decided once."""
     import torch
 
-    choice = threads.choose(_BUSY, torch.get_num_threads())
+    choice = machine.choose_threads(_BUSY, torch.get_num_threads())
     torch.set_num_threads(choice.threads)
     return choice
 
@@ -634,7 +634,7 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
 
     target = Path(output or f"{Path(image).stem}-mask.png")
     check_outputs([target], [], _read(image, values), overwrite)
-    if values["method"] in uses.UNMASKED:
+    if values["method"] in UNMASKED:
         raise UsageError(f"method {values['method']} uses no mask; name one that does, such as --method ito")
     if values["mask_mode"] == "none":
         raise UsageError("--mask-mode none estimates no mask; use single or trajectory")
@@ -702,15 +702,16 @@ def replay(output: str, write: str | None, overwrite: bool, **named: Any) -> Non
 
     with _live("the model") as tell:
         _quiet_libraries()
-        from .. import receipt as receipts
+        from ..replay import Named, inputs_of
+        from ..replay import replay as make_again
 
         if write:
-            check_outputs([Path(write)], [], receipts.inputs_of(output, receipts.Named(**named)), overwrite)
-        found = receipts.replay(output, receipts.Named(**named), tell)
+            check_outputs([Path(write)], [], inputs_of(output, Named(**named)), overwrite)
+        replayed = make_again(output, Named(**named), tell)
     if write:
-        write_outputs({Path(write): png_bytes(found.image, found.receipt)})
-    click.echo(f"{printable(output)}: {found}")
-    if not found.same:
+        write_outputs({Path(write): png_bytes(replayed.image, replayed.receipt)})
+    click.echo(f"{printable(output)}: {replayed}")
+    if not replayed.same:
         sys.exit(1)
 
 
@@ -804,11 +805,10 @@ def info(model: str, as_json: bool) -> None:
     _quiet_libraries()
     import torch
 
-    from .. import cpu
     from ..backends import reasons
     from ..backends.engine_spec import describe_engines
-    from ..editor import versions
     from ..model.model import describe, read_digests
+    from ..receipt import versions
 
     described = describe(model)
     if "problem" not in described:
@@ -819,7 +819,7 @@ def info(model: str, as_json: bool) -> None:
         "versions": versions(),
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
         "no_gpu": _why_no_gpu(),
-        "processor": cpu.describe(),
+        "processor": machine.describe_processor(),
         "threads": chosen.threads,
         "why_threads": chosen.why,
         "backends": reasons(),

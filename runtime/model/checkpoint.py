@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..untrusted import parse_json
+from ..files import parse_json
 from .module_io import CONTROLNET_PREFIX
 
 PICTUREBOOK = "picturebook"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import cpu
+from .. import machine
 from ..errors import UsageError
 from ..schedule import Schedule
 from .checkpoint import PICTUREBOOK, find_checkpoint, first_line, read_json, weights_of
@@ -239,7 +239,7 @@ def load_model(
         dtype = names[dtype]
     kind = dtype or (torch.float16 if where.type == "cuda" else torch.float32)
     notes: list[str] = []
-    if where.type == "cpu" and not emulate and not cpu.has_arithmetic(kind):
+    if where.type == "cpu" and not emulate and not machine.has_arithmetic(kind):
         notes.append(
             f"this processor has no arithmetic for {str(kind).removeprefix('torch.')}: float32 was used, which is faster"
         )

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from iedit.runtime import METHODS, uses
+from iedit.runtime import METHODS, options
 from iedit.runtime.cli.main import main
 from iedit.runtime.editor import Editor, EditRequest, ItoSettings, MaskOptions, Options
 from iedit.runtime.errors import UsageError
@@ -113,21 +113,21 @@ def test_a_source_prompt_and_source_layouts_that_are_not_used_are_a_note(
 
 def test_the_table_has_every_field_of_the_options_that_a_method_could_leave_out() -> None:
     everywhere = {"guidance_scale"}  # every method samples under it
-    known = {u.field.removeprefix("options.").split(".")[0] for u in uses.USES}
+    known = {u.field.removeprefix("options.").split(".")[0] for u in options.USES}
     assert {f.name for f in dataclasses.fields(Options)} - known <= everywhere
-    inside = {u.field.removeprefix("options.mask.") for u in uses.USES if u.field.startswith("options.mask.")}
+    inside = {u.field.removeprefix("options.mask.") for u in options.USES if u.field.startswith("options.mask.")}
     assert inside == {f.name for f in dataclasses.fields(MaskOptions)}
-    assert all(set(u.methods) <= set(METHODS) for u in uses.USES)
+    assert all(set(u.methods) <= set(METHODS) for u in options.USES)
 
 
 def test_every_option_of_the_table_exists_and_its_help_says_who_uses_it() -> None:
     shown = {o: p.help or "" for p in main.commands["edit"].params if isinstance(p, click.Option) for o in p.opts}
-    for use in uses.USES:
+    for use in options.USES:
         if use.option:
-            assert uses.who(use.option) in shown[use.option]
+            assert options.used_by(use.option) in shown[use.option]
     assert "[ito only]" in shown["--k"] and "[not ito]" in shown["--ratio"]
 
 
 def test_the_documented_table_is_the_one_that_is_checked(root: Path) -> None:
     found = re.search(r"<!-- uses -->\n(.*?)<!-- /uses -->", (root / "docs/options.md").read_text(), re.DOTALL)
-    assert found and found[1] == uses.table()  # print(iedit.runtime.uses.table()) makes it
+    assert found and found[1] == options.uses_table()  # print(iedit.runtime.options.uses_table()) makes it
