@@ -24,13 +24,13 @@ _device = click.option("--device", default=None, help="cpu, cuda, cuda:1. Defaul
 
 
 def _sizes(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int]]:
-    found = []
+    sizes = []
     for value in values:
         width, sign, height = value.lower().partition("x")
         if not (sign and width.isdigit() and height.isdigit()):
             raise click.BadParameter(f"{value!r}: expected WIDTHxHEIGHT in pixels, for example 512x512")
-        found.append((int(width), int(height)))
-    return found
+        sizes.append((int(width), int(height)))
+    return sizes
 
 
 def _names(given: str | None) -> list[str] | None:
@@ -101,7 +101,7 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
     One graph takes every batch, size and text length. What was exported before and is whole is kept. A build that is
     stopped leaves nothing that counts as an engine.
     """
-    from .onnx import Told, check_export, default_shapes, export_onnx
+    from .onnx import ExportProgress, check_export, default_shapes, export_onnx
 
     check_export(precision, int(opset))
     _quiet_libraries()
@@ -112,14 +112,14 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
         loaded = load_model(model, device=device, dtype="float32")
         target = engines_folder(loaded.weights_digest) if out is None else out
 
-        def told(step: Told) -> None:
+        def report(step: ExportProgress) -> None:
             if step.done or step.text.startswith("warning"):
                 click.echo(f"{step.module}: {step.text}, {step.seconds:.1f} s", err=True)
             else:
                 tell(f"{step.module}: {step.text}")
 
         shapes = [default_shapes(loaded, size, batch) for size in sizes] or [default_shapes(loaded, None, batch)]
-        specs = export_onnx(loaded, target, _names(layouts), precision, int(opset), told,
+        specs = export_onnx(loaded, target, _names(layouts), precision, int(opset), report,
                             modules=modules or None, shapes=shapes, force=force)  # fmt: skip
     click.echo(f"{target}: {len(specs)} engines; check them with `iedit export verify {model}`")
 

@@ -12,9 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import os
-import secrets
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,24 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.backends.base import missing
-from ..runtime.backends.engine_spec import (
-    BUILD_MARKER,
-    PRECISIONS,
-    SPEC_FILE,
-    EngineSpec,
-    Shapes,
-    build_lock,
-    damaged,
-    is_build,
-    new_build,
-    read_spec,
-    write_spec,
-)
+from ..runtime.backends.engine_spec import PRECISIONS, EngineSpec, Shapes
 from ..runtime.backends.torch_modules import AsIs, decode_latent, encode_image, runnable, summed_residuals
 from ..runtime.errors import RunError, UsageError
 from ..runtime.model import module_io
+from ..runtime.model.checkpoint import first_line
 from ..runtime.model.model import Model
 from ..runtime.model.module_io import CONTROL_EMBEDDING_PREFIX, CONTROLNET_PREFIX
+from .build_folder import build_once
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 OPSETS = (22, 23)  # 23 has the Attention operator, 22 spells it as MatMul and Softmax
@@ -68,7 +55,7 @@ TENSORRT_OPERATORS = frozenset(
 
 
 @dataclass(frozen=True)
-class Told:
+class ExportProgress:
     """What `export_onnx` tells while it works.
 
     Attributes:
@@ -84,7 +71,7 @@ class Told:
     done: bool = False
 
 
-Tell = Callable[[Told], None]
+Tell = Callable[[ExportProgress], None]
 
 
 def module_names(model: Model, layouts: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -310,8 +297,8 @@ def _float32_softmax(graph: Any) -> None:
         if node.op_type != "Softmax":
             nodes.append(node)
             continue
-        kind = next((v.type.tensor_type.elem_type for v in graph.value_info if v.name == node.output[0]), None)
-        if kind not in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
+        dtype = next((v.type.tensor_type.elem_type for v in graph.value_info if v.name == node.output[0]), None)
+        if dtype not in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
             nodes.append(node)
             continue
         wide_in, wide_out = node.output[0] + "_wide_in", node.output[0] + "_wide_out"
@@ -319,7 +306,7 @@ def _float32_softmax(graph: Any) -> None:
         nodes.append(
             helper.make_node("Softmax", [wide_in], [wide_out], **{a.name: helper.get_attribute_value(a) for a in node.attribute})
         )  # fmt: skip
-        nodes.append(helper.make_node("Cast", [wide_out], [node.output[0]], to=kind))
+        nodes.append(helper.make_node("Cast", [wide_out], [node.output[0]], to=dtype))
     del graph.node[:]
     graph.node.extend(nodes)
 
@@ -415,8 +402,8 @@ def check_dynamic(proto: Any, dims: Mapping[str, Sequence[str | int]]) -> None:
 
 def unsupported_operators(proto: Any) -> list[str]:
     """Operators of a graph that TensorRT's parser does not know, sorted; ONNX Runtime takes them all the same."""
-    found = {f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in proto.graph.node}
-    return sorted(found - TENSORRT_OPERATORS)
+    operators = {f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in proto.graph.node}
+    return sorted(operators - TENSORRT_OPERATORS)
 
 
 # --- engines ----------------------------------------------------------------------------------------------------
@@ -426,11 +413,11 @@ def tool_versions() -> dict[str, str]:
     """Versions of what makes a graph."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    versions = {}
     for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def check_export(precision: str, opset: int) -> None:
@@ -455,7 +442,7 @@ def export_onnx(
     layouts: Sequence[str] | None = None,
     precision: str = "fp32",
     opset: int = 23,
-    tell: Tell = lambda told: None,
+    tell: Tell = lambda progress: None,
     *,
     modules: Sequence[str] | None = None,
     shapes: Sequence[Shapes] | None = None,
@@ -501,75 +488,31 @@ def default_shapes(model: Model, size: tuple[int, int] | None = None, batch: int
 def _export(
     model: Model, out: Path, module: str, precision: str, opset: int, shapes: tuple[Shapes, ...], force: bool, tell: Tell
 ) -> EngineSpec:  # fmt: skip
-    target = engine_folder(out, module, precision)
     began = time.perf_counter()
 
     def say(text: str, done: bool = False) -> None:
-        tell(Told(module, time.perf_counter() - began, text, done))
+        tell(ExportProgress(module, time.perf_counter() - began, text, done))
 
-    wanted: dict[str, Any] = {"format": "onnx", "module": module, "weights": model.module_digest(module), "precision": precision, "opset": opset, "inputs": module_io.inputs(module)}  # fmt: skip
-    with build_lock(target, say):
-        # Nobody else builds this module now, so what looks like a build is one that was killed.
-        for stale in target.parent.glob(f".{module}.*.building"):
-            if is_build(stale):
-                shutil.rmtree(stale, ignore_errors=True)
-        kept = None if force else _valid(target, wanted)
-        if kept is not None:
-            say("kept", done=True)
-            return kept
-        building = new_build(target)
+    wanted: dict[str, Any] = {"format": "onnx", "module": module, "weights": model.module_digest(module),
+                              "precision": precision, "opset": opset, "inputs": module_io.inputs(module)}  # fmt: skip
+
+    def build(folder: Path) -> EngineSpec:
+        say("exporting")
         try:
-            say("exporting")
-            try:
-                proto = write_graph(function(model, module, precision), building, opset)
-            except (RunError, UsageError, OSError, MemoryError):
-                raise
-            except Exception as error:
-                told = error.__cause__ or error  # the exporter's own text is advice to its developers
-                first = (str(told).strip().splitlines() or [type(told).__name__])[0]
-                raise RunError(f"export of {module}: {first[:200]}; use the versions of constraints.txt") from error
-            unknown = unsupported_operators(proto)
-            if unknown:
-                say(f"warning: TensorRT's parser does not know {', '.join(unknown)}")
-            spec = EngineSpec(
-                model=model.name, graph=graph_digest(proto), shapes=shapes, versions=tool_versions(), **wanted
-            )
-            del proto
-            files = [p.name for p in building.iterdir() if p.name != BUILD_MARKER]
-            for name in files:
-                _sync(building / name)
-            spec = write_spec(building, spec, files)
-            replace_folder(building, target)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-        say("done", done=True)
+            proto = write_graph(function(model, module, precision), folder, opset)
+        except (RunError, UsageError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            reason = first_line(error.__cause__ or error, 200)  # the exporter's own text is advice to its developers
+            raise RunError(f"export of {module}: {reason}; use the versions of constraints.txt") from error
+        unknown = unsupported_operators(proto)
+        if unknown:
+            say(f"warning: TensorRT's parser does not know {', '.join(unknown)}")
+        return EngineSpec(
+            model=model.name, graph=graph_digest(proto), shapes=shapes, versions=tool_versions(), **wanted
+        )
+
+    target = engine_folder(out, module, precision)
+    spec, kept = build_once(target, lambda there: not there.differs(**wanted), build, say, force)
+    say("kept" if kept else "done", done=True)
     return spec
-
-
-def _valid(folder: Path, wanted: Mapping[str, Any]) -> EngineSpec | None:
-    """The engine that is there, if it is what is wanted and whole."""
-    if not (folder / SPEC_FILE).is_file():
-        return None
-    try:
-        spec = read_spec(folder)
-    except UsageError:
-        return None
-    return None if spec.differs(**wanted) or damaged(folder, spec) else spec
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put a finished folder in its place. Whatever stops it, `target` holds a whole engine or is not there."""
-    old = target.parent / f".{target.name}.{secrets.token_hex(4)}.building"
-    if target.exists():
-        os.replace(target, old)
-    os.replace(new, target)
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -296,7 +296,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tiny: Any
 
 
 def test_what_is_there_is_kept_and_force_exports_it_anew(tiny: Any, engines: Path) -> None:
-    told: list[exporter.Told] = []
+    told: list[exporter.ExportProgress] = []
     options: dict[str, Any] = {"modules": ["control-embedding-pose"], "tell": told.append}
     before = read_spec(engines / "onnx-fp32" / "control-embedding-pose")
     assert exporter.export_onnx(tiny, engines, **options) == [before]

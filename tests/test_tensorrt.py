@@ -1,6 +1,6 @@
 """The TensorRT builder and backend, driven through a recording fake that knows only the names of a hand-written manifest.
 
-What runs is all of `export/tensorrt.py` and `runtime/backend_tensorrt.py`; what does not is TensorRT. The fake's engines call
+What runs is all of `export/tensorrt.py` and `runtime/backends/trt.py`; what does not is TensorRT. The fake's engines call
 the tiny checkpoint in torch on the memory whose addresses they were given.
 """
 
@@ -119,7 +119,7 @@ class Machine:
     ) -> EngineSpec:
         tokens = self.model.tokenizer.model_max_length
         longest = tokens if module == "text_encoder" else 2 * tokens
-        options = {"factor": self.model.vae_scale_factor, "text": (tokens, tokens, longest)} | more
+        options = {"vae_scale_factor": self.model.vae_scale_factor, "text": (tokens, tokens, longest)} | more
         return builder.build_tensorrt(self.graph(module, kind), self.folder / (name or module), shapes, **options)
 
     def condition(self, batch: int, seed: int = 0, layouts: bool = False, side: int = 64) -> Condition:
@@ -315,7 +315,9 @@ def test_a_build_that_stops_leaves_no_engine_and_the_one_before(machine: Machine
         folder = machine.graph("unet", **{stop: "could not find any implementation"})
         expected: Any = RunError if stop == "fail" else KeyboardInterrupt
         with pytest.raises(expected) as error:
-            builder.build_tensorrt(folder, machine.folder / name, [WIDE], factor=machine.model.vae_scale_factor)
+            builder.build_tensorrt(
+                folder, machine.folder / name, [WIDE], vae_scale_factor=machine.model.vae_scale_factor
+            )
         if stop == "fail":
             assert "could not build unet for tensorrt unet fp32" in str(error.value)
             assert "could not find any implementation" in str(error.value)
