@@ -116,8 +116,8 @@ class Digests:
 
 def read_digests(model: str) -> Digests:
     """Of a checkpoint with the ControlNets inside it; its weights are not loaded."""
-    found = find_checkpoint(model)
-    return _digests(found.folder, {CONTROLNET_PREFIX + name: path for name, path in found.controlnets.items()})
+    checkpoint = find_checkpoint(model)
+    return _digests(checkpoint.folder, {CONTROLNET_PREFIX + n: path for n, path in checkpoint.controlnets.items()})
 
 
 @contextlib.contextmanager
@@ -227,78 +227,22 @@ def load_model(
         UsageError: a part is missing, unreadable or does not fit the others.
     """
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
 
-    found = find_checkpoint(model, layouts)
-    folder = found.folder
-    where = _device(device)
-    if isinstance(dtype, str):
-        names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-        if dtype not in names:
-            raise UsageError(f"dtype is {dtype!r}, expected one of {', '.join(names)}")
-        dtype = names[dtype]
-    kind = dtype or (torch.float16 if where.type == "cuda" else torch.float32)
-    notes: list[str] = []
-    if where.type == "cpu" and not emulate and not machine.has_arithmetic(kind):
-        notes.append(
-            f"this processor has no arithmetic for {str(kind).removeprefix('torch.')}: float32 was used, which is faster"
-        )
-        kind = torch.float32
-
-    unet = _read(UNet2DConditionModel, folder / "unet", kind)
-    vae = _read(AutoencoderKL, folder / "vae", kind)
-    text_encoder = _read(CLIPTextModel, folder / "text_encoder", kind)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except Exception as error:
-        raise UsageError(
-            f"model: {folder / 'tokenizer'} cannot be read ({first_line(error)}); fetch it again"
-        ) from error
-    if len(tokenizer) > text_encoder.config.vocab_size:
-        raise UsageError(
-            f"model: the tokenizer knows {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}; "
-            "they are of different checkpoints"
-        )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(tokenizer, name) is None:
-            raise UsageError(f"model: {folder / 'tokenizer'} has no {name}, which every prompt needs; fetch it again")
-    longest = tokenizer.model_max_length
-    if not isinstance(longest, int) or isinstance(longest, bool) or longest < 3:  # a beginning, an end and a word
-        raise UsageError(
-            f"model: {folder / 'tokenizer'} has a model_max_length of {longest!r}, expected a number of 3 or more; fetch it again"
-        )
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    try:
-        schedule = Schedule.from_config(read_json(scheduler))
-    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"model: {scheduler} is not a schedule that DDIM can follow ({first_line(error)})") from error
-    controlnets = {name: _read(ControlNetModel, path, kind) for name, path in found.controlnets.items()}
-
-    latent = vae.config.latent_channels
-    if unet.config.in_channels != latent or unet.config.out_channels != latent:
-        raise UsageError(
-            f"model: the UNet takes {unet.config.in_channels} and returns {unet.config.out_channels} channels but the VAE's latent "
-            f"has {latent}; inpainting, depth and upscaling checkpoints cannot be used here"
-        )
-    width = text_encoder.config.hidden_size
-    if unet.config.cross_attention_dim != width:
-        raise UsageError(
-            f"model: the UNet reads text {unet.config.cross_attention_dim} wide, the text encoder's is {width}"
-        )
-    for name, net in controlnets.items():
-        for key in ("block_out_channels", "cross_attention_dim", "in_channels"):
-            mine, theirs = getattr(net.config, key), getattr(unet.config, key)
-            if (list(mine) if isinstance(mine, (list, tuple)) else mine) != (
-                list(theirs) if isinstance(theirs, (list, tuple)) else theirs
-            ):
-                raise UsageError(
-                    f"layouts: the ControlNet of {name} has {key} {mine}, the UNet {theirs}; it is for another model"
-                )
-
+    checkpoint = find_checkpoint(model, layouts)
+    folder, recommended = checkpoint.folder, checkpoint.recommended
+    used_device = _device(device)
+    used_dtype, notes = _dtype(dtype, used_device, emulate)
+    unet = _read(UNet2DConditionModel, folder / "unet", used_dtype)
+    vae = _read(AutoencoderKL, folder / "vae", used_dtype)
+    text_encoder = _read(CLIPTextModel, folder / "text_encoder", used_dtype)
+    tokenizer = _tokenizer(folder / "tokenizer", text_encoder)
+    schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
+    controlnets = {name: _read(ControlNetModel, path, used_dtype) for name, path in checkpoint.controlnets.items()}
+    _check_fit(unet, vae, text_encoder, controlnets)
     for part in (unet, vae, text_encoder, *controlnets.values()):
-        part.to(where)
-    told = found.recommended
-    digests = _digests(folder, {CONTROLNET_PREFIX + name: path for name, path in found.controlnets.items()})
+        part.to(used_device)
+    digests = _digests(folder, {CONTROLNET_PREFIX + name: path for name, path in checkpoint.controlnets.items()})
     return Model(
         name=model,
         folder=folder,
@@ -308,19 +252,90 @@ def load_model(
         tokenizer=tokenizer,
         schedule=schedule,
         controlnets=controlnets,
-        device=where,
-        dtype=kind,
+        device=used_device,
+        dtype=used_dtype,
         digest=digests.whole,
         weights_digest=digests.weights,
         part_digests=digests.parts,
-        notes=tuple(notes),
-        words=frozenset(told.words),
-        reconstruction_error=told.reconstruction_error,
-        guidance_scale=7.5 if told.guidance_scale is None else float(told.guidance_scale),
-        mask_strength=told.mask_strength,
-        mask_threshold=told.mask_threshold,
-        text_update_share=told.text_update_share,
+        notes=notes,
+        words=frozenset(recommended.words),
+        reconstruction_error=recommended.reconstruction_error,
+        guidance_scale=7.5 if recommended.guidance_scale is None else float(recommended.guidance_scale),
+        mask_strength=recommended.mask_strength,
+        mask_threshold=recommended.mask_threshold,
+        text_update_share=recommended.text_update_share,
     )
+
+
+def _dtype(asked: str | torch.dtype | None, device: torch.device, emulate: bool) -> tuple[torch.dtype, tuple[str, ...]]:
+    """The dtype to use, and a note where it is not the one that was asked for."""
+    if isinstance(asked, str):
+        names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+        if asked not in names:
+            raise UsageError(f"dtype is {asked!r}, expected one of {', '.join(names)}")
+        asked = names[asked]
+    dtype = asked or (torch.float16 if device.type == "cuda" else torch.float32)
+    if device.type != "cpu" or emulate or machine.has_arithmetic(dtype):
+        return dtype, ()
+    name = str(dtype).removeprefix("torch.")
+    return torch.float32, (f"this processor has no arithmetic for {name}: float32 was used, which is faster",)
+
+
+def _tokenizer(folder: Path, text_encoder: Any) -> Any:
+    """A tokenizer that has what every prompt needs and that the text encoder has embeddings for."""
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise UsageError(f"model: {folder} cannot be read ({first_line(error)}); fetch it again") from error
+    if len(tokenizer) > text_encoder.config.vocab_size:
+        raise UsageError(
+            f"model: the tokenizer knows {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}; "
+            "they are of different checkpoints"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise UsageError(f"model: {folder} has no {name}, which every prompt needs; fetch it again")
+    longest = tokenizer.model_max_length
+    # A prompt has at least a token for its beginning, one for its end and one for a word.
+    if not isinstance(longest, int) or isinstance(longest, bool) or longest < 3:
+        raise UsageError(
+            f"model: {folder} has a model_max_length of {longest!r}, expected a number of 3 or more; fetch it again"
+        )
+    return tokenizer
+
+
+def _schedule(config: Path) -> Schedule:
+    try:
+        return Schedule.from_config(read_json(config))
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise UsageError(f"model: {config} is not a schedule that DDIM can follow ({first_line(error)})") from error
+
+
+def _check_fit(unet: Any, vae: Any, text_encoder: Any, controlnets: Mapping[str, Any]) -> None:
+    """Raises UsageError where the parts are of models that do not go together."""
+    latent, ins, outs = vae.config.latent_channels, unet.config.in_channels, unet.config.out_channels
+    if ins != latent or outs != latent:
+        raise UsageError(
+            f"model: the UNet takes {ins} and returns {outs} channels but the VAE's latent "
+            f"has {latent}; inpainting, depth and upscaling checkpoints cannot be used here"
+        )
+    read, written = unet.config.cross_attention_dim, text_encoder.config.hidden_size
+    if read != written:
+        raise UsageError(f"model: the UNet reads text {read} wide, the text encoder's is {written}")
+    for name, net in controlnets.items():
+        for key in ("block_out_channels", "cross_attention_dim", "in_channels"):
+            mine, theirs = _listed(getattr(net.config, key)), _listed(getattr(unet.config, key))
+            if mine != theirs:
+                raise UsageError(
+                    f"layouts: the ControlNet of {name} has {key} {mine}, the UNet {theirs}; it is for another model"
+                )
+
+
+def _listed(value: Any) -> Any:
+    """A config that was read has lists where one that was made here has tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def describe(model: str) -> dict[str, str]:
