@@ -481,8 +481,8 @@ def default_shapes(model: Model, size: tuple[int, int] | None = None, batch: int
     """Any batch and size; the best at the UNet's training size, or at `size` (width, height), and `batch`."""
     side = int(model.unet.config.sample_size) * model.vae_scale_factor
     width, height = size or (side, side)
-    low = model.multiple
-    return Shapes(batch=(1, batch, 0), height=(low, height, 0), width=(low, width, 0))
+    smallest = model.multiple
+    return Shapes(batch=(1, batch, 0), height=(smallest, height, 0), width=(smallest, width, 0))
 
 
 def _export(

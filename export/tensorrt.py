@@ -118,9 +118,11 @@ def module_shapes(module: str, shapes: Sequence[Shapes]) -> tuple[Shapes, ...]:
         raise UsageError("shapes: a TensorRT engine is built for ranges of batch and size; give at least one")
     for s in shapes:
         for name in ("batch", "height", "width"):
-            low, opt, high = getattr(s, name)
-            if not 1 <= low <= opt <= high:
-                raise UsageError(f"shapes: {name} {low}-{opt}-{high} is not a range with limits; TensorRT needs one")
+            smallest, opt, largest = getattr(s, name)
+            if not 1 <= smallest <= opt <= largest:
+                raise UsageError(
+                    f"shapes: {name} {smallest}-{opt}-{largest} is not a range with limits; TensorRT needs one"
+                )
     if module == "text_encoder":
         return tuple(dict.fromkeys(Shapes(s.batch, (0, 0, 0), (0, 0, 0)) for s in shapes))
     return tuple(shapes)
@@ -310,11 +312,11 @@ def build_all(
     def tell_export(progress: onnx.ExportProgress) -> None:
         tell(f"{progress.module}: ONNX: {progress.text}")
 
-    made = []
+    specs = []
     for source in onnx.export_onnx(model, out, layouts, precision, tell=tell_export):
         # The encoder reads one chunk at a time; the UNet reads the embeddings of up to four.
         longest = tokens if source.module == "text_encoder" else 4 * tokens
-        made.append(
+        specs.append(
             build_tensorrt(
                 onnx.engine_folder(out, source.module, precision),
                 out / f"tensorrt-{precision}" / source.module,
@@ -328,4 +330,4 @@ def build_all(
                 force=force,
             )
         )
-    return made
+    return specs

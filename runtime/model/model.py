@@ -60,7 +60,7 @@ class Model:
     reconstruction_error: float | None = None
 
     def module_digest(self, module: str) -> str:
-        """Of the parts that an engine for `module` is made of (see `engine_spec.EngineSpec`), 16 hex digits."""
+        """Digest of the parts that an engine for `module` is made of (see `engine_spec.EngineSpec`), 16 hex digits."""
         return module_digest(self.part_digests, module)
 
     @property
@@ -115,7 +115,7 @@ class Digests:
 
 
 def read_digests(model: str) -> Digests:
-    """Of a checkpoint with the ControlNets inside it; its weights are not loaded."""
+    """The digests of a checkpoint with the ControlNets inside it; its weights are not loaded."""
     checkpoint = find_checkpoint(model)
     return _digests(checkpoint.folder, {CONTROLNET_PREFIX + n: path for n, path in checkpoint.controlnets.items()})
 
@@ -170,15 +170,15 @@ def _config_bytes(path: Path) -> bytes:
 
 
 def _digests(folder: Path, controlnets: Mapping[str, Path]) -> Digests:
-    """Of the checkpoint in `folder` with `controlnets`, from `controlnet-NAME` to the folder of each; 16 hex digits each."""
+    """The digests, 16 hex digits each, of the checkpoint in `folder` with `controlnets`: `controlnet-NAME` -> folder."""
     whole, weights, parts = hashlib.sha256(), hashlib.sha256(), {}
     for name, where in ({p: folder / p for p in ("unet", "vae", "text_encoder")} | dict(controlnets)).items():
         part = hashlib.sha256(_config_bytes(where / "config.json"))
         for path in weights_of(where):
             with path.open("rb") as handle:
-                found = hashlib.file_digest(handle, "sha256").digest()
-            weights.update(f"{where.name}/{path.name}".encode() + found)
-            part.update(found)
+                digest = hashlib.file_digest(handle, "sha256").digest()
+            weights.update(f"{where.name}/{path.name}".encode() + digest)
+            part.update(digest)
         parts[name] = part.hexdigest()[:16]
         whole.update(f"{name}={part.hexdigest()};".encode())
     for path in sorted(p for p in (folder / "tokenizer").iterdir() if p.is_file()):
@@ -341,8 +341,8 @@ def _listed(value: Any) -> Any:
 def describe(model: str) -> dict[str, str]:
     """A model's folder, parts and sizes without loading its weights; what is wrong with it in place of a part."""
     try:
-        found = find_checkpoint(model)
-        folder = found.folder
+        checkpoint = find_checkpoint(model)
+        folder = checkpoint.folder
         config = read_json(folder / "unet" / "config.json")
         side = config.get("sample_size", "?")
         unet = f"{config['block_out_channels']} channels, {config['in_channels']}x{side}x{side} latents"
@@ -358,4 +358,4 @@ def describe(model: str) -> dict[str, str]:
         "size": f"{size / 1e6:.1f} MB",
         "unet": unet,
         "layouts": ", ".join(controls) or "none",
-    } | ({"words": ", ".join(found.recommended.words)} if found.recommended.words else {})
+    } | ({"words": ", ".join(checkpoint.recommended.words)} if checkpoint.recommended.words else {})
