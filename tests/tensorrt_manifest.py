@@ -47,7 +47,7 @@ ONLY_10 = {"NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",)}
 # Methods of its base classes that are written here, and called by TensorRT.
 OVERRIDDEN = {"ILogger": {"log"}, "IProgressMonitor": {"phase_finish", "phase_start", "step_complete"}}
 
-# What a variable of this name holds, in export/tensorrt.py and runtime/backend_tensorrt.py.
+# What a variable of this name holds, in export/tensorrt.py and runtime/backends/trt.py.
 VARIABLES = {"builder": "Builder", "cache": "ITimingCache", "config": "IBuilderConfig", "context": "IExecutionContext",
              "engine": "ICudaEngine", "error": "ParserError", "inspector": "EngineInspector", "network": "INetworkDefinition",
              "parser": "OnnxParser", "profile": "IOptimizationProfile", "runtime": "Runtime", "_runtime": "Runtime",
