@@ -88,10 +88,10 @@ def decode(data: bytes) -> Image.Image:
     from PIL import ImageOps
 
     try:
-        image = Image.open(io.BytesIO(data))
-        check_size(image, "picture")
-        image.load()
-        image = as_rgb(ImageOps.exif_transpose(image), "picture")
+        file = Image.open(io.BytesIO(data))
+        check_size(file, "picture")
+        file.load()
+        image = as_rgb(ImageOps.exif_transpose(file), "picture")
     except UsageError:
         raise
     except Exception as error:  # Pillow's plugins raise what they like on damaged files
