@@ -24,13 +24,13 @@ _device = click.option("--device", default=None, help="cpu, cuda, cuda:1. Defaul
 
 
 def _sizes(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int]]:
-    found = []
+    sizes = []
     for value in values:
         width, sign, height = value.lower().partition("x")
         if not (sign and width.isdigit() and height.isdigit()):
             raise click.BadParameter(f"{value!r}: expected WIDTHxHEIGHT in pixels, for example 512x512")
-        found.append((int(width), int(height)))
-    return found
+        sizes.append((int(width), int(height)))
+    return sizes
 
 
 def _names(given: str | None) -> list[str] | None:
@@ -77,7 +77,7 @@ def export() -> None:
                    "Default: one of each that the model has; none for the plain UNet only.")  # fmt: skip
 @click.option("--module", "modules", multiple=True, metavar="NAME",
               help="Only this module, in place of all that an edit needs: unet, unet+pose, vae_encoder, vae_decoder, "
-                   "text_encoder, hint-NAME or controlnet-NAME. Repeat for more.")  # fmt: skip
+                   "text_encoder, control-embedding-NAME or controlnet-NAME. Repeat for more.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True,
               help="fp16 and bf16 keep norms and softmax in float32; for GPUs.")  # fmt: skip
 @click.option("--opset", type=click.Choice(["22", "23"]), default="23", show_default=True,
@@ -101,7 +101,7 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
     One graph takes every batch, size and text length. What was exported before and is whole is kept. A build that is
     stopped leaves nothing that counts as an engine.
     """
-    from .onnx import Told, check_export, default_shapes, export_onnx
+    from .onnx import ExportProgress, check_export, default_shapes, export_onnx
 
     check_export(precision, int(opset))
     _quiet_libraries()
@@ -112,14 +112,14 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
         loaded = load_model(model, device=device, dtype="float32")
         target = engines_folder(loaded.weights_digest) if out is None else out
 
-        def told(step: Told) -> None:
+        def report(step: ExportProgress) -> None:
             if step.done or step.text.startswith("warning"):
                 click.echo(f"{step.module}: {step.text}, {step.seconds:.1f} s", err=True)
             else:
                 tell(f"{step.module}: {step.text}")
 
         shapes = [default_shapes(loaded, size, batch) for size in sizes] or [default_shapes(loaded, None, batch)]
-        specs = export_onnx(loaded, target, _names(layouts), precision, int(opset), told,
+        specs = export_onnx(loaded, target, _names(layouts), precision, int(opset), report,
                             modules=modules or None, shapes=shapes, force=force)  # fmt: skip
     click.echo(f"{target}: {len(specs)} engines; check them with `iedit export verify {model}`")
 
@@ -184,7 +184,7 @@ def _show(reports: dict[str, dict[str, Any]]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class EngineFolder:
     """A folder that is, or was to be, an engine.
 
     Attributes:
@@ -205,7 +205,7 @@ class Found:
         return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
 
 
-def find_all(folder: Path, model: str | None = None, digests: bool = True) -> list[Found]:
+def find_all(folder: Path, model: str | None = None, digests: bool = True) -> list[EngineFolder]:
     """Every engine under a folder, and what builds that were stopped left there: folders with a spec or a build marker of
     this project. Nothing else is looked at, whatever it holds.
 
@@ -217,11 +217,11 @@ def find_all(folder: Path, model: str | None = None, digests: bool = True) -> li
     from ..runtime.model.model import module_digest, read_digests
 
     parts = read_digests(model).parts if model else {}
-    found = []
+    folders = []
     for where, spec in find_engines(folder):
         if isinstance(spec, UsageError):
             if own_files(where) is not None:  # else it is somebody else's engine.json
-                found.append(Found(where, None, (str(spec),)))
+                folders.append(EngineFolder(where, None, (str(spec),)))
             continue
         why = damaged(where, spec) if digests else []
         if model:
@@ -229,11 +229,11 @@ def find_all(folder: Path, model: str | None = None, digests: bool = True) -> li
                 why += spec.differs(weights=module_digest(parts, spec.module))
             except KeyError as error:
                 why.append(f"module: {spec.module} needs {error.args[0]}, which {model} does not have")
-        found.append(Found(where, spec, tuple(why)))
+        folders.append(EngineFolder(where, spec, tuple(why)))
     for where in sorted(folder.rglob(".*.building")) if folder.is_dir() else []:
         if is_build(where):
-            found.append(Found(where, None, ("a build that was stopped",)))
-    return found
+            folders.append(EngineFolder(where, None, ("a build that was stopped",)))
+    return folders
 
 
 def _cache() -> Path:
@@ -257,19 +257,19 @@ _folder = click.option("--engines", "folder", type=click.Path(path_type=Path, fi
 def list_command(folder: Path | None, as_json: bool) -> None:
     """What engines there are, what they were built for, and whether they were checked. Files are not read."""
     where = folder or _cache()
-    found = find_all(where, digests=False)
+    folders = find_all(where, digests=False)
     if as_json:
         rows = [{"folder": str(f.folder), "bytes": f.size, "problems": f.problems,
-                 "spec": None if f.spec is None else dataclasses.asdict(f.spec)} for f in found]  # fmt: skip
+                 "spec": None if f.spec is None else dataclasses.asdict(f.spec)} for f in folders]  # fmt: skip
         click.echo(json.dumps(rows, indent=1))
         return
-    if not found:
+    if not folders:
         click.echo(f"{where}: no engines; make some with `iedit export onnx MODEL`")
         return
-    _table(found, "checked")
+    _table(folders, "checked")
 
 
-def _table(found: list[Found], last: str) -> None:
+def _table(folders: list[EngineFolder], last: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -277,7 +277,7 @@ def _table(found: list[Found], last: str) -> None:
         return escape(printable(text))
 
     table = Table("model", "engine", "opset", "MB", last)
-    for f in found:
+    for f in folders:
         if f.spec is None:
             table.add_row("", shown(str(f.folder)), "", f"{f.size / 1e6:.1f}", shown("; ".join(f.problems)))
             continue
@@ -296,14 +296,14 @@ def _table(found: list[Found], last: str) -> None:
 def verify_command(model: str | None, folder: Path | None) -> None:
     """Compare every file with the digest in its spec. Exits with 1 if one is damaged. (Parity: `iedit export verify`.)"""
     where = folder or _cache()
-    found = find_all(where, model)
-    if not found:
+    folders = find_all(where, model)
+    if not folders:
         click.echo(f"{where}: no engines")
         return
-    _table(found, "state")
-    bad = [f for f in found if f.problems]
+    _table(folders, "state")
+    bad = [f for f in folders if f.problems]
     if bad:
-        click.echo(f"{len(bad)} of {len(found)} cannot be used; `iedit engines prune` removes them", err=True)
+        click.echo(f"{len(bad)} of {len(folders)} cannot be used; `iedit engines prune` removes them", err=True)
         sys.exit(1)
 
 
@@ -351,17 +351,17 @@ def prune(model: str | None, dry_run: bool, yes: bool, folder: Path | None) -> N
     click.echo(f"removed {removed} of {len(bad)}")
 
 
-def _remove(found: Found) -> str:
+def _remove(engine: EngineFolder) -> str:
     """Remove what an engine consists of, and its folder; what else is in it stays. Returns what is left, in words."""
     from ..runtime.backends.engine_spec import is_build, own_files
 
-    if is_build(found.folder):  # made for the build, and nobody else's
-        shutil.rmtree(found.folder, ignore_errors=True)
+    if is_build(engine.folder):  # made for the build, and nobody else's
+        shutil.rmtree(engine.folder, ignore_errors=True)
     else:
-        for path in own_files(found.folder) or ():
+        for path in own_files(engine.folder) or ():
             if path.is_file() or path.is_symlink():
                 path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            found.folder.rmdir()
-    left = sorted(p.name for p in found.folder.iterdir()) if found.folder.is_dir() else []
+            engine.folder.rmdir()
+    left = sorted(p.name for p in engine.folder.iterdir()) if engine.folder.is_dir() else []
     return "" if not left else f"{printable(', '.join(left[:3]))} is not of an engine"

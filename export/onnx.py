@@ -3,7 +3,7 @@
 A graph takes and returns float32 whatever its precision, and batch, height, width and text length are free in it. The
 weights lie beside it in `model.onnx.data` (a protobuf ends at 2 GB). A half-precision graph has explicit float32 islands,
 norms and softmax, and the time embeddings of all timesteps are a table that was computed in float32, so the file means the
-same wherever it runs. Images of layouts enter through the graphs `hint-NAME`, once for each edit; the conditioning scales
+same wherever it runs. Images of layouts enter through the graphs `control-embedding-NAME`, once for each edit; the conditioning scales
 are inputs of the fused graphs. Names of inputs and outputs are in `runtime/model/module_io.py`.
 """
 
@@ -12,9 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import os
-import secrets
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,24 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.backends.base import missing
-from ..runtime.backends.eager import AsIs, runnable
-from ..runtime.backends.engine_spec import (
-    BUILD_MARKER,
-    PRECISIONS,
-    SPEC_FILE,
-    EngineSpec,
-    Shapes,
-    build_lock,
-    damaged,
-    is_build,
-    new_build,
-    read_spec,
-    write_spec,
-)
+from ..runtime.backends.engine_spec import PRECISIONS, EngineSpec, Shapes
+from ..runtime.backends.torch_modules import AsIs, decode_latent, encode_image, runnable, summed_residuals
 from ..runtime.errors import RunError, UsageError
 from ..runtime.model import module_io
+from ..runtime.model.checkpoint import first_line
 from ..runtime.model.model import Model
-from ..runtime.model.module_io import CONTROLNET_PREFIX, HINT_PREFIX
+from ..runtime.model.module_io import CONTROL_EMBEDDING_PREFIX, CONTROLNET_PREFIX
+from .build_folder import build_once
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 OPSETS = (22, 23)  # 23 has the Attention operator, 22 spells it as MatMul and Softmax
@@ -68,7 +55,7 @@ TENSORRT_OPERATORS = frozenset(
 
 
 @dataclass(frozen=True)
-class Told:
+class ExportProgress:
     """What `export_onnx` tells while it works.
 
     Attributes:
@@ -84,7 +71,7 @@ class Told:
     done: bool = False
 
 
-Tell = Callable[[Told], None]
+Tell = Callable[[ExportProgress], None]
 
 
 def module_names(model: Model, layouts: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -104,35 +91,33 @@ def module_names(model: Model, layouts: Sequence[str] | None = None) -> tuple[st
             have = ", ".join(model.controlnets) or "none"
             raise UsageError(f"layouts: {model.name} has no ControlNet for {name}; it has {have}")
     together = ["+".join(["unet", *names])] if layouts is not None and len(names) > 1 else []
-    hints = [HINT_PREFIX + name for name in names]
-    return ("unet", *(f"unet+{name}" for name in names), *together, *hints, "vae_encoder", "vae_decoder", "text_encoder")  # fmt: skip
+    embeddings = [CONTROL_EMBEDDING_PREFIX + name for name in names]
+    return ("unet", *(f"unet+{name}" for name in names), *together, *embeddings, "vae_encoder", "vae_decoder", "text_encoder")  # fmt: skip
 
 
 # --- modules as functions of tensors ----------------------------------------------------------------------------
 
 
 class _UNet(nn.Module):
-    """UNet and ControlNets as one function; residuals summed with their scales as `TorchBackend.predict` does.
-
-    `layouts` are the hint and the scale of each, in the order of `module_io.inputs`.
-    """
+    """UNet and ControlNets as one function; `controls` are the control embedding and the scale of each, as `module_io.inputs` has them."""
 
     def __init__(self, unet: nn.Module, controlnets: Mapping[str, nn.Module], dtype: torch.dtype):
         super().__init__()
         self.unet, self.controlnets, self.dtype = unet, nn.ModuleDict(controlnets), dtype
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *layouts: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *controls: Tensor) -> Tensor:
         x, text = sample.to(self.dtype), encoder_hidden_states.to(self.dtype)
-        extra: dict[str, Any] = {}
-        for i, net in enumerate(self.controlnets.values()):
-            hint, scale = layouts[2 * i].to(self.dtype), layouts[2 * i + 1].to(self.dtype)[:, None, None, None]
-            down, mid = net(x, timestep, text, controlnet_cond=hint, return_dict=False)
-            down, mid = [d * scale for d in down], mid * scale
-            if extra:
-                down = [a + b for a, b in zip(extra["down_block_additional_residuals"], down, strict=True)]
-                mid = extra["mid_block_additional_residual"] + mid
-            extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        output: Tensor = self.unet(x, timestep, text, return_dict=False, **extra)[0]
+
+        def residuals() -> Iterator[tuple[list[Tensor], Tensor]]:
+            for i, net in enumerate(self.controlnets.values()):
+                embedding, scale = (
+                    controls[2 * i].to(self.dtype),
+                    controls[2 * i + 1].to(self.dtype)[:, None, None, None],
+                )
+                down, mid = net(x, timestep, text, controlnet_cond=embedding, return_dict=False)
+                yield [d * scale for d in down], mid * scale
+
+        output: Tensor = self.unet(x, timestep, text, return_dict=False, **summed_residuals(residuals()))[0]
         return output.float()
 
 
@@ -151,7 +136,7 @@ class _ControlNet(nn.Module):
         return tuple((r * scale.to(self.dtype)[:, None, None, None]).float() for r in (*down, mid))
 
 
-class _Hint(nn.Module):
+class _ControlEmbedding(nn.Module):
     """A ControlNet's embedding of its layout."""
 
     def __init__(self, embedding: nn.Module, dtype: torch.dtype):
@@ -159,8 +144,8 @@ class _Hint(nn.Module):
         self.embedding, self.dtype = embedding, dtype
 
     def forward(self, image: Tensor) -> Tensor:
-        hint: Tensor = self.embedding(image.to(self.dtype))
-        return hint.float()
+        embedding: Tensor = self.embedding(image.to(self.dtype))
+        return embedding.float()
 
 
 class _Encoder(nn.Module):
@@ -169,8 +154,7 @@ class _Encoder(nn.Module):
         self.vae, self.dtype = vae, dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        mode: Tensor = self.vae.encode(images.to(self.dtype)).latent_dist.mode()  # a sample would bake its noise in
-        return mode.float()
+        return encode_image(self.vae, images.to(self.dtype))
 
 
 class _Decoder(nn.Module):
@@ -179,8 +163,7 @@ class _Decoder(nn.Module):
         self.vae, self.dtype = vae, dtype
 
     def forward(self, latents: Tensor) -> Tensor:
-        images: Tensor = self.vae.decode(latents.to(self.dtype)).sample
-        return images.float()
+        return decode_latent(self.vae, latents.to(self.dtype))
 
 
 class _Text(nn.Module):
@@ -189,8 +172,8 @@ class _Text(nn.Module):
         self.text_encoder = text_encoder
 
     def forward(self, ids: Tensor) -> Tensor:
-        states: Tensor = self.text_encoder(ids)[0]
-        return states.float()
+        prompt_embeds: Tensor = self.text_encoder(ids)[0]
+        return prompt_embeds.float()
 
 
 @dataclass(frozen=True)
@@ -240,10 +223,10 @@ def function(model: Model, module: str, precision: str = "fp32") -> Function:
         ("batch", 3, "image_height", "image_width"),
     )
     latent = (zeros(batch, model.channels, h, w), ("batch", model.channels, "height", "width"))
-    hint = (zeros(batch, channels, h, w), ("batch", channels, "height", "width"))
+    embedding = (zeros(batch, channels, h, w), ("batch", channels, "height", "width"))
     ids = (torch.ones((batch, length), dtype=torch.int64, device=model.device), ("batch", "length"))
-    states = (zeros(batch, length, width), ("batch", "length", width))
-    noisy = [latent, (torch.tensor([1, 500], device=model.device), ("batch",)), states]
+    prompt_embeds = (zeros(batch, length, width), ("batch", "length", width))
+    noisy = [latent, (torch.tensor([1, 500], device=model.device), ("batch",)), prompt_embeds]
     scale = (zeros(batch) + 0.5, ("batch",))
 
     def made(of: nn.Module, given: Sequence[Example], outputs: Mapping[str, tuple[str | int, ...]]) -> Function:
@@ -256,21 +239,21 @@ def function(model: Model, module: str, precision: str = "fp32") -> Function:
         nets = {name: network(model.controlnets[name]) for name in names}
         for net in nets.values():
             net.controlnet_cond_embedding = AsIs()
-        given = [*noisy, *(one for _ in names for one in (hint, scale))]
+        given = [*noisy, *(one for _ in names for one in (embedding, scale))]
         return made(_UNet(network(model.unet), nets, dtype), given, {module_io.output(module): latent[1]})
     if module.startswith(CONTROLNET_PREFIX):
         net = network(model.controlnets[module.removeprefix(CONTROLNET_PREFIX)])
         residuals = module_io.controlnet_outputs(len(net.controlnet_down_blocks))
         return made(_ControlNet(net, dtype), [*noisy, picture, scale], {o: ("batch", 0, "h", "w") for o in residuals})
-    if module.startswith(HINT_PREFIX):
-        embedding = own(model.controlnets[module.removeprefix(HINT_PREFIX)].controlnet_cond_embedding)
-        return made(_Hint(embedding, dtype), [picture], {module_io.output(module): hint[1]})
+    if module.startswith(CONTROL_EMBEDDING_PREFIX):
+        net = own(model.controlnets[module.removeprefix(CONTROL_EMBEDDING_PREFIX)].controlnet_cond_embedding)
+        return made(_ControlEmbedding(net, dtype), [picture], {module_io.output(module): embedding[1]})
     if module == "vae_encoder":
         return made(_Encoder(own(model.vae), dtype), [picture], {module_io.output(module): latent[1]})
     if module == "vae_decoder":
         return made(_Decoder(own(model.vae), dtype), [latent], {module_io.output(module): picture[1]})
     if module == "text_encoder":
-        return made(_Text(own(model.text_encoder)), [ids], {module_io.output(module): states[1]})
+        return made(_Text(own(model.text_encoder)), [ids], {module_io.output(module): prompt_embeds[1]})
     raise UsageError(f"module {module!r} is not one of {', '.join(module_names(model))} or controlnet-NAME")
 
 
@@ -314,8 +297,8 @@ def _float32_softmax(graph: Any) -> None:
         if node.op_type != "Softmax":
             nodes.append(node)
             continue
-        kind = next((v.type.tensor_type.elem_type for v in graph.value_info if v.name == node.output[0]), None)
-        if kind not in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
+        dtype = next((v.type.tensor_type.elem_type for v in graph.value_info if v.name == node.output[0]), None)
+        if dtype not in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
             nodes.append(node)
             continue
         wide_in, wide_out = node.output[0] + "_wide_in", node.output[0] + "_wide_out"
@@ -323,7 +306,7 @@ def _float32_softmax(graph: Any) -> None:
         nodes.append(
             helper.make_node("Softmax", [wide_in], [wide_out], **{a.name: helper.get_attribute_value(a) for a in node.attribute})
         )  # fmt: skip
-        nodes.append(helper.make_node("Cast", [wide_out], [node.output[0]], to=kind))
+        nodes.append(helper.make_node("Cast", [wide_out], [node.output[0]], to=dtype))
     del graph.node[:]
     graph.node.extend(nodes)
 
@@ -419,8 +402,8 @@ def check_dynamic(proto: Any, dims: Mapping[str, Sequence[str | int]]) -> None:
 
 def unsupported_operators(proto: Any) -> list[str]:
     """Operators of a graph that TensorRT's parser does not know, sorted; ONNX Runtime takes them all the same."""
-    found = {f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in proto.graph.node}
-    return sorted(found - TENSORRT_OPERATORS)
+    operators = {f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in proto.graph.node}
+    return sorted(operators - TENSORRT_OPERATORS)
 
 
 # --- engines ----------------------------------------------------------------------------------------------------
@@ -430,11 +413,11 @@ def tool_versions() -> dict[str, str]:
     """Versions of what makes a graph."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    versions = {}
     for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def check_export(precision: str, opset: int) -> None:
@@ -459,7 +442,7 @@ def export_onnx(
     layouts: Sequence[str] | None = None,
     precision: str = "fp32",
     opset: int = 23,
-    tell: Tell = lambda told: None,
+    tell: Tell = lambda progress: None,
     *,
     modules: Sequence[str] | None = None,
     shapes: Sequence[Shapes] | None = None,
@@ -498,82 +481,38 @@ def default_shapes(model: Model, size: tuple[int, int] | None = None, batch: int
     """Any batch and size; the best at the UNet's training size, or at `size` (width, height), and `batch`."""
     side = int(model.unet.config.sample_size) * model.vae_scale_factor
     width, height = size or (side, side)
-    low = model.multiple
-    return Shapes(batch=(1, batch, 0), height=(low, height, 0), width=(low, width, 0))
+    smallest = model.multiple
+    return Shapes(batch=(1, batch, 0), height=(smallest, height, 0), width=(smallest, width, 0))
 
 
 def _export(
     model: Model, out: Path, module: str, precision: str, opset: int, shapes: tuple[Shapes, ...], force: bool, tell: Tell
 ) -> EngineSpec:  # fmt: skip
-    target = engine_folder(out, module, precision)
     began = time.perf_counter()
 
     def say(text: str, done: bool = False) -> None:
-        tell(Told(module, time.perf_counter() - began, text, done))
+        tell(ExportProgress(module, time.perf_counter() - began, text, done))
 
-    wanted: dict[str, Any] = {"format": "onnx", "module": module, "weights": model.module_digest(module), "precision": precision, "opset": opset}  # fmt: skip
-    with build_lock(target, say):
-        # Nobody else builds this module now, so what looks like a build is one that was killed.
-        for stale in target.parent.glob(f".{module}.*.building"):
-            if is_build(stale):
-                shutil.rmtree(stale, ignore_errors=True)
-        kept = None if force else _valid(target, wanted)
-        if kept is not None:
-            say("kept", done=True)
-            return kept
-        building = new_build(target)
+    wanted: dict[str, Any] = {"format": "onnx", "module": module, "weights": model.module_digest(module),
+                              "precision": precision, "opset": opset, "inputs": module_io.inputs(module)}  # fmt: skip
+
+    def build(folder: Path) -> EngineSpec:
+        say("exporting")
         try:
-            say("exporting")
-            try:
-                proto = write_graph(function(model, module, precision), building, opset)
-            except (RunError, UsageError, OSError, MemoryError):
-                raise
-            except Exception as error:
-                told = error.__cause__ or error  # the exporter's own text is advice to its developers
-                first = (str(told).strip().splitlines() or [type(told).__name__])[0]
-                raise RunError(f"export of {module}: {first[:200]}; use the versions of constraints.txt") from error
-            unknown = unsupported_operators(proto)
-            if unknown:
-                say(f"warning: TensorRT's parser does not know {', '.join(unknown)}")
-            spec = EngineSpec(
-                model=model.name, graph=graph_digest(proto), shapes=shapes, versions=tool_versions(), **wanted
-            )
-            del proto
-            files = [p.name for p in building.iterdir() if p.name != BUILD_MARKER]
-            for name in files:
-                _sync(building / name)
-            spec = write_spec(building, spec, files)
-            replace_folder(building, target)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-        say("done", done=True)
+            proto = write_graph(function(model, module, precision), folder, opset)
+        except (RunError, UsageError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            reason = first_line(error.__cause__ or error, 200)  # the exporter's own text is advice to its developers
+            raise RunError(f"export of {module}: {reason}; use the versions of constraints.txt") from error
+        unknown = unsupported_operators(proto)
+        if unknown:
+            say(f"warning: TensorRT's parser does not know {', '.join(unknown)}")
+        return EngineSpec(
+            model=model.name, graph=graph_digest(proto), shapes=shapes, versions=tool_versions(), **wanted
+        )
+
+    target = engine_folder(out, module, precision)
+    spec, kept = build_once(target, lambda there: not there.differs(**wanted), build, say, force)
+    say("kept" if kept else "done", done=True)
     return spec
-
-
-def _valid(folder: Path, wanted: Mapping[str, Any]) -> EngineSpec | None:
-    """The engine that is there, if it is what is wanted and whole."""
-    if not (folder / SPEC_FILE).is_file():
-        return None
-    try:
-        spec = read_spec(folder)
-    except UsageError:
-        return None
-    return None if spec.differs(**wanted) or damaged(folder, spec) else spec
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put a finished folder in its place. Whatever stops it, `target` holds a whole engine or is not there."""
-    old = target.parent / f".{target.name}.{secrets.token_hex(4)}.building"
-    if target.exists():
-        os.replace(target, old)
-    os.replace(new, target)
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,17 +20,17 @@ def parse_shapes(sizes: str, batch: str, multiple: int = 8) -> tuple[Shapes, ...
         UsageError: naming the part that cannot be read, is out of order, not a multiple, or there twice.
     """
     samples = _range("batch", batch, 1)
-    found: list[Shapes] = []
+    shapes: list[Shapes] = []
     for size in sizes.split(","):
         sides = size.strip().lower().split("x")
         if len(sides) != 2:
             raise UsageError(f"sizes: {size.strip()!r} is not WIDTHxHEIGHT; give for example 512x512,768x512")
         width, height = (_range("sizes", side, multiple, size.strip()) for side in sides)
-        made = Shapes(batch=samples, height=height, width=width)
-        if made in found:
+        one = Shapes(batch=samples, height=height, width=width)
+        if one in shapes:
             raise UsageError(f"sizes: {size.strip()} is there twice")
-        found.append(made)
-    return tuple(found)
+        shapes.append(one)
+    return tuple(shapes)
 
 
 def _range(option: str, text: str, multiple: int, inside: str | None = None) -> tuple[int, int, int]:
@@ -38,11 +38,11 @@ def _range(option: str, text: str, multiple: int, inside: str | None = None) -> 
     parts = text.strip().split("-")
     if len(parts) not in (1, 3) or not all(re.fullmatch(r"\d{1,6}", p) for p in parts):
         raise UsageError(f"{option}: {where} is neither a number nor MIN-OPT-MAX, for example 1-2-8")
-    low, opt, high = (int(p) for p in (parts * 3 if len(parts) == 1 else parts))
-    if not 1 <= low <= opt <= high:
+    smallest, opt, largest = (int(p) for p in (parts * 3 if len(parts) == 1 else parts))
+    if not 1 <= smallest <= opt <= largest:
         raise UsageError(f"{option}: {where} is not in order; expected 1 <= MIN <= OPT <= MAX")
-    for value in (low, opt, high):
+    for value in (smallest, opt, largest):
         if value % multiple:
             near = max(multiple, round(value / multiple) * multiple)
             raise UsageError(f"{option}: {value} in {where} is not a multiple of {multiple}; the nearest is {near}")
-    return low, opt, high
+    return smallest, opt, largest

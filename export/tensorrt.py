@@ -8,7 +8,6 @@ Nothing of this file has run on hardware yet: it was driven by a recording fake 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,14 @@ from typing import Any
 import torch
 
 from ..runtime.backends import trt as backend_tensorrt
-from ..runtime.backends.engine_spec import (
-    SPEC_FILE,
-    EngineSpec,
-    Shapes,
-    build_lock,
-    damaged,
-    is_build,
-    new_build,
-    read_spec,
-    write_spec,
-)
+from ..runtime.backends.engine_spec import EngineSpec, Shapes, damaged, read_spec
 from ..runtime.backends.trt import PLAN, last_errors, new_logger
 from ..runtime.errors import RunError, UsageError
 from ..runtime.files import write_whole
 from ..runtime.model import module_io
+from ..runtime.model.model import Model
 from . import onnx
-from .onnx import replace_folder
+from .build_folder import build_once
 
 GRAPH = "model.onnx"
 INSPECTOR = "inspector.json"
@@ -48,7 +38,7 @@ def build_tensorrt(
     timing_cache: Path | None = None,
     refit: bool = False,
     tell: Tell = lambda text: None,
-    factor: int = 8,
+    vae_scale_factor: int = 8,
     text: tuple[int, int, int] = TEXT,
     workspace: int | None = None,
     device: torch.device | None = None,
@@ -62,7 +52,7 @@ def build_tensorrt(
         timing_cache: file of tactic timings, read and written: a second build takes a fraction of the first.
         refit: the weights can be exchanged later; costs some speed.
         tell: is given a line for every phase of the build.
-        factor: pixels per latent cell (`Model.vae_scale_factor`).
+        vae_scale_factor: pixels per latent cell.
         text: (min, opt, max) of the text's length in tokens, where the graph leaves it open.
         workspace: bytes that layers may use for scratch; None is all that the GPU has.
 
@@ -75,14 +65,8 @@ def build_tensorrt(
         raise UsageError(f"tensorrt was requested but cannot run: {'; '.join(why)}")
     import tensorrt as trt
 
-    source = read_spec(onnx_folder)
-    if source.format != "onnx":
-        raise UsageError(f"{onnx_folder}: is an engine of format {source.format}, expected onnx")
-    spoilt = damaged(onnx_folder, source)
-    if spoilt:
-        raise UsageError(f"{onnx_folder}: {'; '.join(spoilt)}; export it again")
+    source = _source(onnx_folder)
     where = device or torch.device("cuda")
-    ranges = module_shapes(source.module, shapes)
     spec = EngineSpec(
         format="tensorrt",
         module=source.module,
@@ -90,32 +74,38 @@ def build_tensorrt(
         weights=source.weights,
         graph=source.graph,
         precision=source.precision,
-        shapes=ranges,
+        shapes=module_shapes(source.module, shapes),
         opset=source.opset,
         versions={**source.versions, "tensorrt": str(trt.__version__)},
         gpu=backend_tensorrt.arch(where),
         refit=refit,
+        inputs=source.inputs,
     )
-    with build_lock(out, tell):
-        kept = None if force else _valid(out, spec)
-        if kept is not None:
-            tell(f"{spec.module}: kept, the engine is there")
-            return kept
-        for stale in out.parent.glob(
-            f".{out.name}.*.building"
-        ):  # of builds that were killed: this process has the lock
-            if is_build(stale):
-                shutil.rmtree(stale, ignore_errors=True)
-        building = new_build(out)
-        try:
-            with backend_tensorrt.on(where):
-                _build(trt, onnx_folder / GRAPH, building, spec, timing_cache, tell, factor, text, workspace)
-            spec = write_spec(building, spec, [PLAN, INSPECTOR])
-            replace_folder(building, out)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    tell(f"{spec.module}: done")
+
+    def fits(there: EngineSpec) -> bool:
+        fields = ("format", "module", "weights", "graph", "precision", "shapes", "gpu", "refit", "inputs")
+        same = not there.differs(**{name: getattr(spec, name) for name in fields})
+        return same and there.versions.get("tensorrt") == spec.versions["tensorrt"]
+
+    def build(folder: Path) -> EngineSpec:
+        with backend_tensorrt.on(where):
+            _build(trt, onnx_folder / GRAPH, folder, spec, timing_cache, tell, vae_scale_factor, text, workspace)
+        return spec
+
+    spec, kept = build_once(out, fits, build, tell, force)
+    tell(f"{spec.module}: {'kept, the engine is there' if kept else 'done'}")
     return spec
+
+
+def _source(onnx_folder: Path) -> EngineSpec:
+    """The spec of the ONNX engine to build from, its files compared with their digests."""
+    source = read_spec(onnx_folder)
+    if source.format != "onnx":
+        raise UsageError(f"{onnx_folder}: is an engine of format {source.format}, expected onnx")
+    why = damaged(onnx_folder, source)
+    if why:
+        raise UsageError(f"{onnx_folder}: {'; '.join(why)}; export it again")
+    return source
 
 
 def module_shapes(module: str, shapes: Sequence[Shapes]) -> tuple[Shapes, ...]:
@@ -128,26 +118,14 @@ def module_shapes(module: str, shapes: Sequence[Shapes]) -> tuple[Shapes, ...]:
         raise UsageError("shapes: a TensorRT engine is built for ranges of batch and size; give at least one")
     for s in shapes:
         for name in ("batch", "height", "width"):
-            low, opt, high = getattr(s, name)
-            if not 1 <= low <= opt <= high:
-                raise UsageError(f"shapes: {name} {low}-{opt}-{high} is not a range with limits; TensorRT needs one")
+            smallest, opt, largest = getattr(s, name)
+            if not 1 <= smallest <= opt <= largest:
+                raise UsageError(
+                    f"shapes: {name} {smallest}-{opt}-{largest} is not a range with limits; TensorRT needs one"
+                )
     if module == "text_encoder":
         return tuple(dict.fromkeys(Shapes(s.batch, (0, 0, 0), (0, 0, 0)) for s in shapes))
     return tuple(shapes)
-
-
-def _valid(folder: Path, wanted: EngineSpec) -> EngineSpec | None:
-    """The engine that is there, if it is what is wanted and whole."""
-    if not (folder / SPEC_FILE).is_file():
-        return None
-    try:
-        spec = read_spec(folder)
-    except UsageError:
-        return None
-    fields = ("format", "module", "weights", "graph", "precision", "shapes", "gpu", "refit")
-    if spec.differs(**{name: getattr(wanted, name) for name in fields}) or damaged(folder, spec):
-        return None
-    return spec if spec.versions.get("tensorrt") == wanted.versions["tensorrt"] else None
 
 
 def _build(
@@ -157,23 +135,15 @@ def _build(
     spec: EngineSpec,
     timing_cache: Path | None,
     tell: Tell,
-    factor: int,
+    vae_scale_factor: int,
     text: tuple[int, int, int],
     workspace: int | None,
 ) -> None:
-    """Writes the plan and the inspector's report into `folder`."""
+    """Write the plan and the inspector's report into `folder`."""
     log = new_logger(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(network_flags(trt))
-    parser = trt.OnnxParser(network, log)
     tell(f"{spec.module}: reading {graph.name}")
-    if not parser.parse_from_file(str(graph)):
-        found = [parser.get_error(i) for i in range(parser.num_errors)]
-        said = [f"{error.node_name() or 'a node'} ({error.node_operator() or '?'}): {error.desc()}" for error in found]
-        raise RunError(
-            f"{graph}: TensorRT's parser refused it: {'; '.join(said) or last_errors(log)}; "
-            "try another opset (`iedit export onnx --opset 22`)"
-        )
+    network = _parsed(trt, builder, log, graph)
     config = builder.create_builder_config()
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
@@ -181,28 +151,9 @@ def _build(
         config.set_flag(trt.BuilderFlag.REFIT)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = new_monitor(trt, lambda line: tell(f"{spec.module}: {line}"))
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    names = {tensor.name for tensor in inputs}
-    if names != set(module_io.inputs(spec.module)):
-        raise RunError(
-            f"{graph}: its inputs are {', '.join(sorted(names))}, expected {', '.join(module_io.inputs(spec.module))}; "
-            "export it again"
-        )
-    for limits in spec.shapes:
-        profile = builder.create_optimization_profile()
-        for tensor in inputs:
-            dims = tuple(tensor.shape)
-            if -1 in dims:
-                profile.set_shape(tensor.name, *input_ranges(tensor.name, dims, limits, factor, text))
-        if config.add_optimization_profile(profile) < 0:
-            raise RunError(f"{graph}: TensorRT refused the ranges {limits}: {last_errors(log)}")
+    _add_profiles(builder, config, network, log, graph, spec, vae_scale_factor, text)
     if timing_cache is not None:
-        cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
-        # A cache of another GPU or version is of no use, and is replaced.
-        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-            tell(f"{spec.module}: {timing_cache} is of another GPU or TensorRT; starting a new one")
-            cache = config.create_timing_cache(b"")
-            config.set_timing_cache(cache, ignore_mismatch=False)
+        _read_timings(config, timing_cache, lambda line: tell(f"{spec.module}: {line}"))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RunError(f"{graph}: TensorRT could not build {spec.module} for {spec}: {last_errors(log)}")
@@ -220,6 +171,65 @@ def _build(
     write_whole(folder / INSPECTOR, str(report).encode())
 
 
+def _parsed(trt: Any, builder: Any, log: Any, graph: Path) -> Any:
+    """The network of an ONNX graph.
+
+    Raises:
+        RunError: the parser refused it; all that it found.
+    """
+    network = builder.create_network(network_flags(trt))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        why = [f"{error.node_name() or 'a node'} ({error.node_operator() or '?'}): {error.desc()}" for error in errors]
+        raise RunError(
+            f"{graph}: TensorRT's parser refused it: {'; '.join(why) or last_errors(log)}; "
+            "try another opset (`iedit export onnx --opset 22`)"
+        )
+    return network
+
+
+def _add_profiles(
+    builder: Any,
+    config: Any,
+    network: Any,
+    log: Any,
+    graph: Path,
+    spec: EngineSpec,
+    vae_scale_factor: int,
+    text: tuple[int, int, int],
+) -> None:
+    """One optimisation profile for each range of the spec.
+
+    Raises:
+        RunError: the graph's inputs are not the module's, or TensorRT refused a range.
+    """
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    names = {tensor.name for tensor in inputs}
+    if names != set(module_io.inputs(spec.module)):
+        raise RunError(
+            f"{graph}: its inputs are {', '.join(sorted(names))}, expected {', '.join(module_io.inputs(spec.module))}; "
+            "export it again"
+        )
+    for limits in spec.shapes:
+        profile = builder.create_optimization_profile()
+        for tensor in inputs:
+            dims = tuple(tensor.shape)
+            if -1 in dims:
+                profile.set_shape(tensor.name, *input_ranges(tensor.name, dims, limits, vae_scale_factor, text))
+        if config.add_optimization_profile(profile) < 0:
+            raise RunError(f"{graph}: TensorRT refused the ranges {limits}: {last_errors(log)}")
+
+
+def _read_timings(config: Any, path: Path, tell: Tell) -> None:
+    """Use the tactic timings of a file; a new cache where there is none, or one of another GPU or version of TensorRT."""
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        tell(f"{path} is of another GPU or TensorRT; starting a new one")
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+
+
 def network_flags(trt: Any) -> int:
     """For `create_network`: strongly typed. TensorRT 11 knows nothing else, and has renumbered the flags."""
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -227,7 +237,7 @@ def network_flags(trt: Any) -> int:
 
 
 def input_ranges(
-    name: str, dims: tuple[int, ...], limits: Shapes, factor: int, text: tuple[int, int, int]
+    name: str, dims: tuple[int, ...], limits: Shapes, vae_scale_factor: int, text: tuple[int, int, int]
 ) -> tuple[tuple[int, ...], ...]:
     """(min, opt, max) shape of an input; its open dimensions, -1 in `dims`, are filled.
 
@@ -235,9 +245,9 @@ def input_ranges(
         RunError: an input that no module has (see `module_io`).
     """
     pixels = (limits.height, limits.width)
-    cells = tuple(tuple(v // factor for v in side) for side in pixels)
+    cells = tuple(tuple(v // vae_scale_factor for v in side) for side in pixels)
     rows: tuple[tuple[int, ...], ...]
-    if name in ("sample", "latents") or name.endswith("_hint"):
+    if name in ("sample", "latents") or name.endswith("_control_embedding"):
         rows = (limits.batch, (0, 0, 0), *cells)  # channels are never open
     elif name in ("images", "image"):
         rows = (limits.batch, (3, 3, 3), *pixels)
@@ -281,7 +291,7 @@ def new_monitor(trt: Any, tell: Tell) -> Any:
 
 
 def build_all(
-    model: Any,
+    model: Model,
     out: Path,
     shapes: Sequence[Shapes],
     layouts: Sequence[str] | None = None,
@@ -295,19 +305,18 @@ def build_all(
     """Engines of every module of a model, from the ONNX engines in `out`; those that are missing are exported first.
 
     Args:
-        model: a `runtime.model.model.Model`.
         layouts: ControlNets to fuse; None is each that the model has, alone.
     """
-    tokens = min(model.tokenizer.model_max_length, model.text_encoder.config.max_position_embeddings)
+    tokens = model.text_length
 
-    def said(told: Any) -> None:
-        tell(f"{told.module}: ONNX: {told.text}")
+    def tell_export(progress: onnx.ExportProgress) -> None:
+        tell(f"{progress.module}: ONNX: {progress.text}")
 
-    made = []
-    for source in onnx.export_onnx(model, out, layouts, precision, tell=said):
-        # The encoder reads one chunk at a time; the UNet reads the states of up to four.
+    specs = []
+    for source in onnx.export_onnx(model, out, layouts, precision, tell=tell_export):
+        # The encoder reads one chunk at a time; the UNet reads the embeddings of up to four.
         longest = tokens if source.module == "text_encoder" else 4 * tokens
-        made.append(
+        specs.append(
             build_tensorrt(
                 onnx.engine_folder(out, source.module, precision),
                 out / f"tensorrt-{precision}" / source.module,
@@ -315,10 +324,10 @@ def build_all(
                 timing_cache=timing_cache,
                 refit=refit,
                 tell=tell,
-                factor=model.vae_scale_factor,
+                vae_scale_factor=model.vae_scale_factor,
                 text=(tokens, tokens, longest),
                 device=model.device,
                 force=force,
             )
         )
-    return made
+    return specs

@@ -28,7 +28,7 @@ from ..runtime.errors import UsageError
 from ..runtime.files import write_whole
 from ..runtime.model import module_io
 from ..runtime.model.model import Model
-from ..runtime.model.module_io import HINT_PREFIX
+from ..runtime.model.module_io import CONTROL_EMBEDDING_PREFIX
 from ..runtime.stage_cache import StageCache
 from .onnx import DTYPES
 
@@ -81,8 +81,8 @@ def _inputs(
         words = int(model.text_encoder.config.vocab_size)
         ids = torch.randint(0, words, (batch, length), generator=draw).to(model.device)
         return lambda b: b.encode_tokens(ids)
-    if module.startswith(HINT_PREFIX):
-        return lambda b: b.hint(module.removeprefix(HINT_PREFIX), images).float()
+    if module.startswith(CONTROL_EMBEDDING_PREFIX):
+        return lambda b: b.control_embedding(module.removeprefix(CONTROL_EMBEDDING_PREFIX), images).float()
     times = torch.randint(0, 1000, (batch,), generator=draw).to(model.device)  # every sample at a level of its own
     text = normal(batch, length, int(model.unet.config.cross_attention_dim))
     controls = tuple(
@@ -118,8 +118,8 @@ def check_module(model: Model, backend: OnnxBackend, module: str, limits: Limits
 def compare_edits(
     model: Model, backend: Backend, requests: Sequence[tuple[str, EditRequest]], tell: Callable[[str], None] = lambda _: None
 ) -> list[Row]:  # fmt: skip
-    """Each edit by float32 eager and by `backend`: iou, latent (relative error), l1_inside, l1_outside, levels (largest difference, of
-    255), seconds of both."""
+    """A row for each edit, by float32 eager and by `backend`: IoU of the masks, relative error of the latent, L1 inside and outside the
+    mask, the largest difference of a value (of 255), and the seconds of both."""
     exact, quick = (Editor(model, b, cache=StageCache(memory=0)) for b in (TorchBackend(model), backend))
     rows = []
     for name, request in requests:
@@ -149,16 +149,16 @@ def edits_pass(rows: Sequence[Row], limits: Limits) -> list[str]:
     if not rows:
         return []
     mean = {k: float(np.mean([r[k] for r in rows])) for k in ("iou", "l1_inside", "l1_outside")}
-    found = (
-        [] if mean["iou"] >= limits.iou else [f"edits: mean mask IoU {mean['iou']:.3f}, at least {limits.iou} wanted"]
-    )
+    failures = []
+    if not mean["iou"] >= limits.iou:
+        failures.append(f"edits: mean mask IoU {mean['iou']:.3f}, at least {limits.iou} wanted")
     for key in ("l1_inside", "l1_outside"):
         if mean[key] > limits.l1:
-            found.append(f"edits: mean {key} {mean[key]:.4f}, at most {limits.l1} wanted")
+            failures.append(f"edits: mean {key} {mean[key]:.4f}, at most {limits.l1} wanted")
     worst = max(rows, key=lambda r: r["levels"])
     if limits.levels is not None and worst["levels"] > limits.levels:
-        found.append(f"edit {worst['edit']}: differs by {worst['levels']} of 255, at most {limits.levels} wanted")
-    return found
+        failures.append(f"edit {worst['edit']}: differs by {worst['levels']} of 255, at most {limits.levels} wanted")
+    return failures
 
 
 def verify_onnx(
@@ -187,13 +187,16 @@ def verify_onnx(
     for precision in sorted(there):
         limits = LIMITS[precision]
         backend = OnnxBackend(dataclasses.replace(model, dtype=DTYPES[precision]), folder)
-        used = {m: found for m in backend.modules() if (found := backend.engine(m)) and found[1].precision == precision}
+        engines = {m: backend.engine(m) for m in backend.modules()}
+        used = {m: engine for m, engine in engines.items() if engine and engine[1].precision == precision}
         rows: list[Row] = []
-        # Alone controlnets are for other runtimes: no backend here calls them.
+        # A ControlNet alone is an engine for other runtimes; no backend here calls it.
         for module in [m for m in used if not m.startswith(module_io.CONTROLNET_PREFIX)]:
             tell(f"{precision} {module}")
             rows += check_module(model, backend, module, limits)
-        failures = [f"refused: {why}" for told in backend.refused.values() for why in told if "precision:" not in why]
+        failures = [
+            f"refused: {why}" for reasons in backend.refused.values() for why in reasons if "precision:" not in why
+        ]
         failures += [
             f"{r['module']} at batch {r['batch']}, {r['size']}: largest error {r['largest']:.1e}, at most {limits.largest:.0e} "
             f"wanted; mean {r['mean']:.1e}, at most {limits.mean:.0e}"
@@ -207,14 +210,14 @@ def verify_onnx(
         reports[precision] = {"modules": rows, "edits": done, "failures": failures}
         for module, (where, spec) in used.items():
             own = [r for r in rows if r["module"] == module]
-            told = {
+            report = {
                 "module": module,
                 "limits": dataclasses.asdict(limits),
                 "calls": own,
                 "edits": done,
                 "failures": failures,
             }
-            write_whole(where / REPORT_FILE, (json.dumps(told, indent=1) + "\n").encode())
+            write_whole(where / REPORT_FILE, (json.dumps(report, indent=1) + "\n").encode())
             if not failures and own:
                 mark(where, spec, own, done)
     return reports
@@ -234,14 +237,11 @@ def mark(folder: Path, spec: EngineSpec, calls: Sequence[Row], edits: Sequence[R
 
 def _samples(model: Model, modules: set[str], count: int) -> list[tuple[str, EditRequest]]:
     """The first of the shipped edits that the model and the engines can run."""
-    found = []
+    samples = []
     for name, request in sample_requests() if count else []:
         unet = "+".join(["unet", *sorted(request.layouts)])
+        wanted = {"unet", unet, *module_io.control_embedding_modules(unet)}
         fits = all(side % model.multiple == 0 for side in request.image.size)
-        if (
-            fits
-            and set(request.layouts) <= set(model.controlnets)
-            and {"unet", unet, *module_io.hint_modules(unet)} <= modules
-        ):
-            found.append((name, request))
-    return found[:count]
+        if fits and set(request.layouts) <= set(model.controlnets) and wanted <= modules:
+            samples.append((name, request))
+    return samples[:count]

@@ -10,7 +10,6 @@ stage first asks the cache for what it has (see `stage_cache`), so a second edit
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from . import images as pictures
 from . import receipt as receipts
 from .backends import check_backend, load_backend
 from .backends.base import Backend, Denoiser
+from .codec import Codec, token_chunks
 from .denoise_step import Condition, ControlInput
 from .errors import UsageError
 from .model.checkpoint import PICTUREBOOK, check_engines
@@ -66,8 +66,8 @@ class Editor:
         memory: int = 1 << 30,
         share: bool = True,
     ):
-        # A bare denoiser (a test's, a user's own network) leaves the other modules to the model.
-        self.model = dataclasses.replace(model, modules=denoiser) if isinstance(denoiser, Backend) else model
+        # A bare denoiser (a test's, a user's own network) leaves the other modules to eager torch.
+        self.model, self.codec = model, Codec(model, denoiser if isinstance(denoiser, Backend) else None)
         self.denoiser, self.backend = denoiser, backend or str(getattr(denoiser, "name", "torch"))
         self.cache = StageCache() if cache is None else cache
         self.memory, self.share = memory, share
@@ -171,13 +171,13 @@ class Editor:
         if size is None and model.side is None:
             raise UsageError("size: the model's config does not say what it was trained on; give (width, height)")
         width, height = size or (model.side or 0, model.side or 0)
-        chunks = max(len(model.token_chunks(p)) for p in prompts)
+        chunks = max(len(token_chunks(model, p)) for p in prompts)
         maps = {n: torch.cat([(pictures.to_tensor(m) + 1) / 2 for m in ms]) for n, ms in (layouts or {}).items()}
         condition = Condition(
-            model.encode_text(prompts, chunks),
+            self.codec.encode_text(prompts, chunks),
             tuple(ControlInput(n, m.to(model.device), 1.0) for n, m in maps.items()),
         )
-        uncond = condition.with_prompt(model.encode_text([""], chunks))
+        uncond = condition.with_prompt(self.codec.encode_text([""], chunks))
         shape = (model.channels, height // model.vae_scale_factor, width // model.vae_scale_factor)
         numbers = range(len(prompts)) if seeds is None else seeds
         levels = model.schedule.levels(steps)
@@ -186,12 +186,12 @@ class Editor:
         network = Network(self.denoiser, model.schedule.prediction, self.max_batch(shape), profile)
         with profile.stage("sample"):
             latents = network.run(masked_sampling(noise, levels.path(), condition, uncond, scale), steps)
-        return [pictures.to_image(i) for i in vae_batches(self.model.decode, latents)]
+        return [pictures.to_image(i) for i in vae_batches(self.codec.decode, latents)]
 
     def reconstruct(self, images: Sequence[Image.Image]) -> list[Image.Image]:
         """The VAE's round trip of pictures whose size the model takes."""
-        latents = vae_batches(self.model.encode, torch.cat([pictures.to_tensor(i) for i in images]))
-        return [pictures.to_image(i) for i in vae_batches(self.model.decode, latents)]
+        latents = vae_batches(self.codec.encode, torch.cat([pictures.to_tensor(i) for i in images]))
+        return [pictures.to_image(i) for i in vae_batches(self.codec.decode, latents)]
 
     def max_batch(self, shape: tuple[int, ...]) -> int:
         """Samples per network call for latents of `shape` (C, h, w) within the memory setting.
@@ -213,7 +213,7 @@ class Editor:
             height, width = members[0].pixels.shape[-2:]
             shape = (self.model.channels, height // self.model.vae_scale_factor, width // self.model.vae_scale_factor)
             profile, most = Profile(callback=callback, notes=list(self.model.notes)), self.max_batch(shape)
-            with_model = (self.model, self.denoiser, self.backend)
+            with_model = (self.model, self.codec, self.denoiser, self.backend)
             pipelines.append(Pipeline(*with_model, members, self.cache, profile, most, self.share))
         return pipelines
 
@@ -222,7 +222,7 @@ class Editor:
         requests, options, profile = pipeline.requests, pipeline.options, pipeline.profile
         pipeline.composite(stage)
         with profile.stage("decode"):
-            decoded = pipeline.vae(self.model.decode, torch.stack([r.results[stage] for r in requests]))
+            decoded = pipeline.vae(self.codec.decode, torch.stack([r.results[stage] for r in requests]))
             results = []
             for r, pixels in zip(requests, decoded, strict=True):
                 image, mask = pictures.crop_back(pictures.to_image(pixels), r.size), r.edited_area()
@@ -240,4 +240,4 @@ class Editor:
 
     def _draw(self, latent: Tensor, size: tuple[int, int]) -> Image.Image:
         """A latent (C, h, w) as a picture of `size` (width, height)."""
-        return pictures.crop_back(pictures.to_image(self.model.decode(latent.unsqueeze(0))[0]), size)
+        return pictures.crop_back(pictures.to_image(self.codec.decode(latent.unsqueeze(0))[0]), size)

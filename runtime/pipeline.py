@@ -18,6 +18,7 @@ from ..kernels.guided_step import blend
 from ..kernels.mask_map import mask_map
 from . import images as pictures
 from .backends.base import Denoiser
+from .codec import Codec
 from .denoise_step import Condition, ControlInput, Sampler, joined
 from .errors import RunError
 from .model.model import Model
@@ -54,6 +55,7 @@ class Pipeline:
     def __init__(
         self,
         model: Model,
+        codec: Codec,
         denoiser: Denoiser,
         backend: str,
         requests: Requests,
@@ -62,7 +64,8 @@ class Pipeline:
         max_batch: int,
         share: bool = True,
     ):
-        self.model, self.requests, self.cache, self.profile, self.share = model, requests, cache, profile, share
+        self.model, self.codec, self.requests = model, codec, requests
+        self.cache, self.profile, self.share = cache, profile, share
         first = requests[0].request
         self.method, self.options = first.method, first.options
         o = self.options
@@ -123,13 +126,13 @@ class Pipeline:
         chunks, negative = self.requests[0].chunks, self.options.negative_prompt
         texts = {t for r in self.requests for t in (r.request.prompt, r.source_prompt, negative)}
         with self.profile.stage("encode"):
-            self.prompt_embeds = {t: self.model.encode_text([t], chunks) for t in sorted(texts)}
+            self.prompt_embeds = {t: self.codec.encode_text([t], chunks) for t in sorted(texts)}
 
     def encoding(self) -> Stage:
         """The input's latent."""
 
         def encode(members: Requests) -> Tensor:
-            return self.vae(self.model.encode, joined([r.pixels for r in members]))
+            return self.vae(self.codec.encode, joined([r.pixels for r in members]))
 
         return Stage("encode", self.requests, encode, lambda r: [r.digest], shape=self.shape)
 
@@ -148,8 +151,8 @@ class Pipeline:
                     if r.size != (side, side):
                         fitted = ImageOps.fit(pictures.as_rgb(r.request.image), (side, side))
                         pixels = pictures.to_tensor(fitted)
-                        latent = self.vae(self.model.encode, pixels)
-                    again = self.vae(self.model.decode, latent).clamp(-1, 1).cpu()
+                        latent = self.vae(self.codec.encode, pixels)
+                    again = self.vae(self.codec.decode, latent).clamp(-1, 1).cpu()
                     error = (again - pixels).abs().mean() / 2
                     self.cache.put(key, error)
                 if not float(error) <= limit:
@@ -240,8 +243,8 @@ class Pipeline:
     def round_trip(self) -> None:
         """The guidance latent through the VAE and back, where that was asked for."""
         for r in self.guided if self.options.round_trip else ():
-            image = self.vae(self.model.decode, r.results["guidance"].unsqueeze(0)).clamp(-1, 1)
-            r.results["guidance"] = self.vae(self.model.encode, image)[0]
+            image = self.vae(self.codec.decode, r.results["guidance"].unsqueeze(0)).clamp(-1, 1)
+            r.results["guidance"] = self.vae(self.codec.encode, image)[0]
 
     def inversion_of_guidance(self) -> Stage:
         """DDIM inversion of the guidance latent under the edit prompt (METHOD section 2, row 10)."""
@@ -297,7 +300,7 @@ class Pipeline:
                 r.results[stage] = blend(r.mask, y.unsqueeze(0), x0.unsqueeze(0))[0]
 
     def vae(self, run: Callable[..., Tensor], batch: Tensor) -> Tensor:
-        """`model.encode` or `model.decode` on any number of pictures; what it has to say goes into the profile."""
+        """`codec.encode` or `codec.decode` on any number of pictures; what it has to say goes into the profile."""
         return vae_batches(partial(run, note=self.profile.note), batch)
 
     # --- pieces -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import METHODS
 from . import images as pictures
 from . import layouts as layout_maps
+from .codec import token_chunks
 from .errors import UsageError
 from .model.checkpoint import check_layouts, check_side
 from .model.model import Model
@@ -337,7 +338,7 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         given_mask=given_mask,
         mask_picture=mask,
         full=full,
-        chunks=max(len(model.token_chunks(t)) for t in texts),
+        chunks=max(len(token_chunks(model, t)) for t in texts),
         source_prompt=source_prompt,
         notes=[
             *pictures.dropped(request.image),

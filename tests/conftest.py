@@ -125,7 +125,7 @@ def root() -> Path:
 # --- small models -----------------------------------------------------------------------------------------------
 
 # What is exported of the random checkpoint: not all of it, a fused UNet takes ten seconds.
-TINY_MODULES = ("unet", "unet+pose", "unet+pose+scribble", "hint-pose", "hint-scribble", "vae_encoder", "vae_decoder",
+TINY_MODULES = ("unet", "unet+pose", "unet+pose+scribble", "control-embedding-pose", "control-embedding-scribble", "vae_encoder", "vae_decoder",
                 "text_encoder")  # fmt: skip
 
 # The embedded model is one of those that every identity is tested on, as soon as its weights are in the tree.

@@ -76,7 +76,7 @@ class Recorded(CompileBackend):
     """
 
     def __init__(self, model: Any, captures: Callable[..., Callable[[], None]]):
-        super().__init__(model, recordings=CudaGraphCache(torch.device("cpu"), capture=captures))
+        super().__init__(model, graphs=CudaGraphCache(torch.device("cpu"), capture=captures))
         self.entered = 0
 
     def _function(self, module: str, of: Callable[..., Tensor]) -> Callable[..., Tensor]:

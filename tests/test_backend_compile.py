@@ -64,7 +64,7 @@ def test_one_compilation_serves_every_batch_prompt_timestep_and_scale(smallest: 
     assert ran == [("unet+pose", 2, True), ("unet+pose", 3, True), ("unet+pose", 2, False), ("unet+pose", 3, False)]
     # What it listens to: the same latents under another text and another scale are not the same.
     x, t, condition = calls[0]
-    louder = dataclasses.replace(condition, layouts=tuple((n, m, 2 * s) for n, m, s in condition.layouts))
+    louder = dataclasses.replace(condition, controls=tuple(dataclasses.replace(c, scale=2 * c.scale) for c in condition.controls))  # fmt: skip
     for other in (condition.with_prompt(condition.prompt_embeds + 1), louder):
         assert not torch.allclose(backend.predict(x, t, other), kept[0], atol=1e-3)
     assert not torch.allclose(backend.predict(x, (t + 500) % 1000, condition), kept[0], atol=1e-4)

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iedit.runtime.backends.eager import Attention, TorchBackend, why_not_xformers
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.backends.torch_modules import Attention, why_not_xformers
+from iedit.runtime.codec import Codec
 from iedit.runtime.denoise_step import Condition, ControlInput
 from iedit.runtime.editor import Editor, EditRequest, Options
 from iedit.runtime.errors import UsageError
@@ -19,7 +21,7 @@ from iedit.runtime.errors import UsageError
 def told(model: Any, texts: list[str], *names: str, scale: float = 1.0) -> Condition:
     rng = torch.Generator().manual_seed(1)
     maps = tuple(ControlInput(n, torch.rand(len(texts), 3, 64, 64, generator=rng), scale) for n in names)
-    return Condition(model.encode_text(texts), maps)
+    return Condition(Codec(model).encode_text(texts), maps)
 
 
 def plain(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -75,16 +77,16 @@ def counted(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[int]:
 def test_a_loop_takes_keys_values_and_layouts_of_a_condition_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = TorchBackend(tiny)
     cross = next(m for n, m in backend.unet.named_modules() if n.endswith("attn2"))
-    keys, hints = counted(monkeypatch, cross.to_k), counted(monkeypatch, backend.embeddings["pose"])
+    keys, embeddings = counted(monkeypatch, cross.to_k), counted(monkeypatch, backend.embeddings["pose"])
     picture = Image.new("RGB", (64, 64), "red")
     request = EditRequest(picture, "a blue house", "a red car", "controlnet", {"pose": picture}, {"pose": picture}, steps=10,
                           options=Options(guidance_scale=5.0))  # fmt: skip
     profile = Editor(tiny, backend).edit(request).profile
     assert profile.calls["sample"] == 7 and profile.evaluations["sample"] == 14
-    assert keys == [2] and hints == [2]
+    assert keys == [2] and embeddings == [2]
     other = Editor(tiny, backend).edit(request).profile
     assert other.calls["sample"] == 7
-    assert keys == [2, 2] and hints == [2, 2]  # another run is another condition
+    assert keys == [2, 2] and embeddings == [2, 2]  # another run is another condition
 
 
 def test_another_condition_is_not_taken_for_the_one_before(tiny: Any) -> None:

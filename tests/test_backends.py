@@ -1,4 +1,4 @@
-"""The ladder of `auto`, per module and shape, with reasons; a backend asked for by name never steps down."""
+"""The fallback of `auto`, per module and shape, with reasons; a backend asked for by name never steps down."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Picky(TorchBackend):
 
 
 def test_the_first_that_can_runs_each_module_at_each_shape_and_the_reasons_are_kept(tiny: Any) -> None:
-    ladder = FallbackBackend(
+    fallback = FallbackBackend(
         [Picky(tiny, ("unet", "vae_decoder")), TorchBackend(tiny)], tiny.vae_scale_factor, {"gone": ["not installed"]}
     )
-    editor = Editor(tiny, ladder)
+    editor = Editor(tiny, fallback)
     request = EditRequest(Image.new("RGB", (64, 64), "red"), "a blue house", "a red car", steps=4)
     result = editor.edit(request)
     ran = {(c.module, c.backend) for c in result.profile.modules}

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from iedit.runtime.cli.main import main
+from iedit.runtime.codec import Codec
 from iedit.runtime.editor import Options
 from iedit.runtime.errors import UsageError
 from iedit.runtime.model import model as models
@@ -134,9 +135,11 @@ def test_a_vae_s_shift_is_used_both_ways(copy: Path) -> None:
     shifted = load_model(str(copy), [], device="cpu")
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     scale = plain.vae.config.scaling_factor
-    latent = plain.encode(images)
-    torch.testing.assert_close(shifted.encode(images), latent - 0.25 * scale)
-    torch.testing.assert_close(shifted.decode(shifted.encode(images)), plain.decode(latent), atol=1e-5, rtol=1e-5)
+    latent = Codec(plain).encode(images)
+    torch.testing.assert_close(Codec(shifted).encode(images), latent - 0.25 * scale)
+    torch.testing.assert_close(
+        Codec(shifted).decode(Codec(shifted).encode(images)), Codec(plain).decode(latent), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

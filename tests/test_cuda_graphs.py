@@ -59,7 +59,7 @@ def test_what_a_recording_holds_fixed_is_in_its_outline(other: Any) -> None:
 
 def test_the_first_call_runs_the_second_records_and_the_rest_replay(taped: Any) -> None:
     captures = taped.Captures()
-    recordings, entered = CudaGraphCache(CPU, capture=captures), []
+    graphs, entered = CudaGraphCache(CPU, capture=captures), []
 
     def twice(inputs: list[Tensor]) -> list[Tensor]:
         entered.append(len(inputs))
@@ -67,22 +67,22 @@ def test_the_first_call_runs_the_second_records_and_the_rest_replay(taped: Any) 
 
     kept, fixed = [], torch.full((3,), 0.5)
     for i in range(5):
-        assert recordings.cold("twice", [fixed, fixed]) is (i < 2)
-        kept.append(recordings("twice", twice, [torch.full((3,), float(i)), fixed])[0])
+        assert graphs.cold("twice", [fixed, fixed]) is (i < 2)
+        kept.append(graphs("twice", twice, [torch.full((3,), float(i)), fixed])[0])
     assert len(entered) == 1 + 2 and captures.replays == 4  # as it is; a last time as it is and on tape
     for i, value in enumerate(kept):  # each is its own: no replay writes into it
         assert torch.equal(value, torch.full((3,), 2 * i + 0.5))
     fixed += 1  # in place: the same tensor with something else in it
-    assert torch.equal(recordings("twice", twice, [fixed, fixed])[0], torch.full((3,), 4.5))
-    assert recordings.cold("twice", [fixed[:2], fixed[:2]]) and recordings.cold("thrice", [fixed, fixed])
+    assert torch.equal(graphs("twice", twice, [fixed, fixed])[0], torch.full((3,), 4.5))
+    assert graphs.cold("twice", [fixed[:2], fixed[:2]]) and graphs.cold("thrice", [fixed, fixed])
 
 
 def test_the_recordings_used_last_are_kept(taped: Any) -> None:
-    recordings = CudaGraphCache(CPU, held=2, capture=taped.Captures())
+    graphs = CudaGraphCache(CPU, held=2, capture=taped.Captures())
     for size in (1, 2, 1, 3, 1):
         for _ in range(2):
-            recordings("f", lambda inputs: [inputs + 1], torch.zeros(size))
-    assert [recordings.cold("f", torch.zeros(size)) for size in (1, 2, 3)] == [False, True, False]
+            graphs("f", lambda inputs: [inputs + 1], torch.zeros(size))
+    assert [graphs.cold("f", torch.zeros(size)) for size in (1, 2, 3)] == [False, True, False]
 
 
 def test_what_cannot_be_recorded_runs_and_says_why(tiny: Any, taped: Any) -> None:
@@ -90,7 +90,7 @@ def test_what_cannot_be_recorded_runs_and_says_why(tiny: Any, taped: Any) -> Non
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nadvice")
 
     backend = taped.Recorded(tiny, taped.Captures())
-    backend.recordings = CudaGraphCache(CPU, capture=refuse)
+    backend.graphs = CudaGraphCache(CPU, capture=refuse)
     request = EditRequest(Image.new("RGB", (64, 64)), "a cat", method="sdedit", steps=4)
     result = Editor(tiny, backend).edit(request)
     assert torch.equal(result.latent, Editor(tiny, TorchBackend(tiny)).edit(request).latent)
@@ -146,7 +146,7 @@ def _request(picture: Any, how: str) -> EditRequest:
 def test_a_whole_edit_from_recordings_is_the_edit(
     tiny: Any, picture: Any, how: str, monkeypatch: Any, taped: Any
 ) -> None:
-    """Three times: as it is, while recording, from recordings alone; each bit for bit what eager torch makes."""
+    """Three times: as it is, while recording, from graphs alone; each bit for bit what eager torch makes."""
     request, captures = _request(picture, how), taped.Captures()
     backend = taped.Recorded(tiny, captures)
     want = Editor(tiny, TorchBackend(tiny)).edit(request)
@@ -190,14 +190,14 @@ def test_on_a_gpu_the_third_edit_is_replays_alone(tiny_checkpoint_cli: Any, pict
 
     model = load_model(str(tiny_checkpoint_cli), device="cuda", dtype="float32")
     backend, request = CompileBackend(model), _request(picture, "ito")
-    assert backend.recordings is not None
+    assert backend.graphs.enabled
     want = Editor(model, TorchBackend(model)).edit(request)
     editor = Editor(model, backend)
     for _ in range(3):
         editor.cache = StageCache(memory=0)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             result = editor.edit(request)
-        assert not backend.recordings.failed
+        assert not backend.graphs.failed
         # Other kernels, through some 70 calls of the network.
         assert (result.latent - want.latent).abs().max() < 1e-2 * want.latent.abs().max()
     calls = result.profile.modules

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.codec import Codec
 from iedit.runtime.denoise_step import Condition, ControlInput, DenoiseStep, Sampler
 from iedit.runtime.errors import Cancelled, RunError
 from iedit.runtime.network import Network
@@ -91,7 +92,7 @@ def test_each_sample_has_its_own_timestep() -> None:
 def test_splitting_changes_nothing_but_the_calls(tiny: Any, max_batch: int) -> None:
     x, t = noise(5), 400
     told = Condition(
-        tiny.encode_text(["a red car", "a cat", "a blue house", "", "a tree on grass"]),
+        Codec(tiny).encode_text(["a red car", "a cat", "a blue house", "", "a tree on grass"]),
         (ControlInput("pose", torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(3)), 0.7),),
     )
     whole, split = network(TorchBackend(tiny)), network(TorchBackend(tiny), max_batch)
@@ -249,7 +250,7 @@ def test_conditions_of_different_layouts_share_no_batch() -> None:
 
 def test_controlnet_residuals_are_summed_with_their_scales(tiny: Any) -> None:
     denoiser, x, t = TorchBackend(tiny), noise(1), torch.tensor([500])
-    text = tiny.encode_text(["a red car"])
+    text = Codec(tiny).encode_text(["a red car"])
     maps = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
     def run(*layouts: tuple[str, Tensor, float]) -> Tensor:

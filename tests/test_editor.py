@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.codec import Codec, token_chunks
 from iedit.runtime.denoise_step import Condition
 from iedit.runtime.editor import METHODS, EditRequest, EditResult, MaskOptions, Options
 from iedit.runtime.editor import Editor as RealEditor
@@ -545,14 +546,14 @@ def test_a_pose_needs_no_source_where_nothing_is_compared(editor: RealEditor, pi
 def test_a_long_prompt_is_read_to_its_end(editor: RealEditor, picture: Picture) -> None:
     model = editor.model
     long = "a red car on grass at noon and " * 8
-    assert len(model.token_chunks("a red car")) == 1 and len(model.token_chunks(long)) == 3
-    assert [i for c in model.token_chunks(long) for i in c] == model.token_chunks("a red car on grass at noon and")[
+    assert len(token_chunks(model, "a red car")) == 1 and len(token_chunks(model, long)) == 3
+    assert [i for c in token_chunks(model, long) for i in c] == token_chunks(model, "a red car on grass at noon and")[
         0
     ] * 8
-    assert model.token_chunks("") == [[]]
-    assert model.encode_text([long], 3).shape == (1, 3 * 32, 32)
-    assert torch.equal(model.encode_text(["a red car"], 3)[:, :32], model.encode_text(["a red car"]))
-    assert torch.equal(model.encode_text(["a red car"], 3)[:, 32:64], model.encode_text([""]))
+    assert token_chunks(model, "") == [[]]
+    assert Codec(model).encode_text([long], 3).shape == (1, 3 * 32, 32)
+    assert torch.equal(Codec(model).encode_text(["a red car"], 3)[:, :32], Codec(model).encode_text(["a red car"]))
+    assert torch.equal(Codec(model).encode_text(["a red car"], 3)[:, 32:64], Codec(model).encode_text([""]))
 
     def run(prompt: str) -> EditResult:
         return editor.edit(dataclasses.replace(ask(picture(0), "sdedit"), prompt=prompt))
@@ -564,7 +565,7 @@ def test_states_of_a_short_prompt_are_those_of_transformers(editor: RealEditor) 
     model = editor.model
     ids = model.tokenizer([PROMPT], padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
-        assert torch.equal(model.encode_text([PROMPT]), model.text_encoder(ids)[0])
+        assert torch.equal(Codec(model).encode_text([PROMPT]), model.text_encoder(ids)[0])
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 32)])

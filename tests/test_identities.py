@@ -24,6 +24,7 @@ from iedit.runtime.backends.base import Backend
 from iedit.runtime.backends.compiled import CompileBackend
 from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.backends.ort import OnnxBackend
+from iedit.runtime.codec import Codec
 from iedit.runtime.denoise_step import Condition
 from iedit.runtime.editor import Editor as RealEditor
 from iedit.runtime.editor import EditRequest, EditResult, MaskOptions, Options
@@ -187,9 +188,9 @@ def test_2_masked_sdedit_with_a_full_mask_is_sdedit(model: Any, picture: Picture
 def test_3_lambda_one_is_the_guided_path_with_guidance_of_weight_zero(model: Any, settings: ItoSettings) -> None:
     path = model.schedule.levels(6).path()
     y, x, g = torch.randn(3, 7, 2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    told = Condition(model.encode_text([PROMPT, SOURCE]))
+    told = Condition(Codec(model).encode_text([PROMPT, SOURCE]))
     results = [
-        network_of(model).run(ito_pass(y[0], path, told, told.with_prompt(model.encode_text([""])), 5.0,
+        network_of(model).run(ito_pass(y[0], path, told, told.with_prompt(Codec(model).encode_text([""])), 5.0,
                  source=TrajectoryReference(x, path), guidance=guidance, mask=(x[0, :, :1] > 0).float(),
                  lam=torch.ones(2), settings=settings))
         for guidance in (None, TrajectoryReference(g, path))
@@ -213,7 +214,7 @@ def test_4_no_updates_is_plain_ddim_from_the_inverted_latent(model: Any, picture
     editor = editor_of(model, share=False)
     result = editor.edit(asked)
     network, levels = network_of(model), model.schedule.levels(10)
-    states = {t: editor.model.encode_text([t]) for t in (SOURCE, PROMPT, "")}
+    states = {t: Codec(editor.model).encode_text([t]) for t in (SOURCE, PROMPT, "")}
     trajectory = network.run(invert(result.source_latent[None], levels.path(), Condition(states[SOURCE])))
     want = network.run(
         masked_sampling(trajectory[0], levels.path(), Condition(states[PROMPT]), Condition(states[""]), 7.5)
@@ -275,10 +276,9 @@ BATCHED = [
 def test_5_a_batch_is_its_single_runs_bit_for_bit_but_for_the_network(
     model: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch, method: str, options: Options
 ) -> None:
-    model = dataclasses.replace(model)
-    encode, decode = model.encode, model.decode  # networks too
-    monkeypatch.setattr(model, "encode", lambda images, note=None: torch.cat([encode(i) for i in images.split(1)]))
-    monkeypatch.setattr(model, "decode", lambda latents, note=None: torch.cat([decode(i) for i in latents.split(1)]))
+    encode, decode = Codec.encode, Codec.decode  # networks too
+    monkeypatch.setattr(Codec, "encode", lambda self, x, note=None: torch.cat([encode(self, i) for i in x.split(1)]))
+    monkeypatch.setattr(Codec, "decode", lambda self, x, note=None: torch.cat([decode(self, i) for i in x.split(1)]))
     requests = batch_of(picture, method, options)
     together = editor_of(model, denoiser=OneByOne(model)).edit_many(requests)
     for asked, result in zip(requests, together, strict=True):
@@ -511,7 +511,7 @@ def test_9_inversion_is_diffedits_invert(model: Any, picture: Picture, monkeypat
 
     from iedit.runtime.images import to_tensor
 
-    x0 = model.encode(torch.cat([to_tensor(picture(0)), to_tensor(picture(1))]))
+    x0 = Codec(model).encode(torch.cat([to_tensor(picture(0)), to_tensor(picture(1))]))
     for prediction in PREDICTIONS:
         parts = parts_of(model, prediction)
         parts["inverse_scheduler"] = DDIMInverseScheduler.from_config(parts["scheduler"].config)
@@ -521,9 +521,11 @@ def test_9_inversion_is_diffedits_invert(model: Any, picture: Picture, monkeypat
                                guidance_scale=scale).latents.transpose(0, 1)  # fmt: skip
             other = editor_of(model, prediction).model
             levels = other.schedule.levels(20)
-            told = Condition(model.encode_text([SOURCE, PROMPT]))
+            told = Condition(Codec(model).encode_text([SOURCE, PROMPT]))
             got = network_of(other).run(
-                invert(x0, levels.path(levels.start(ratio)), told, told.with_prompt(model.encode_text([""])), scale)
+                invert(
+                    x0, levels.path(levels.start(ratio)), told, told.with_prompt(Codec(model).encode_text([""])), scale
+                )
             )
             assert torch.equal(got[-1], x0)
             gaps = [gap(a, b) for a, b in zip(got[:-1], want, strict=True)]
@@ -567,7 +569,7 @@ def test_9_an_ito_edit_is_the_equations_with_diffusers_and_autograd(
     scheduler.set_timesteps(steps)
     inverse.set_timesteps(steps)
     m = torch.from_numpy(np.array(mask.resize((8, 8), Image.Resampling.NEAREST)) / 255).float()[None, None]
-    text = {t: model.encode_text([t]) for t in (PROMPT, SOURCE, "")}
+    text = {t: Codec(model).encode_text([t]) for t in (PROMPT, SOURCE, "")}
     x0 = result.source_latent[None]
 
     @torch.no_grad()
@@ -625,8 +627,8 @@ def test_9_an_ito_edit_is_the_equations_with_diffusers_and_autograd(
 def test_unconditional_halves_that_cancel_need_not_be_evaluated(model: Any) -> None:
     levels, x0 = model.schedule.levels(10), torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(1))
-    edit, source = (Condition(model.encode_text([t]).expand(2, -1, -1)) for t in (PROMPT, SOURCE))
-    low = model.encode_text([""])
+    edit, source = (Condition(Codec(model).encode_text([t]).expand(2, -1, -1)) for t in (PROMPT, SOURCE))
+    low = Codec(model).encode_text([""])
     network = network_of(model)
     with network.profile.stage("mask"):
         heat = network.run(
@@ -649,7 +651,7 @@ def test_unconditional_halves_that_cancel_need_not_be_evaluated(model: Any) -> N
 def test_the_trajectory_mask_compares_the_last_sampling_step(model: Any) -> None:
     levels, x0 = model.schedule.levels(10), torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(1, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
-    edit, source, low = (Condition(model.encode_text([t])) for t in (PROMPT, SOURCE, ""))
+    edit, source, low = (Condition(Codec(model).encode_text([t])) for t in (PROMPT, SOURCE, ""))
     network = network_of(model)
     with network.profile.stage("mask"):
         heat = network.run(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from iedit.kernels.mask_map import difference
 from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.codec import Codec
 from iedit.runtime.denoise_step import Condition
 from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
 from iedit.runtime.network import Network
@@ -61,7 +62,7 @@ def test_the_same_prompt_twice_is_an_empty_mask_however_calls_are_split(
 def test_both_conditions_of_a_seed_are_in_one_call(tiny: Any, max_batch: int) -> None:
     fake = Rounding(TorchBackend(tiny), 0)
     network = Network(fake, "epsilon", max_batch, Profile())
-    edit, source, low = (Condition(tiny.encode_text([t]).expand(2, -1, -1)) for t in (PROMPT, SOURCE, ""))
+    edit, source, low = (Condition(Codec(tiny).encode_text([t]).expand(2, -1, -1)) for t in (PROMPT, SOURCE, ""))
     levels = tiny.schedule.levels(4)
     for mode in ("single", "trajectory"):
         with network.profile.stage("mask"):
@@ -138,7 +139,7 @@ def test_a_trajectory_compares_the_noise_of_its_last_step_and_is_denoised_with_g
 ) -> None:
     schedule = dataclasses.replace(tiny.schedule, prediction=prediction)
     levels, x0, noise = schedule.levels(6), draw(1, *SHAPE), draw(1, 2, *SHAPE, seed=1)
-    edit, source, low = (Condition(tiny.encode_text([t])) for t in (PROMPT, SOURCE, ""))
+    edit, source, low = (Condition(Codec(tiny).encode_text([t])) for t in (PROMPT, SOURCE, ""))
     network = Network(TorchBackend(tiny), prediction, 64, Profile())
     with network.profile.stage("mask"):
         heat = network.run(estimate_mask(x0, noise, levels.path(), edit, source, uncond=low.prompt_embeds, scale=3.0,

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.codec import Codec, token_chunks
 from iedit.runtime.editor import Editor, EditRequest
 from iedit.runtime.errors import RunError, UsageError
 from iedit.runtime.model.checkpoint import find_folder, picturebook_folder
@@ -55,10 +56,10 @@ def test_a_vae_that_overflows_in_half_precision_is_repeated_in_float32(dtype: to
     model = model_with(FakeVae((dtype,), dtype), dtype)
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     notes: list[str] = []
-    latent = model.encode(images, notes.append)
+    latent = Codec(model).encode(images, notes.append)
     assert latent.dtype == torch.float32
     assert torch.equal(latent, images * 0.5 * 0.25)  # of the float32 pictures, not of their rounding to a half
-    assert torch.equal(model.decode(latent, notes.append), images)
+    assert torch.equal(Codec(model).decode(latent, notes.append), images)
     name = str(dtype).removeprefix("torch.")
     assert notes == [f"the VAE gave NaN in {name}; {what} was repeated in float32" for what in ("encoding", "decoding")]
     assert model.vae.half_of.dtype == dtype  # other threads may be using it
@@ -68,16 +69,16 @@ def test_a_vae_that_overflows_in_half_precision_is_repeated_in_float32(dtype: to
 def test_a_vae_that_gives_nan_in_float32_is_an_error_that_names_the_stage(dtype: torch.dtype) -> None:
     model = model_with(FakeVae((torch.float16, torch.float32), dtype), dtype)
     with pytest.raises(RunError, match="stage encode"):
-        model.encode(torch.zeros(1, 3, 8, 8))
+        Codec(model).encode(torch.zeros(1, 3, 8, 8))
     with pytest.raises(RunError, match="stage decode"):
-        model.decode(torch.zeros(1, 4, 8, 8))
+        Codec(model).decode(torch.zeros(1, 4, 8, 8))
 
 
 def test_a_vae_that_is_fine_in_half_precision_is_left_alone() -> None:
     model = model_with(FakeVae((), torch.float16), torch.float16)
     images = torch.rand(1, 3, 8, 8)
     notes: list[str] = []
-    assert torch.equal(model.encode(images, notes.append), (images.half() * 0.5).float() * 0.25)
+    assert torch.equal(Codec(model).encode(images, notes.append), (images.half() * 0.5).float() * 0.25)
     assert notes == []
 
 
@@ -85,16 +86,16 @@ def test_a_long_prompt_becomes_chunks_that_each_begin_and_end_as_the_encoder_exp
     model = load_model(str(tiny_checkpoint_cli))
     length = model.tokenizer.model_max_length
     words = ["red", "car", "grass", "noon"] * length
-    chunks = model.token_chunks(" ".join(words))
+    chunks = token_chunks(model, " ".join(words))
     assert [len(c) for c in chunks[:-1]] == [length - 2] * (len(chunks) - 1)
     assert [i for c in chunks for i in c] == model.tokenizer(" ".join(words), add_special_tokens=False).input_ids
 
-    states = model.encode_text([" ".join(words), "red"], len(chunks))
+    states = Codec(model).encode_text([" ".join(words), "red"], len(chunks))
     assert states.shape == (2, len(chunks) * length, 16)
-    first = model.encode_text([" ".join(words[: length - 2])])
+    first = Codec(model).encode_text([" ".join(words[: length - 2])])
     torch.testing.assert_close(states[:1, :length], first)
-    torch.testing.assert_close(states[1:, :length], model.encode_text(["red"]))
-    torch.testing.assert_close(states[1:, length : 2 * length], model.encode_text([""]))
+    torch.testing.assert_close(states[1:, :length], Codec(model).encode_text(["red"]))
+    torch.testing.assert_close(states[1:, length : 2 * length], Codec(model).encode_text([""]))
 
 
 def test_the_layouts_to_load_can_be_named(tiny_checkpoint_cli: Path) -> None:

@@ -120,41 +120,41 @@ def test_the_embedding_of_a_layout_is_made_once_for_a_condition(
                 _close(backend.predict(x, t, condition), TorchBackend(tiny).predict(x, t, condition))
                 t.add_(1)
     rows = {r["module"]: r["calls"] for r in profile.by_module() if r["backend"] == "onnx"}
-    assert rows == {"unet+pose+scribble": 6, "hint-pose": 2, "hint-scribble": 2}
+    assert rows == {"unet+pose+scribble": 6, "control-embedding-pose": 2, "control-embedding-scribble": 2}
     x, t, condition = calls[0]
-    other = dataclasses.replace(condition, layouts=tuple((n, 1 - m, s) for n, m, s in condition.layouts))
+    other = dataclasses.replace(condition, controls=tuple(dataclasses.replace(c, image=1 - c.image) for c in condition.controls))  # fmt: skip
     assert not torch.allclose(backend.predict(x, t, other), backend.predict(x, t, condition), atol=1e-3)
 
 
-def test_the_hint_engine_is_a_part_of_the_fused_one(tiny: Any, engines: Path) -> None:
+def test_the_control_embedding_engine_is_a_part_of_the_fused_one(tiny: Any, engines: Path) -> None:
     small = {"batch": [1, 1, 2], "height": [16, 64, 64], "width": [16, 64, 64]}
-    _respec(engines / "onnx-fp32" / "hint-scribble", shapes=[small])
+    _respec(engines / "onnx-fp32" / "control-embedding-scribble", shapes=[small])
     backend = OnnxBackend(tiny, engines)
     assert backend.why_not("unet+pose+scribble", 2, 64, 64) == []
     assert backend.why_not("unet+pose+scribble", 3, 64, 64) == [
-        "onnx hint-scribble engine was built for batch 1-2, asked for 3"
+        "onnx control-embedding-scribble engine was built for batch 1-2, asked for 3"
     ]
-    shutil.rmtree(engines / "onnx-fp32" / "hint-scribble")
-    ladder = load_backend("auto", tiny, engines)
+    shutil.rmtree(engines / "onnx-fp32" / "control-embedding-scribble")
+    fallback = load_backend("auto", tiny, engines)
     x, t, condition = _call(tiny, 1, (64, 64), 7, ("pose", "scribble"))
     profile = Profile()
     with profile.stage("final"):
-        _close(ladder.predict(x, t, condition), TorchBackend(tiny).predict(x, t, condition))
+        _close(fallback.predict(x, t, condition), TorchBackend(tiny).predict(x, t, condition))
     (why,) = profile.fallbacks[("unet+pose+scribble", "onnx")]
-    assert "there is no engine for hint-scribble in" in why
+    assert "there is no engine for control-embedding-scribble in" in why
     with pytest.raises(
-        UsageError, match=r"backend 'onnx' cannot run unet\+pose\+scribble: there is no engine for hint-"
+        UsageError, match=r"backend 'onnx' cannot run unet\+pose\+scribble: there is no engine for control-embedding-"
     ):
         OnnxBackend(tiny, engines).predict(x, t, condition)
 
 
-def test_what_is_exported_for_layouts_has_their_hints(tiny: Any) -> None:
+def test_what_is_exported_for_layouts_has_their_control_embeddings(tiny: Any) -> None:
     assert exporter.module_names(tiny, ["scribble"]) == (
-        "unet", "unet+scribble", "hint-scribble", "vae_encoder", "vae_decoder", "text_encoder")  # fmt: skip
-    assert {"hint-pose", "hint-scribble", "unet+pose+scribble"} <= set(
+        "unet", "unet+scribble", "control-embedding-scribble", "vae_encoder", "vae_decoder", "text_encoder")  # fmt: skip
+    assert {"control-embedding-pose", "control-embedding-scribble", "unet+pose+scribble"} <= set(
         exporter.module_names(tiny, ["pose", "scribble"])
     )
-    assert tiny.module_digest("hint-pose") == tiny.module_digest("controlnet-pose")
+    assert tiny.module_digest("control-embedding-pose") == tiny.module_digest("controlnet-pose")
 
 
 def test_inputs_of_any_dtype_and_stride_are_taken(tiny: Any, backend: OnnxBackend) -> None:
@@ -202,10 +202,10 @@ def test_a_dimension_that_the_exporter_fixed_is_refused(tmp_path: Path) -> None:
 def test_a_graph_holds_no_tracebacks_and_two_exports_are_the_same(
     tiny: Any, built: tuple[Path, list[EngineSpec]], tmp_path: Path
 ) -> None:
-    exporter.write_graph(exporter.function(tiny, "hint-pose"), tmp_path, 23)
+    exporter.write_graph(exporter.function(tiny, "control-embedding-pose"), tmp_path, 23)
     assert b".py" not in (tmp_path / "model.onnx").read_bytes()
     for name in ("model.onnx", "model.onnx.data"):
-        first = built[0] / "onnx-fp32" / "hint-pose" / name
+        first = built[0] / "onnx-fp32" / "control-embedding-pose" / name
         assert (tmp_path / name).read_bytes() == first.read_bytes()
 
 
@@ -215,8 +215,8 @@ def test_the_graph_digest_is_of_the_graph_and_not_of_the_weights(
     from iedit.runtime.model.model import load_model
 
     other = load_model(str(build_checkpoint(tmp_path / "other", seed=1)), device="cpu")
-    (spec,) = exporter.export_onnx(other, tmp_path / "engines", modules=["hint-pose"])
-    mine = next(s for s in built[1] if s.module == "hint-pose")
+    (spec,) = exporter.export_onnx(other, tmp_path / "engines", modules=["control-embedding-pose"])
+    mine = next(s for s in built[1] if s.module == "control-embedding-pose")
     assert spec.graph == mine.graph
     assert spec.weights != mine.weights
     assert spec.files["model.onnx.data"] != mine.files["model.onnx.data"]
@@ -296,14 +296,14 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tiny: Any
 
 
 def test_what_is_there_is_kept_and_force_exports_it_anew(tiny: Any, engines: Path) -> None:
-    told: list[exporter.Told] = []
-    options: dict[str, Any] = {"modules": ["hint-pose"], "tell": told.append}
-    before = read_spec(engines / "onnx-fp32" / "hint-pose")
+    told: list[exporter.ExportProgress] = []
+    options: dict[str, Any] = {"modules": ["control-embedding-pose"], "tell": told.append}
+    before = read_spec(engines / "onnx-fp32" / "control-embedding-pose")
     assert exporter.export_onnx(tiny, engines, **options) == [before]
     assert [t.text for t in told] == ["kept"]
     exporter.export_onnx(tiny, engines, force=True, **options)
     assert [t.text for t in told] == ["kept", "exporting", "done"]
-    _flip(engines / "onnx-fp32" / "hint-pose" / "model.onnx.data")
+    _flip(engines / "onnx-fp32" / "control-embedding-pose" / "model.onnx.data")
     exporter.export_onnx(tiny, engines, **options)
     assert told[-1].text == "done"
     assert OnnxBackend(tiny, engines).why_not("unet+pose", 1, 64, 64) == []
@@ -404,7 +404,7 @@ def test_a_killed_export_leaves_whole_engines_or_none_and_the_next_clears_up(
 ) -> None:
     for delay in (0.0, 1.0):
         out = tmp_path / f"killed-{delay}"
-        process = _start(root, tiny_folder, out, "hint-pose")
+        process = _start(root, tiny_folder, out, "control-embedding-pose")
         assert process.stdout is not None
         while "exporting" not in process.stdout.readline():
             pass
@@ -415,15 +415,15 @@ def test_a_killed_export_leaves_whole_engines_or_none_and_the_next_clears_up(
             assert isinstance(spec, EngineSpec)
             assert damaged(folder, spec) == []
     left = tmp_path / "killed-0.0" / "onnx-fp32"
-    assert [p.suffix for p in left.glob(".hint-pose.*.building")] == [".building"]
-    exporter.export_onnx(tiny, left.parent, modules=["hint-pose"])
-    assert sorted(p.name for p in left.iterdir()) == [".hint-pose.lock", "hint-pose"]
+    assert [p.suffix for p in left.glob(".control-embedding-pose.*.building")] == [".building"]
+    exporter.export_onnx(tiny, left.parent, modules=["control-embedding-pose"])
+    assert sorted(p.name for p in left.iterdir()) == [".control-embedding-pose.lock", "control-embedding-pose"]
 
 
 def test_two_processes_build_an_engine_once(root: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    both = [_start(root, tiny_folder, tmp_path, "hint-pose") for _ in range(2)]
+    both = [_start(root, tiny_folder, tmp_path, "control-embedding-pose") for _ in range(2)]
     told = sorted(process.communicate(timeout=120)[0].splitlines()[-1] for process in both)
-    assert told == ["hint-pose done", "hint-pose kept"]
+    assert told == ["control-embedding-pose done", "control-embedding-pose kept"]
 
 
 # --- edits ------------------------------------------------------------------------------------------------------
@@ -444,8 +444,10 @@ def test_an_edit_is_the_same_edit(tiny: Any, backend: OnnxBackend, picture: Any)
     assert float((wanted.latent - got.latent).abs().max()) < 1e-3
     calls = {row["module"]: row for row in got.profile.by_module()}
     assert {row["backend"] for row in calls.values()} == {"onnx"}
-    assert {"unet", "unet+pose", "hint-pose", "vae_decoder", "vae_encoder"} <= set(calls)
-    assert calls["hint-pose"]["calls"] < calls["unet+pose"]["calls"]  # once for a condition, not at every step
+    assert {"unet", "unet+pose", "control-embedding-pose", "vae_decoder", "vae_encoder"} <= set(calls)
+    assert (
+        calls["control-embedding-pose"]["calls"] < calls["unet+pose"]["calls"]
+    )  # once for a condition, not at every step
     assert sum(r["samples"] for m, r in calls.items() if m.startswith("unet")) == sum(got.profile.evaluations.values())
     assert got.profile.fallbacks == {}
 
@@ -464,9 +466,9 @@ def test_the_first_call_of_a_module_is_cold_and_the_second_is_not(
 
 def test_auto_steps_down_from_a_damaged_engine_and_says_why(tiny: Any, engines: Path, picture: Any) -> None:
     _flip(engines / "onnx-fp32" / "unet" / "model.onnx")
-    ladder = load_backend("auto", tiny, engines)
-    assert isinstance(ladder, FallbackBackend)
-    result = Editor(tiny, ladder).edit(_request(picture))
+    fallback = load_backend("auto", tiny, engines)
+    assert isinstance(fallback, FallbackBackend)
+    result = Editor(tiny, fallback).edit(_request(picture))
     ran = {row["module"]: row["backend"] for row in result.profile.by_module()}
     assert ran | {"text_encoder": "onnx"} == {
         "text_encoder": "onnx",

@@ -33,9 +33,10 @@ from iedit.export.tensorrt_cli import tensorrt as command
 from iedit.runtime import BACKENDS, backends
 from iedit.runtime.backends import trt as backend_tensorrt
 from iedit.runtime.backends.base import Backend
-from iedit.runtime.backends.eager import Prepared, TorchBackend
+from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.backends.engine_spec import EngineSpec, Shapes, new_build, read_spec, write_spec
 from iedit.runtime.backends.fallback import FallbackBackend
+from iedit.runtime.backends.torch_modules import PreparedCondition
 from iedit.runtime.backends.trt import TensorrtBackend
 from iedit.runtime.denoise_step import Condition, ControlInput
 from iedit.runtime.errors import RunError, UsageError
@@ -43,10 +44,18 @@ from iedit.runtime.model import module_io
 from iedit.runtime.profile import Profile
 
 HERE = Path(__file__).parent
-SOURCES = ("export/tensorrt.py", "runtime/backend_tensorrt.py")
+SOURCES = ("export/tensorrt.py", "runtime/backends/trt.py")
 SMALL = Shapes((1, 2, 4), (64, 64, 64), (64, 64, 64))
 WIDE = Shapes((1, 1, 2), (64, 128, 128), (64, 128, 192))
-MODULES = ("unet", "unet+pose+scribble", "hint-pose", "hint-scribble", "vae_encoder", "vae_decoder", "text_encoder")
+MODULES = (
+    "unet",
+    "unet+pose+scribble",
+    "control-embedding-pose",
+    "control-embedding-scribble",
+    "vae_encoder",
+    "vae_decoder",
+    "text_encoder",
+)
 
 
 def _helper(name: str) -> Any:
@@ -85,7 +94,7 @@ class Machine:
                                 "timestep": ([-1], "INT64"), "encoder_hidden_states": ([-1, -1, width], kind),
                                 "ids": ([-1, -1], "INT64")}  # fmt: skip
         start = int(self.model.unet.config.block_out_channels[0])
-        more_dims = {"image": images, "hint": [-1, start, -1, -1], "scale": [-1]}
+        more_dims = {"image": images, "embedding": [-1, start, -1, -1], "scale": [-1]}
         inputs = {n: dims.get(n) or (more_dims[n.split("_")[-1]], kind) for n in module_io.inputs(module)}
         first, factor = next(iter(inputs)), self.model.vae_scale_factor
         rows: dict[str, list[Any]] = {
@@ -93,7 +102,7 @@ class Machine:
             "vae_decoder": [[first, 0, 1, 1], 3, [first, 2, factor, 1], [first, 3, factor, 1]],
             "text_encoder": [[first, 0, 1, 1], [first, 1, 1, 1], width],
         }
-        if module.startswith("hint-"):
+        if module.startswith("control-embedding-"):
             rows[module] = [[first, 0, 1, 1], start, [first, 2, 1, factor], [first, 3, 1, factor]]
         unet = [[first, 0, 1, 1], channels, [first, 2, 1, 1], [first, 3, 1, 1]]
         folder = self.graphs / f"{module}-{kind}"
@@ -102,7 +111,7 @@ class Machine:
         fake.write_graph(folder / "model.onnx", module, inputs, output, **more)
         precision = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}[kind]
         write_spec(folder, EngineSpec("onnx", module, self.model.name, self.model.module_digest(module), "g", precision,
-                                      (Shapes(),), 23, {"torch": "2"}), ["model.onnx"])  # fmt: skip
+                                      (Shapes(),), 23, {"torch": "2"}, inputs=module_io.inputs(module)), ["model.onnx"])  # fmt: skip
         return folder
 
     def build(
@@ -110,7 +119,7 @@ class Machine:
     ) -> EngineSpec:
         tokens = self.model.tokenizer.model_max_length
         longest = tokens if module == "text_encoder" else 2 * tokens
-        options = {"factor": self.model.vae_scale_factor, "text": (tokens, tokens, longest)} | more
+        options = {"vae_scale_factor": self.model.vae_scale_factor, "text": (tokens, tokens, longest)} | more
         return builder.build_tensorrt(self.graph(module, kind), self.folder / (name or module), shapes, **options)
 
     def condition(self, batch: int, seed: int = 0, layouts: bool = False, side: int = 64) -> Condition:
@@ -132,12 +141,14 @@ def _functions(model: Any) -> dict[str, Callable[..., Tensor]]:
     torch_backend = TorchBackend(model)
 
     def unet(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **layouts: Tensor) -> Tensor:
-        names = sorted({n.rsplit("_", 1)[0] for n in layouts})
+        names = sorted(n.removesuffix("_scale") for n in layouts if n.endswith("_scale"))
         assert all((layouts[f"{n}_scale"] == layouts[f"{n}_scale"][0]).all() for n in names)
-        named = tuple(ControlInput(n, layouts[f"{n}_hint"].float(), float(layouts[f"{n}_scale"][0])) for n in names)
+        named = tuple(
+            ControlInput(n, layouts[f"{n}_control_embedding"].float(), float(layouts[f"{n}_scale"][0])) for n in names
+        )
         told = Condition(encoder_hidden_states.float(), named)
         scales = {c.name: torch.tensor(c.scale) for c in named}
-        ready = Prepared(told, told.prompt_embeds, {c.name: c.image for c in named}, scales)
+        ready = PreparedCondition(told, told.prompt_embeds, {c.name: c.image for c in named}, scales)
         with torch.no_grad():
             return torch_backend._predict(sample.float(), timestep, ready)
 
@@ -148,8 +159,8 @@ def _functions(model: Any) -> dict[str, Callable[..., Tensor]]:
     found: dict[str, Callable[..., Tensor]] = {
         "unet": unet,
         "unet+pose+scribble": unet,
-        "hint-pose": lambda image: torch_backend.hint("pose", image.float()),
-        "hint-scribble": lambda image: torch_backend.hint("scribble", image.float()),
+        "control-embedding-pose": lambda image: torch_backend.control_embedding("pose", image.float()),
+        "control-embedding-scribble": lambda image: torch_backend.control_embedding("scribble", image.float()),
         "vae_encoder": lambda images: torch_backend.encode_image(images.float()),
         "vae_decoder": lambda latents: torch_backend.decode_latent(latents.float()),
         "text_encoder": lambda ids: torch_backend.encode_tokens(ids),
@@ -166,7 +177,7 @@ def machine(version: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(backend_tensorrt, "arch", lambda device: "sm_90")
     monkeypatch.setattr(backend_tensorrt, "on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(backend_tensorrt, "current_stream", lambda device: 77)
-    monkeypatch.setattr(backend_tensorrt, "capture", lambda run, device: run)
+    monkeypatch.setattr(backend_tensorrt, "capture", lambda run, device, pool: run)
     return Machine(trt, tiny, tmp_path / "engines", tmp_path / "graphs")
 
 
@@ -266,7 +277,7 @@ def test_a_build_is_an_engine_folder_with_its_spec(machine: Machine, version: st
         "sample": [[1, 4, cells, cells], [2, 4, cells, cells], [4, 4, cells, cells]],
         "timestep": [[1], [2], [4]],
         "encoder_hidden_states": [[1, tokens, width], [2, tokens, width], [4, 2 * tokens, width]],
-        **{f"{n}_hint": [[b, start, cells, cells] for b in (1, 2, 4)] for n in ("pose", "scribble")},
+        **{f"{n}_control_embedding": [[b, start, cells, cells] for b in (1, 2, 4)] for n in ("pose", "scribble")},
         **{f"{n}_scale": [[1], [2], [4]] for n in ("pose", "scribble")},
     }
     assert plan["profiles"][1]["sample"][2] == [2, 4, 2 * cells, 3 * cells]  # height 128, width 192
@@ -304,7 +315,9 @@ def test_a_build_that_stops_leaves_no_engine_and_the_one_before(machine: Machine
         folder = machine.graph("unet", **{stop: "could not find any implementation"})
         expected: Any = RunError if stop == "fail" else KeyboardInterrupt
         with pytest.raises(expected) as error:
-            builder.build_tensorrt(folder, machine.folder / name, [WIDE], factor=machine.model.vae_scale_factor)
+            builder.build_tensorrt(
+                folder, machine.folder / name, [WIDE], vae_scale_factor=machine.model.vae_scale_factor
+            )
         if stop == "fail":
             assert "could not build unet for tensorrt unet fp32" in str(error.value)
             assert "could not find any implementation" in str(error.value)
@@ -380,8 +393,8 @@ def test_an_engine_answers_as_torch_does(built: Machine) -> None:
     assert torch.equal(backend.decode_latent(latents), want.decode_latent(latents))
     assert torch.equal(backend.encode_tokens(ids), want.encode_tokens(ids))
     executed = built.executed()
-    hints = ["hint-pose", "hint-scribble"]
-    assert [c[1] for c in executed] == ["unet", *hints, "unet+pose+scribble", "vae_encoder", "vae_decoder", "text_encoder"]  # fmt: skip
+    embeddings = ["control-embedding-pose", "control-embedding-scribble"]
+    assert [c[1] for c in executed] == ["unet", *embeddings, "unet+pose+scribble", "vae_encoder", "vae_decoder", "text_encoder"]  # fmt: skip
     assert {c[4] for c in executed} == {77}  # torch's stream
     assert executed[4][2] == 1 and executed[5][2] == 0  # 128x192 by the second profile
 
@@ -422,7 +435,7 @@ def test_the_output_of_a_call_is_the_callers_own(built: Machine, graphs: bool) -
     assert all(torch.equal(a, b) for a, b in zip(kept, expected))
     assert len({k.data_ptr() for k in kept}) == 4
     # With graphs: 1 plain, 1 before the recording (in whose place the fake keeps the call), 3 replays.
-    for module in ("unet+pose+scribble", "hint-pose", "hint-scribble"):
+    for module in ("unet+pose+scribble", "control-embedding-pose", "control-embedding-scribble"):
         assert sum(c[1] == module for c in built.executed()) == (5 if graphs else 4)
 
 
@@ -437,15 +450,15 @@ def test_the_embedding_of_a_layout_is_made_once_for_a_condition(built: Machine) 
         x, t = torch.randn(1, built.model.channels, side, side), torch.tensor([10 * i])
         assert torch.equal(backend.predict(x, t, condition), want.predict(x, t, condition))
     ran = [c[1] for c in built.executed()]
-    assert ran == ["hint-pose", "hint-scribble", *["unet+pose+scribble"] * 3]
+    assert ran == ["control-embedding-pose", "control-embedding-scribble", *["unet+pose+scribble"] * 3]
 
 
-def test_the_hint_engine_is_a_part_of_the_fused_one(machine: Machine) -> None:
+def test_the_control_embedding_engine_is_a_part_of_the_fused_one(machine: Machine) -> None:
     machine.build("unet+pose+scribble")
-    machine.build("hint-pose", (Shapes((1, 1, 1), (64, 64, 64), (64, 64, 64)),))
+    machine.build("control-embedding-pose", (Shapes((1, 1, 1), (64, 64, 64), (64, 64, 64)),))
     why = TensorrtBackend(machine.model, machine.folder).why_not("unet+pose+scribble", 2, 64, 64)
-    assert why[0] == "tensorrt hint-pose engine was built for batch 1-1, asked for 2"
-    assert why[1].startswith("there is no engine for hint-scribble in ") and len(why) == 2
+    assert why[0] == "tensorrt control-embedding-pose engine was built for batch 1-1, asked for 2"
+    assert why[1].startswith("there is no engine for control-embedding-scribble in ") and len(why) == 2
 
 
 def test_a_graph_is_recorded_for_each_shape(built: Machine) -> None:
@@ -459,7 +472,7 @@ def test_a_graph_is_recorded_for_each_shape(built: Machine) -> None:
 def test_where_no_graph_can_be_recorded_the_engines_run_without_and_say_why(
     built: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    def refuse(run: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
         raise RuntimeError("CUDA error: operation would make the legacy stream depend on a capturing stream\nadvice")
 
     monkeypatch.setattr(backend_tensorrt, "capture", refuse)
@@ -484,8 +497,7 @@ def test_the_profile_with_the_nearest_optimum_is_chosen(machine: Machine) -> Non
         ((3, 64, 128), 2, 0),
         ((1, 128, 128), 1, 0),
     ):
-        found = backend._nearest("vae_encoder", b, h, w)
-        assert len(read_spec(found).shapes) == shapes
+        assert len(backend._nearest("vae_encoder", b, h, w)[1].shapes) == shapes
         backend.encode_image(torch.rand(b, 3, h, w))
         assert machine.executed()[-1][2] == profile
 
@@ -622,22 +634,22 @@ def test_what_tensorrt_says_when_it_fails_is_in_the_message(machine: Machine, mo
         backend._load("unet", plan.parent)
 
 
-# --- the ladder and the command ---------------------------------------------------------------------------------
+# --- the fallback and the command ---------------------------------------------------------------------------------
 
 
 def test_auto_steps_down_and_says_why(machine: Machine, tiny: Any) -> None:
-    ladder = backends.load_backend("auto", tiny, machine.folder)
-    assert isinstance(ladder, FallbackBackend)
-    assert "no engine of" in ladder.above["tensorrt"][0]
+    fallback = backends.load_backend("auto", tiny, machine.folder)
+    assert isinstance(fallback, FallbackBackend)
+    assert "no engine of" in fallback.unusable["tensorrt"][0]
     machine.build("unet")
-    ladder = backends.load_backend("auto", tiny, machine.folder)
-    assert isinstance(ladder, FallbackBackend) and "tensorrt" not in ladder.above
+    fallback = backends.load_backend("auto", tiny, machine.folder)
+    assert isinstance(fallback, FallbackBackend) and "tensorrt" not in fallback.unusable
     running = Profile()
     side = 64 // tiny.vae_scale_factor
     with running.stage("final"):
         for batch in (2, 6):
             x, t = torch.randn(batch, tiny.channels, side, side), torch.full((batch,), 5)
-            ladder.predict(x, t, machine.condition(batch))
+            fallback.predict(x, t, machine.condition(batch))
     assert [c.backend for c in running.modules] == ["tensorrt", "torch"]
     assert running.fallbacks[("unet", "tensorrt")] == ["tensorrt unet engine was built for batch 1-4, asked for 6"]
 
@@ -654,8 +666,8 @@ def test_where_tensorrt_cannot_run_all_reasons_are_given(
         UsageError, match=r"'tensorrt' was requested but cannot run: tensorrt is not .*; no CUDA device"
     ):
         backends.load_backend("tensorrt", tiny)
-    ladder = backends.load_backend("auto", tiny, tmp_path)
-    assert isinstance(ladder, FallbackBackend) and ladder.above["tensorrt"] == want
+    fallback = backends.load_backend("auto", tiny, tmp_path)
+    assert isinstance(fallback, FallbackBackend) and fallback.unusable["tensorrt"] == want
     with pytest.raises(UsageError, match="tensorrt was requested but cannot run"):
         builder.build_tensorrt(tmp_path, tmp_path / "out", [SMALL])
     result = CliRunner().invoke(command, ["picturebook"])

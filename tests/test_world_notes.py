@@ -74,13 +74,13 @@ def test_the_judgement_costs_no_network_evaluation_and_is_kept_with_the_picture(
     picturebook: Editor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo, decoded = like_a_photograph(), []
-    decode = type(picturebook.model).decode
+    decode = type(picturebook.codec).decode
 
     def counted(self: Any, *words: Any, **more: Any) -> Any:
         decoded.append(1)
         return decode(self, *words, **more)
 
-    monkeypatch.setattr(type(picturebook.model), "decode", counted)
+    monkeypatch.setattr(type(picturebook.codec), "decode", counted)
     picturebook.cache = type(picturebook.cache)()
     request = EditRequest(photo, "a blue car", method="sdedit", steps=1)
     first = picturebook.edit(request)

@@ -1,4 +1,4 @@
-"""Which backend runs the networks, by name, and why one cannot. Each lies in a file of its own, imported when it is asked for.
+"""Which backend runs the networks, by name, and why one cannot. Each has a file of its own, which is imported when it is asked for.
 
 `base` says what a backend is and imports none; the backends import it and not each other; `fallback` is what `auto` means.
 """
@@ -13,25 +13,24 @@ from typing import Any
 from .. import BACKENDS
 from ..errors import UsageError
 from ..model.model import Model
-from .base import Backend, Engined
+from .base import Backend, BackendOptions, Engined
 from .fallback import FallbackBackend
 
-# name -> (module of this package, class). The module also has `why_unavailable()`.
-REGISTRY = {
-    "tensorrt": ("trt", "TensorrtBackend"),
-    "onnx": ("ort", "OnnxBackend"),
-    "compile": ("compiled", "CompileBackend"),
-    "torch": ("eager", "TorchBackend"),
-}
+# name -> module of this package, with `why_unavailable()` and `load(model, options)`
+REGISTRY = {"tensorrt": "trt", "onnx": "ort", "compile": "compiled", "torch": "eager"}
 # Why `auto` leaves a backend out that could run.
 NOT_IN_AUTO = {"compile": "it compiles for half a minute and more for each shape; ask for it by name"}
+
+
+def _module(name: str) -> Any:
+    return import_module(f".{REGISTRY[name]}", __name__)
 
 
 def why_unavailable(name: str) -> list[str]:
     """Reasons why backend `name` cannot run on this machine at all; empty if it can (given engines, where it needs them)."""
     if name not in REGISTRY:
         return [f"there is no such backend; known are auto, {', '.join(BACKENDS)}"]
-    reasons: list[str] = import_module(f".{REGISTRY[name][0]}", __name__).why_unavailable()
+    reasons: list[str] = _module(name).why_unavailable()
     return reasons
 
 
@@ -43,43 +42,33 @@ def check_backend(name: str) -> None:
 
 
 def reasons() -> dict[str, list[str]]:
-    """Every backend with its reasons, for `iedit info`."""
+    """Every backend with the reasons why it cannot run on this machine, for `iedit info`."""
     return {name: why_unavailable(name) for name in BACKENDS}
 
 
-def load_backend(
-    name: str, model: Model, engines: Path | None = None, *, trust_engines: bool = False, **options: Any
-) -> Backend:
+def load_backend(name: str, model: Model, engines: Path | None = None, **options: Any) -> Backend:
     """A backend of a loaded model; "auto" is a `FallbackBackend` of all that can run.
 
     Args:
-        engines: folder of exported engines; None is `engine_spec.engines_folder(model.weights_digest)`.
-        trust_engines: also use engines that every user of this machine may change.
-        options: `attention` ("sdpa" or "xformers") and `channels_last`, of the backends that run torch modules.
+        engines, options: see `base.BackendOptions`.
 
     Raises:
         UsageError: it was asked for by name and cannot run, or has no usable engine: never a silent fallback.
     """
     check_backend(name)
     if name != "auto":
-        module, kind = REGISTRY[name]
-        made = getattr(import_module(f".{module}", __name__), kind)
-        runs: Backend = (
-            made(model, engines, trust_engines=trust_engines)
-            if name in ("tensorrt", "onnx")
-            else made(model, **options)
-        )
-        return runs
+        backend: Backend = _module(name).load(model, BackendOptions(engines, **options))
+        return backend
     usable: list[Backend] = []
     unusable: dict[str, list[str]] = {}
     for candidate in BACKENDS:
         why = [NOT_IN_AUTO[candidate]] if candidate in NOT_IN_AUTO else why_unavailable(candidate)
         if not why:
             try:
-                usable.append(load_backend(candidate, model, engines, trust_engines=trust_engines, **options))
+                usable.append(load_backend(candidate, model, engines, **options))
                 continue
             except UsageError as error:
-                if candidate == BACKENDS[-1]:  # eager torch can always run, if it is asked rightly
+                if candidate == BACKENDS[-1]:  # eager torch runs everywhere, so this is a mistake in its options
                     raise
                 why = [str(error)]
         unusable[candidate] = why
@@ -96,8 +85,8 @@ def load_recorded(
     """What ran a model's modules when a picture was made, whatever else could run them now.
 
     Args:
-        ran: module -> backends.
-        built: (module, backend, digest) of the engines that were used.
+        ran: module -> names of the backends that ran it.
+        built: (module, backend, digest) of each engine that was used.
         engines, options: as for `load_backend`.
 
     Raises:
@@ -115,10 +104,10 @@ def load_recorded(
             ) from error
     engined = {b.name: b for b in usable if isinstance(b, Engined)}
     for module, name, digest in built:
-        runs = engined.get(name)
-        digests = [] if runs is None else runs.engine_digests(module)
+        backend = engined.get(name)
+        digests = [] if backend is None else backend.engine_digests(module)
         if digest not in digests:
             state = f"is another one now ({', '.join(digests)})" if digests else "is gone"
-            where = "" if runs is None else f" in {runs.folder}"
+            where = "" if backend is None else f" in {backend.folder}"
             raise UsageError(f"the picture was made with the {name} engine {digest} of {module}, which {state}{where}")
     return usable[0] if len(usable) == 1 else FallbackBackend(usable, model.vae_scale_factor, ran=ran)

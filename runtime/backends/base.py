@@ -1,13 +1,14 @@
-"""What a backend is, and what its modules take; imports no backend.
+"""What a backend is; imports none.
 
-A backend answers for five kinds of modules: the UNet (alone, or fused with its ControlNets, whose control embeddings belong to the call),
-the VAE's encoder and decoder, and the text encoder. Why one cannot run is a list of reasons.
+A backend runs the modules of one model: the UNet alone or with its ControlNets, the VAE's encoder and decoder, and the text encoder. Why
+one cannot run is a list of reasons.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +17,23 @@ from torch import Tensor
 
 from ..denoise_step import Condition, Transition
 from ..errors import UsageError
-from ..model.model import Modules
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What a backend can be loaded with; each takes what concerns it.
+
+    Attributes:
+        engines: folder of exported engines; None is `engine_spec.engines_folder(model.weights_digest)`.
+        trust_engines: also use engines that every user of this machine may change.
+        attention: of the backends that run torch modules, "sdpa" or "xformers".
+        channels_last: of the backends that run torch modules, the memory format of convolution weights.
+    """
+
+    engines: Path | None = None
+    trust_engines: bool = False
+    attention: str = "sdpa"
+    channels_last: bool = False
 
 
 class Denoiser(Protocol):
@@ -44,18 +61,35 @@ class Stepper(Protocol):
         ...
 
 
+class Modules(Protocol):
+    """What runs the VAE and the text encoder."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: the posterior's mode, not scaled."""
+        ...
+
+    def decode_latent(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w), unscaled -> (B, 3, H, W) float32, about [-1, 1]."""
+        ...
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, L, D) float32."""
+        ...
+
+
 @runtime_checkable
-class Backend(Modules, Protocol):
+class Backend(Denoiser, Modules, Protocol):
     """Networks of one model; no state that a caller could see. Tensors come and go on the model's device."""
 
     name: str
 
     def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
-        """Reasons why it cannot run `module` at this shape (pixels); empty if it can."""
-        ...
+        """Reasons why it cannot run `module` at this shape; empty if it can.
 
-    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """See `base.Denoiser`; float32."""
+        Args:
+            module: see `engine_spec.EngineSpec`.
+            height, width: pixels; of no meaning to the text encoder.
+        """
         ...
 
 
@@ -74,18 +108,6 @@ class Engined(Protocol):
 def unet_module(condition: Condition) -> str:
     """The name of the module that answers for a condition: "unet", or "unet+pose+scribble", names sorted."""
     return "+".join(["unet", *sorted(c.name for c in condition.controls)])
-
-
-def unet_inputs(x: Tensor, t: Tensor, condition: Condition, hints: Mapping[str, Tensor]) -> list[Tensor]:
-    """What the engine of a condition's UNet is given, in the order of `module_io.inputs`.
-
-    Args:
-        hints: layout -> (B, C0, h, w) embedding.
-    """
-    given = [x, t.expand(len(x)), condition.prompt_embeds]
-    for control in sorted(condition.controls, key=lambda c: c.name):
-        given += [hints[control.name], torch.full((len(x),), control.scale, device=x.device)]
-    return given
 
 
 def missing(*modules: str, extra: str) -> list[str]:

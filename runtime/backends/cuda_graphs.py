@@ -6,6 +6,7 @@ every recorded call, copies into them what has changed since, replays, and retur
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections import OrderedDict
@@ -16,22 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RunError
+from ..profile import current
+
 
 def capture(run: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
-    """`run` as a CUDA graph, not run yet; the result replays it on the stream that is current then.
+    """Record `run` as a CUDA graph. Nothing is computed yet: the result replays the graph on the stream that is current then.
 
     Args:
         pool: of `torch.cuda.graph_pool_handle`, shared by graphs of which no two run at a time.
     """
     graph = torch.cuda.CUDAGraph()
-    # thread_local: what other threads do meanwhile is theirs
+    # thread_local: what other threads do at the same time is not recorded and may not be an error.
     with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
     return lambda: graph.replay()
 
 
 def first_line(error: BaseException) -> str:
-    """Of CUDA's errors the first line says what; the rest is advice to developers."""
+    """The first line of a CUDA error says what is wrong; the others are advice to developers."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -78,86 +82,128 @@ def _parts(tree: Any) -> list[Any] | None:
 
 @dataclass
 class _Recording:
+    """A recorded call.
+
+    Attributes:
+        function: kept, because the graph may use memory that it holds.
+        buffers: the inputs that it was recorded with.
+        copied: for each buffer the tensor whose values it holds, and that tensor's version when they were copied.
+    """
+
+    function: Callable[[Any], list[Tensor]]
     buffers: list[Tensor]
-    given: list[tuple[Tensor, int] | None]  # what each buffer holds a copy of, at which version
+    copied: list[tuple[Tensor, int] | None]
     replay: Callable[[], None]
     outputs: list[Tensor]
 
 
 class CudaGraphCache:
-    """Calls `function(inputs)`, trees of tensors to lists of tensors, from graphs: the first call with inputs of an outline
-    runs as it is, the second one records, from then on it is one replay.
+    """Calls `function(inputs)`, from a tree of tensors to a list of tensors, as CUDA graphs: the first call with inputs of an outline
+    runs as it is, the second one is recorded, and from then on each is one replay.
 
-    The calls of several threads take turns; all must be on one stream.
+    Where graphs are replayed the calls of several threads take turns, and all must be on one stream. Where they are not (on a CPU, or
+    after a recording failed) only the first call of an outline makes other first calls wait.
 
     Args:
         held: graphs kept, the last used ones; each has its inputs and outputs in memory, and all share what is between.
-        capture: of this module, or a test's.
+        capture: records a function as `capture` of this module does; None records nothing.
     """
 
-    def __init__(self, device: torch.device, held: int = 32, capture: Callable[..., Callable[[], None]] = capture):
-        self.device, self.held = device, held
-        self._capture, self._pool = capture, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    def __init__(
+        self, device: torch.device, held: int = 32, capture: Callable[..., Callable[[], None]] | None = capture
+    ):
+        self.device, self.held, self._capture = device, held, capture
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and capture else None
         self._made: OrderedDict[Any, _Recording] = OrderedDict()
         self._seen: set[Any] = set()
         self._lock = threading.Lock()
-        self.failed = ""
+        self.failed = ""  # why a recording failed; no other is tried after it
+
+    @property
+    def enabled(self) -> bool:
+        """Whether calls were to be recorded."""
+        return self._capture is not None
 
     def cold(self, name: str, inputs: Any) -> bool:
-        """Whether the next such call is more than a replay: its time says nothing of the calls after it."""
-        return (name, outline(inputs)) not in (self._seen if self.failed else self._made)
+        """Whether the next such call is more than a repetition, so that its time says nothing of the calls after it."""
+        return (name, outline(inputs)) not in (self._made if self.enabled and not self.failed else self._seen)
 
-    def __call__(self, name: str, function: Callable[[Any], list[Tensor]], inputs: Any) -> list[Tensor]:
+    def tell_failure(self, module: str) -> None:
+        """Note in the running profile that calls of `module` run without graphs, if recording failed."""
+        running = current()
+        if self.failed and running is not None:
+            running.fallback(module, "cuda graph", [self.failed])
+
+    def __call__(
+        self,
+        name: str,
+        function: Callable[[Any], list[Tensor]],
+        inputs: Any,
+        new_function: Callable[[], Callable[[Any], list[Tensor]]] | None = None,
+    ) -> list[Tensor]:
         """The outputs of `function(inputs)`, the caller's own.
 
         Args:
             name: what the function is; the same name must always be the same function.
+            new_function: makes what is recorded in place of `function`, for one that needs memory of its own in each recording. It is
+                called twice with the same inputs; the second time is the one that is recorded.
         """
         key = (name, outline(inputs))
+        if not self.enabled or self.failed:
+            with contextlib.nullcontext() if key in self._seen else self._lock:
+                return self._run(key, function, inputs)
         with self._lock:
-            found = self._made.get(key)
-            if found is None:
-                if self.failed or key not in self._seen:
-                    outputs = function(inputs)
-                    self._seen.add(key)
-                    return outputs
-                found = self._record(function, inputs)
-                if found is None:
+            if self.failed or key not in self._seen:  # another thread's recording may have failed by now
+                return self._run(key, function, inputs)
+            recording = self._made.get(key)
+            if recording is None:
+                recording = self._record(new_function() if new_function else function, inputs)
+                if recording is None:
                     return function(inputs)
-                self._made[key] = found
+                self._made[key] = recording
                 while len(self._made) > self.held:
                     self._made.popitem(last=False)
             self._made.move_to_end(key)
-            self._fill(found, inputs)
-            found.replay()
-            return [o.clone() for o in found.outputs]
+            self._fill(recording, inputs)
+            recording.replay()
+            return [o.clone() for o in recording.outputs]
+
+    def _run(self, key: Any, function: Callable[[Any], list[Tensor]], inputs: Any) -> list[Tensor]:
+        outputs = function(inputs)
+        self._seen.add(key)
+        return outputs
 
     def _record(self, function: Callable[[Any], list[Tensor]], inputs: Any) -> _Recording | None:
-        """None where it cannot be recorded; `failed` then says why, and no other is tried."""
+        """None where it cannot be recorded; `failed` then says why."""
+        assert self._capture is not None
         buffers = [t.clone() for t in tensors_of(inputs)]
         own = with_tensors(inputs, iter(buffers))
         outputs: list[Tensor] = []
+
+        def run() -> None:
+            outputs[:] = function(own)
+
         function(own)  # what is set up at a first call with these very tensors must not be recorded
         try:
-            replay = self._capture(lambda: outputs.extend(function(own)), self.device, self._pool)
+            replay = self._capture(run, self.device, self._pool)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, RunError) as error:
             self.failed = first_line(error)
             return None
-        return _Recording(buffers, [None] * len(buffers), replay, outputs)
+        return _Recording(function, buffers, [None] * len(buffers), replay, outputs)
 
     @staticmethod
-    def _fill(found: _Recording, inputs: Any) -> None:
-        """Copies what a buffer does not hold already, in one launch for each dtype."""
-        late: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    def _fill(recording: _Recording, inputs: Any) -> None:
+        """Copy what the buffers do not hold already, in one launch for each dtype."""
+        stale: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for i, tensor in enumerate(tensors_of(inputs)):
-            held = found.given[i]
-            if held is not None and held[0] is tensor and held[1] == tensor._version:
+            copied = recording.copied[i]
+            if copied is not None and copied[0] is tensor and copied[1] == tensor._version:
                 continue
-            into, of = late.setdefault(tensor.dtype, ([], []))
-            into.append(found.buffers[i])
-            of.append(tensor)
-            found.given[i] = (tensor, tensor._version)
-        for into, of in late.values():
-            torch._foreach_copy_(into, of)
+            buffers, values = stale.setdefault(tensor.dtype, ([], []))
+            buffers.append(recording.buffers[i])
+            values.append(tensor)
+            recording.copied[i] = (tensor, tensor._version)
+        for buffers, values in stale.values():
+            torch._foreach_copy_(buffers, values)

@@ -16,6 +16,7 @@ import re
 import secrets
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +45,12 @@ class Shapes:
 
     def out_of_range(self, batch: int, height: int, width: int) -> list[str]:
         """The fields that do not take this call, with their range."""
-        asked = {"batch": batch, "height": height, "width": width}
-        found = []
-        for name, value in asked.items():
-            low, _, high = getattr(self, name)
-            if value < low or (high and value > high):
-                found.append(f"{name} {low}-{high or 'any'}, asked for {value}")
-        return found
+        misses = []
+        for name, value in (("batch", batch), ("height", height), ("width", width)):
+            smallest, _, largest = getattr(self, name)
+            if value < smallest or (largest and value > largest):
+                misses.append(f"{name} {smallest}-{largest or 'any'}, asked for {value}")
+        return misses
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class EngineSpec:
     Attributes:
         format: "onnx" or "tensorrt".
         module: unet, unet+NAMES (fused with those ControlNets, names sorted and joined by "+"), controlnet-NAME,
-            hint-NAME (its layout embedding), vae_encoder, vae_decoder or text_encoder; see `module_io`.
+            control-embedding-NAME (of its layout), vae_encoder, vae_decoder or text_encoder; see `module_io`.
         model: name of the checkpoint, for people.
         weights: digest of the module's weights and configs (`Model.module_digest`).
         graph: digest of the ONNX graph without its metadata, weights apart.
@@ -70,6 +70,7 @@ class EngineSpec:
         versions: of what made it: torch, diffusers, onnx, tensorrt ...
         gpu: "sm_90" and so on; "" runs anywhere.
         refit: its weights can be exchanged (TensorRT).
+        inputs: names of its inputs, in the order of `module_io.inputs`.
         files: name -> sha256 of every other file of the folder that belongs to it.
         checked: the parity report's figures, once `iedit export verify` has passed.
     """
@@ -85,6 +86,7 @@ class EngineSpec:
     versions: Mapping[str, str]
     gpu: str = ""
     refit: bool = False
+    inputs: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     checked: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,12 +101,12 @@ class EngineSpec:
 
     def differs(self, **wanted: Any) -> list[str]:
         """One reason for each field that is not as wanted: `weights: the engine has 12ab, wanted 34cd`."""
-        found = []
+        reasons = []
         for name, value in wanted.items():
             have = getattr(self, name)
             if have != value:
-                found.append(f"{name}: the engine has {have or 'none'}, wanted {value or 'none'}")
-        return found
+                reasons.append(f"{name}: the engine has {have or 'none'}, wanted {value or 'none'}")
+        return reasons
 
     def out_of_range(self, batch: int, height: int, width: int) -> list[str]:
         """Why no range of the engine takes this call; empty if one does."""
@@ -115,8 +117,8 @@ class EngineSpec:
 
 
 def _range(limits: tuple[int, int, int]) -> str:
-    low, _, high = limits
-    return str(low) if low == high else f"{low}-{high or 'any'}"
+    smallest, _, largest = limits
+    return str(smallest) if smallest == largest else f"{smallest}-{largest or 'any'}"
 
 
 def file_digest(path: Path) -> str:
@@ -155,11 +157,11 @@ def _ours(folder: Path) -> dict[str, Any] | None:
     path = folder / SPEC_FILE
     try:
         check_regular(path)
-        found = parse_json(path.read_text())
+        content = parse_json(path.read_text())
     except (UsageError, OSError, ValueError):
         return None
     wanted = {"format", "module", "weights", "graph", "precision", "shapes"}
-    return found if isinstance(found, dict) and wanted <= set(found) and found["format"] in FORMATS else None
+    return content if isinstance(content, dict) and wanted <= set(content) and content["format"] in FORMATS else None
 
 
 def own_files(folder: Path) -> list[Path] | None:
@@ -168,10 +170,10 @@ def own_files(folder: Path) -> list[Path] | None:
     Returns:
         None where there is no spec of this project, whatever else lies there.
     """
-    found = _ours(folder)
-    if found is None:
+    content = _ours(folder)
+    if content is None:
         return None
-    named = found.get("files")
+    named = content.get("files")
     names = [SPEC_FILE, REPORT_FILE, BUILD_MARKER, *(named if isinstance(named, dict) else ())]
     return [folder / n for n in names if n == Path(n).name and n not in (".", "..") and os.path.lexists(folder / n)]
 
@@ -199,17 +201,17 @@ def read_spec(folder: Path) -> EngineSpec:
         raise UsageError(f"{folder}: no {SPEC_FILE}: not an engine, or a build that was stopped; export it again")
     check_regular(path)
     try:
-        found = parse_json(path.read_text())
+        content = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); export the engine again") from error
     names = {f.name for f in dataclasses.fields(EngineSpec)}
-    if not isinstance(found, dict) or set(found) != names:
-        odd = sorted(names ^ set(found)) if isinstance(found, dict) else ["everything"]
+    if not isinstance(content, dict) or set(content) != names:
+        odd = sorted(names ^ set(content)) if isinstance(content, dict) else ["everything"]
         raise UsageError(
             f"{path}: field {odd[0]} is missing or unknown; the engine is of another version of iedit, export it again"
         )
     try:
-        spec: EngineSpec = typed(EngineSpec, found, "")
+        spec: EngineSpec = typed(EngineSpec, content, "")
     except ValueError as error:
         raise UsageError(f"{path}: {error}; export the engine again") from error
     if any(name != Path(name).name or name in ("", ".", "..", SPEC_FILE) for name in spec.files):
@@ -219,14 +221,14 @@ def read_spec(folder: Path) -> EngineSpec:
 
 def damaged(folder: Path, spec: EngineSpec) -> list[str]:
     """Reasons why the files are not those that were built: missing or changed, each named."""
-    found = []
+    reasons = []
     for name, digest in spec.files.items():
         path = folder / name
         if not path.is_file():
-            found.append(f"files: {name} is missing")
+            reasons.append(f"files: {name} is missing")
         elif file_digest(path) != digest:
-            found.append(f"files: {name} is not what was built (its digest differs)")
-    return found
+            reasons.append(f"files: {name} is not what was built (its digest differs)")
+    return reasons
 
 
 def writable_by_all(folder: Path, spec: EngineSpec, root: Path) -> list[str]:
@@ -267,12 +269,10 @@ def find_engines(folder: Path) -> Iterator[tuple[Path, EngineSpec | UsageError]]
 def describe_engines(weights_digest: str) -> str:
     """What lies in a model's default folder of engines, in a line; their files are not read."""
     folder = engines_folder(weights_digest)
-    count: dict[str, int] = {}
-    for _, spec in find_engines(folder):
-        kind = "unreadable" if isinstance(spec, UsageError) else f"{spec.format} {spec.precision}"
-        count[kind] = count.get(kind, 0) + 1
-    told = ", ".join(f"{n} {kind}" for kind, n in sorted(count.items()))
-    return f"{told} in {folder}" if told else f"none in {folder} (iedit export onnx MODEL writes some)"
+    specs = [spec for _, spec in find_engines(folder)]
+    counts = Counter("unreadable" if isinstance(s, UsageError) else f"{s.format} {s.precision}" for s in specs)
+    summary = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+    return f"{summary} in {folder}" if summary else f"none in {folder} (iedit export onnx MODEL writes some)"
 
 
 @contextlib.contextmanager
@@ -291,15 +291,15 @@ def build_lock(
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.parent / f".{folder.name}.lock"
     with path.open("a+") as handle:
-        began, told = time.monotonic(), False
+        began, announced = time.monotonic(), False
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not told:
+                if not announced:
                     tell(f"another process is building {folder.name}; waiting for it")
-                    told = True
+                    announced = True
                 if time.monotonic() - began > timeout:
                     raise RunError(
                         f"{path}: another process has been building for {timeout:.0f} s; stop it or wait"

@@ -1,6 +1,6 @@
 """`auto`: per module and per shape the first backend that can run it.
 
-Why the ones above it could not is told to the running profile, once, and from there to the result, the receipt and the command line.
+Why the backends before it could not goes to the running profile, once, and from there to the result, the receipt and the command line.
 """
 
 from __future__ import annotations
@@ -19,59 +19,65 @@ class FallbackBackend:
     """The first backend of several that can run a module at a shape. The last one must be able to run everything.
 
     Args:
-        steps: from the top.
+        usable: best first.
         vae_scale_factor: pixels per latent cell.
-        above: reasons why backends that are not among the steps cannot run at all, by name.
-        ran: module -> the only backends that may run it, as a receipt has them; a module that is not there may be run by
-            each of the steps.
+        unusable: reasons why other backends cannot run at all, by name.
+        ran: module -> the only backends that may run it, as a receipt has them; a module that is not there may be run by any.
     """
 
     name = "auto"
 
     def __init__(
         self,
-        steps: Sequence[Backend],
+        usable: Sequence[Backend],
         vae_scale_factor: int,
-        above: dict[str, list[str]] | None = None,
+        unusable: Mapping[str, Sequence[str]] | None = None,
         ran: Mapping[str, Sequence[str]] | None = None,
     ):
-        self.steps, self.vae_scale_factor, self.above, self.ran = list(steps), vae_scale_factor, above or {}, ran or {}
+        self.usable, self.vae_scale_factor = list(usable), vae_scale_factor
+        self.unusable, self.ran = unusable or {}, ran or {}
 
     def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
-        return self.steps[-1].why_not(module, batch, height, width)
+        """See `base.Backend`."""
+        return self.usable[-1].why_not(module, batch, height, width)
 
     def choose(self, module: str, batch: int, height: int, width: int) -> Backend:
-        """The backend for one call; the reasons of those above it go to the running profile."""
+        """The backend for one call; the reasons why those before it cannot take it go to the running profile."""
         running = profile.current()
         if running is not None:
-            for name, why in self.above.items():
+            for name, why in self.unusable.items():
                 running.fallback("all", name, why)
-        steps = self._allowed(module)
-        for step in steps[:-1]:
-            why = step.why_not(module, batch, height, width)
-            if not why:
-                return step
+        allowed = self._allowed(module)
+        for backend in allowed[:-1]:
+            reasons = backend.why_not(module, batch, height, width)
+            if not reasons:
+                return backend
             if running is not None:
-                running.fallback(module, step.name, why)
-        return steps[-1]
+                running.fallback(module, backend.name, reasons)
+        return allowed[-1]
 
     def _allowed(self, module: str) -> list[Backend]:
-        """Torch runs a UNet and its ControlNets apart, engines are of both together; the receipt names what ran."""
+        """The backends that may run a module. Torch runs a UNet and its ControlNets one after the other and engines are of both
+        together, so a receipt may name the ControlNet alone."""
         names = self.ran.get(module)
         if names is None and module.startswith("unet+"):
             names = self.ran.get(CONTROLNET_PREFIX + module.split("+")[1])
-        return [s for s in self.steps if names is None or s.name in names] or self.steps
+        return [b for b in self.usable if names is None or b.name in names] or self.usable
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """See `base.Denoiser`."""
         size = (x.shape[-2] * self.vae_scale_factor, x.shape[-1] * self.vae_scale_factor)
         return self.choose(unet_module(condition), len(x), *size).predict(x, t, condition)
 
     def encode_image(self, images: Tensor) -> Tensor:
+        """See `base.Modules`."""
         return self.choose("vae_encoder", len(images), *images.shape[-2:]).encode_image(images)
 
     def decode_latent(self, latents: Tensor) -> Tensor:
+        """See `base.Modules`."""
         size = (latents.shape[-2] * self.vae_scale_factor, latents.shape[-1] * self.vae_scale_factor)
         return self.choose("vae_decoder", len(latents), *size).decode_latent(latents)
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
+        """See `base.Modules`."""
         return self.choose("text_encoder", len(ids), 0, 0).encode_tokens(ids)

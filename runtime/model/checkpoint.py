@@ -75,12 +75,13 @@ def first_line(error: BaseException, longest: int = 160) -> str:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """Its files of weights; a pipe of such a name is none."""
+    """The files of weights in a folder, `*.safetensors` or else `*.bin`; only regular files."""
     files = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     return files or sorted(p for p in folder.glob("*.bin") if p.is_file())
 
 
 def check_files(folder: Path, part: str) -> None:
+    """Raises UsageError where a part of a checkpoint lacks a file."""
     where = folder / part
     wanted = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(part, "config.json")
     if not (where / wanted).is_file():
@@ -94,13 +95,18 @@ def check_files(folder: Path, part: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        UsageError: it cannot be read, or is no object.
+    """
     try:
-        found = parse_json(path.read_text())
+        content = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"model: {path} cannot be read ({first_line(error)}); fetch it again") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"model: {path} holds a {type(found).__name__}, expected an object; fetch it again")
-    return found
+    if not isinstance(content, dict):
+        raise UsageError(f"model: {path} holds a {type(content).__name__}, expected an object; fetch it again")
+    return content
 
 
 # --- what can be run --------------------------------------------------------------------------------------------
@@ -243,19 +249,21 @@ def is_number(value: object) -> bool:
 def _recommended(path: Path) -> Recommended:
     if not path.is_file():
         return Recommended()
-    found, values = read_json(path), dict[str, Any]()
-    for name, high in (
+    content, values = read_json(path), dict[str, Any]()
+    for name, largest in (
         ("guidance_scale", MAX_GUIDANCE),
         ("mask_strength", 1),
         ("mask_threshold", 1),
         ("text_update_share", 1),
         ("reconstruction_error", 1),
     ):
-        value = values[name] = found.get(name)
-        low = "above 0" if name == "mask_strength" else "0"
-        if value is not None and not (is_number(value) and 0 <= value <= high and (value > 0 or low == "0")):
-            raise UsageError(f"model: {path} recommends {name} {value!r}, expected a number from {low} to {high:g}")
-    words = found.get("words", [])
+        value = values[name] = content.get(name)
+        smallest = "above 0" if name == "mask_strength" else "0"
+        if value is not None and not (is_number(value) and 0 <= value <= largest and (value > 0 or smallest == "0")):
+            raise UsageError(
+                f"model: {path} recommends {name} {value!r}, expected a number from {smallest} to {largest:g}"
+            )
+    words = content.get("words", [])
     if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
         raise UsageError(f"model: {path} has words that are no list of words; leave them out")
     return Recommended(**values, words=tuple(words))

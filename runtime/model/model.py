@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from .. import machine
-from ..errors import RunError, UsageError
+from ..errors import UsageError
 from ..schedule import Schedule
 from .checkpoint import PICTUREBOOK, find_checkpoint, first_line, read_json, weights_of
-from .module_io import CONTROLNET_PREFIX, HINT_PREFIX
+from .module_io import CONTROL_EMBEDDING_PREFIX, CONTROLNET_PREFIX
 from .module_io import layouts as layouts_of
-
-
-class Modules(Protocol):
-    """What runs everything but the UNet; see `backends.Backend`."""
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: the posterior's mode, not scaled."""
-        ...
-
-    def decode_latent(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w), unscaled -> (B, 3, H, W) float32, about [-1, 1]."""
-        ...
-
-    def encode_tokens(self, ids: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, L, D) float32."""
-        ...
 
 
 @dataclass
@@ -49,7 +30,6 @@ class Model:
         digest: sha256 over everything of the checkpoint that a result depends on beside the noise schedule: weights and configs
             of every part in use, the tokenizer, and which ControlNet goes by which name; 16 hex digits.
         weights_digest: over the weights alone; names the folder that engines are kept in.
-        modules: the backend that runs VAE and text encoder; None is eager torch.
         words, reconstruction_error: what its `iedit.json` says of its world (see `checkpoint.Recommended`).
         notes: what was settled otherwise than asked while it was loaded; every result of an edit repeats them.
         part_digests: over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
@@ -78,10 +58,9 @@ class Model:
     notes: tuple[str, ...] = ()
     words: frozenset[str] = frozenset()
     reconstruction_error: float | None = None
-    modules: Modules | None = None
 
     def module_digest(self, module: str) -> str:
-        """Of the parts that an engine for `module` is made of (see `engine_spec.EngineSpec`), 16 hex digits."""
+        """Digest of the parts that an engine for `module` is made of (see `engine_spec.EngineSpec`), 16 hex digits."""
         return module_digest(self.part_digests, module)
 
     @property
@@ -106,75 +85,9 @@ class Model:
         return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
-    def _shift(self) -> float:
-        """What the VAE's latents are shifted by; Stable Diffusion's are not."""
-        return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, note: Callable[[str], None] | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: posterior mode, less the shift, times the scaling factor.
-
-        `note` is told when a half overflowed and float32 was used.
-        """
-        images = images.to(self.device)
-        if self.modules is None:
-            latent = self.vae.encode(images.to(self.dtype)).latent_dist.mode().float()
-        else:
-            latent = self.modules.encode_image(images)
-        if not _finite(latent):
-            latent = self._float32_vae("encoding", note).encode(images.float()).latent_dist.mode()
-        if not _finite(latent):
-            raise RunError("stage encode: the VAE returned NaN or infinity, in float32 too; check the checkpoint")
-        return (latent - self._shift) * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, note: Callable[[str], None] | None = None) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]; float32 is tried where a half overflows."""
-        z = latents.to(self.device) / self.vae.config.scaling_factor + self._shift
-        if self.modules is None:
-            images = self.vae.decode(z.to(self.dtype)).sample.float()
-        else:
-            images = self.modules.decode_latent(z)
-        if not _finite(images):
-            images = self._float32_vae("decoding", note).decode(z.float()).sample
-        if not _finite(images):
-            raise RunError(
-                "stage decode: the VAE returned NaN or infinity, in float32 too; try a smaller guidance scale"
-            )
-        return images
-
-    def _float32_vae(self, what: str, note: Callable[[str], None] | None) -> Any:
-        """A copy: other threads may be using the VAE in its own dtype."""
-        backend = getattr(self.modules, "name", "")
-        if note is not None:
-            how = (
-                f"in {str(self.dtype).removeprefix('torch.')}" if backend in ("", "torch") else f"on backend {backend}"
-            )
-            note(f"the VAE gave NaN {how}; {what} was repeated in float32")
-        return copy.deepcopy(self.vae).float()
-
-    def token_chunks(self, text: str) -> list[list[int]]:
-        """Token ids of a prompt in chunks that the text encoder takes; a long prompt has several."""
-        room = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings) - 2
-        ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        return [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
-
-    @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], chunks: int = 1) -> Tensor:
-        """(B, chunks * L, D) float32 states; prompts of fewer chunks are filled up with empty ones."""
-        tokenizer = self.tokenizer
-        length = min(tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        rows = []
-        for text in texts:
-            parts = self.token_chunks(text)
-            parts += [[]] * (chunks - len(parts))
-            for ids in parts:
-                row = [begin, *ids, end]
-                rows.append(row + [pad] * (length - len(row)))
-        tokens = torch.tensor(rows, device=self.device)
-        states = self.text_encoder(tokens)[0].float() if self.modules is None else self.modules.encode_tokens(tokens)
-        return states.reshape(len(texts), -1, states.shape[-1])
+    def text_length(self) -> int:
+        """Tokens that the text encoder takes at a time, with the first and the last one."""
+        return int(min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings))
 
 
 def module_digest(part_digests: Mapping[str, str], module: str) -> str:
@@ -185,8 +98,8 @@ def module_digest(part_digests: Mapping[str, str], module: str) -> str:
     """
     if module.startswith("unet"):
         parts = ["unet", *(CONTROLNET_PREFIX + name for name in layouts_of(module))]
-    elif module.startswith(HINT_PREFIX):
-        parts = [CONTROLNET_PREFIX + module.removeprefix(HINT_PREFIX)]
+    elif module.startswith(CONTROL_EMBEDDING_PREFIX):
+        parts = [CONTROLNET_PREFIX + module.removeprefix(CONTROL_EMBEDDING_PREFIX)]
     else:
         parts = ["vae" if module.startswith("vae_") else module]
     return hashlib.sha256("".join(part_digests[p] for p in parts).encode()).hexdigest()[:16]
@@ -202,16 +115,9 @@ class Digests:
 
 
 def read_digests(model: str) -> Digests:
-    """Of a checkpoint with the ControlNets inside it; its weights are not loaded."""
-    found = find_checkpoint(model)
-    return _digests(found.folder, {CONTROLNET_PREFIX + name: path for name, path in found.controlnets.items()})
-
-
-def _finite(values: Tensor) -> bool:
-    """NumPy on a CPU: for a picture torch wakes its other threads, which takes longer than to look at it."""
-    if values.device.type == "cpu":
-        return bool(np.isfinite(values.detach().float().numpy()).all())
-    return bool(torch.isfinite(values).all())
+    """The digests of a checkpoint with the ControlNets inside it; its weights are not loaded."""
+    checkpoint = find_checkpoint(model)
+    return _digests(checkpoint.folder, {CONTROLNET_PREFIX + n: path for n, path in checkpoint.controlnets.items()})
 
 
 @contextlib.contextmanager
@@ -264,15 +170,15 @@ def _config_bytes(path: Path) -> bytes:
 
 
 def _digests(folder: Path, controlnets: Mapping[str, Path]) -> Digests:
-    """Of the checkpoint in `folder` with `controlnets`, from `controlnet-NAME` to the folder of each; 16 hex digits each."""
+    """The digests, 16 hex digits each, of the checkpoint in `folder` with `controlnets`: `controlnet-NAME` -> folder."""
     whole, weights, parts = hashlib.sha256(), hashlib.sha256(), {}
     for name, where in ({p: folder / p for p in ("unet", "vae", "text_encoder")} | dict(controlnets)).items():
         part = hashlib.sha256(_config_bytes(where / "config.json"))
         for path in weights_of(where):
             with path.open("rb") as handle:
-                found = hashlib.file_digest(handle, "sha256").digest()
-            weights.update(f"{where.name}/{path.name}".encode() + found)
-            part.update(found)
+                digest = hashlib.file_digest(handle, "sha256").digest()
+            weights.update(f"{where.name}/{path.name}".encode() + digest)
+            part.update(digest)
         parts[name] = part.hexdigest()[:16]
         whole.update(f"{name}={part.hexdigest()};".encode())
     for path in sorted(p for p in (folder / "tokenizer").iterdir() if p.is_file()):
@@ -321,78 +227,22 @@ def load_model(
         UsageError: a part is missing, unreadable or does not fit the others.
     """
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
 
-    found = find_checkpoint(model, layouts)
-    folder = found.folder
-    where = _device(device)
-    if isinstance(dtype, str):
-        names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-        if dtype not in names:
-            raise UsageError(f"dtype is {dtype!r}, expected one of {', '.join(names)}")
-        dtype = names[dtype]
-    kind = dtype or (torch.float16 if where.type == "cuda" else torch.float32)
-    notes: list[str] = []
-    if where.type == "cpu" and not emulate and not machine.has_arithmetic(kind):
-        notes.append(
-            f"this processor has no arithmetic for {str(kind).removeprefix('torch.')}: float32 was used, which is faster"
-        )
-        kind = torch.float32
-
-    unet = _read(UNet2DConditionModel, folder / "unet", kind)
-    vae = _read(AutoencoderKL, folder / "vae", kind)
-    text_encoder = _read(CLIPTextModel, folder / "text_encoder", kind)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except Exception as error:
-        raise UsageError(
-            f"model: {folder / 'tokenizer'} cannot be read ({first_line(error)}); fetch it again"
-        ) from error
-    if len(tokenizer) > text_encoder.config.vocab_size:
-        raise UsageError(
-            f"model: the tokenizer knows {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}; "
-            "they are of different checkpoints"
-        )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(tokenizer, name) is None:
-            raise UsageError(f"model: {folder / 'tokenizer'} has no {name}, which every prompt needs; fetch it again")
-    longest = tokenizer.model_max_length
-    if not isinstance(longest, int) or isinstance(longest, bool) or longest < 3:  # a beginning, an end and a word
-        raise UsageError(
-            f"model: {folder / 'tokenizer'} has a model_max_length of {longest!r}, expected a number of 3 or more; fetch it again"
-        )
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    try:
-        schedule = Schedule.from_config(read_json(scheduler))
-    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"model: {scheduler} is not a schedule that DDIM can follow ({first_line(error)})") from error
-    controlnets = {name: _read(ControlNetModel, path, kind) for name, path in found.controlnets.items()}
-
-    latent = vae.config.latent_channels
-    if unet.config.in_channels != latent or unet.config.out_channels != latent:
-        raise UsageError(
-            f"model: the UNet takes {unet.config.in_channels} and returns {unet.config.out_channels} channels but the VAE's latent "
-            f"has {latent}; inpainting, depth and upscaling checkpoints cannot be used here"
-        )
-    width = text_encoder.config.hidden_size
-    if unet.config.cross_attention_dim != width:
-        raise UsageError(
-            f"model: the UNet reads text {unet.config.cross_attention_dim} wide, the text encoder's is {width}"
-        )
-    for name, net in controlnets.items():
-        for key in ("block_out_channels", "cross_attention_dim", "in_channels"):
-            mine, theirs = getattr(net.config, key), getattr(unet.config, key)
-            if (list(mine) if isinstance(mine, (list, tuple)) else mine) != (
-                list(theirs) if isinstance(theirs, (list, tuple)) else theirs
-            ):
-                raise UsageError(
-                    f"layouts: the ControlNet of {name} has {key} {mine}, the UNet {theirs}; it is for another model"
-                )
-
+    checkpoint = find_checkpoint(model, layouts)
+    folder, recommended = checkpoint.folder, checkpoint.recommended
+    used_device = _device(device)
+    used_dtype, notes = _dtype(dtype, used_device, emulate)
+    unet = _read(UNet2DConditionModel, folder / "unet", used_dtype)
+    vae = _read(AutoencoderKL, folder / "vae", used_dtype)
+    text_encoder = _read(CLIPTextModel, folder / "text_encoder", used_dtype)
+    tokenizer = _tokenizer(folder / "tokenizer", text_encoder)
+    schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
+    controlnets = {name: _read(ControlNetModel, path, used_dtype) for name, path in checkpoint.controlnets.items()}
+    _check_fit(unet, vae, text_encoder, controlnets)
     for part in (unet, vae, text_encoder, *controlnets.values()):
-        part.to(where)
-    told = found.recommended
-    digests = _digests(folder, {CONTROLNET_PREFIX + name: path for name, path in found.controlnets.items()})
+        part.to(used_device)
+    digests = _digests(folder, {CONTROLNET_PREFIX + name: path for name, path in checkpoint.controlnets.items()})
     return Model(
         name=model,
         folder=folder,
@@ -402,26 +252,97 @@ def load_model(
         tokenizer=tokenizer,
         schedule=schedule,
         controlnets=controlnets,
-        device=where,
-        dtype=kind,
+        device=used_device,
+        dtype=used_dtype,
         digest=digests.whole,
         weights_digest=digests.weights,
         part_digests=digests.parts,
-        notes=tuple(notes),
-        words=frozenset(told.words),
-        reconstruction_error=told.reconstruction_error,
-        guidance_scale=7.5 if told.guidance_scale is None else float(told.guidance_scale),
-        mask_strength=told.mask_strength,
-        mask_threshold=told.mask_threshold,
-        text_update_share=told.text_update_share,
+        notes=notes,
+        words=frozenset(recommended.words),
+        reconstruction_error=recommended.reconstruction_error,
+        guidance_scale=7.5 if recommended.guidance_scale is None else float(recommended.guidance_scale),
+        mask_strength=recommended.mask_strength,
+        mask_threshold=recommended.mask_threshold,
+        text_update_share=recommended.text_update_share,
     )
+
+
+def _dtype(asked: str | torch.dtype | None, device: torch.device, emulate: bool) -> tuple[torch.dtype, tuple[str, ...]]:
+    """The dtype to use, and a note where it is not the one that was asked for."""
+    if isinstance(asked, str):
+        names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+        if asked not in names:
+            raise UsageError(f"dtype is {asked!r}, expected one of {', '.join(names)}")
+        asked = names[asked]
+    dtype = asked or (torch.float16 if device.type == "cuda" else torch.float32)
+    if device.type != "cpu" or emulate or machine.has_arithmetic(dtype):
+        return dtype, ()
+    name = str(dtype).removeprefix("torch.")
+    return torch.float32, (f"this processor has no arithmetic for {name}: float32 was used, which is faster",)
+
+
+def _tokenizer(folder: Path, text_encoder: Any) -> Any:
+    """A tokenizer that has what every prompt needs and that the text encoder has embeddings for."""
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise UsageError(f"model: {folder} cannot be read ({first_line(error)}); fetch it again") from error
+    if len(tokenizer) > text_encoder.config.vocab_size:
+        raise UsageError(
+            f"model: the tokenizer knows {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}; "
+            "they are of different checkpoints"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise UsageError(f"model: {folder} has no {name}, which every prompt needs; fetch it again")
+    longest = tokenizer.model_max_length
+    # A prompt has at least a token for its beginning, one for its end and one for a word.
+    if not isinstance(longest, int) or isinstance(longest, bool) or longest < 3:
+        raise UsageError(
+            f"model: {folder} has a model_max_length of {longest!r}, expected a number of 3 or more; fetch it again"
+        )
+    return tokenizer
+
+
+def _schedule(config: Path) -> Schedule:
+    try:
+        return Schedule.from_config(read_json(config))
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise UsageError(f"model: {config} is not a schedule that DDIM can follow ({first_line(error)})") from error
+
+
+def _check_fit(unet: Any, vae: Any, text_encoder: Any, controlnets: Mapping[str, Any]) -> None:
+    """Raises UsageError where the parts are of models that do not go together."""
+    latent, ins, outs = vae.config.latent_channels, unet.config.in_channels, unet.config.out_channels
+    if ins != latent or outs != latent:
+        raise UsageError(
+            f"model: the UNet takes {ins} and returns {outs} channels but the VAE's latent "
+            f"has {latent}; inpainting, depth and upscaling checkpoints cannot be used here"
+        )
+    read, written = unet.config.cross_attention_dim, text_encoder.config.hidden_size
+    if read != written:
+        raise UsageError(f"model: the UNet reads text {read} wide, the text encoder's is {written}")
+    for name, net in controlnets.items():
+        for key in ("block_out_channels", "cross_attention_dim", "in_channels"):
+            mine, theirs = _listed(getattr(net.config, key)), _listed(getattr(unet.config, key))
+            if mine != theirs:
+                raise UsageError(
+                    f"layouts: the ControlNet of {name} has {key} {mine}, the UNet {theirs}; it is for another model"
+                )
+
+
+def _listed(value: Any) -> Any:
+    """A config that was read has lists where one that was made here has tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def describe(model: str) -> dict[str, str]:
     """A model's folder, parts and sizes without loading its weights; what is wrong with it in place of a part."""
     try:
-        found = find_checkpoint(model)
-        folder = found.folder
+        checkpoint = find_checkpoint(model)
+        folder = checkpoint.folder
         config = read_json(folder / "unet" / "config.json")
         side = config.get("sample_size", "?")
         unet = f"{config['block_out_channels']} channels, {config['in_channels']}x{side}x{side} latents"
@@ -437,4 +358,4 @@ def describe(model: str) -> dict[str, str]:
         "size": f"{size / 1e6:.1f} MB",
         "unet": unet,
         "layouts": ", ".join(controls) or "none",
-    } | ({"words": ", ".join(found.recommended.words)} if found.recommended.words else {})
+    } | ({"words": ", ".join(checkpoint.recommended.words)} if checkpoint.recommended.words else {})

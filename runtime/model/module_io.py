@@ -1,12 +1,12 @@
 """Names of the inputs and outputs of every module as a graph or an engine: what the exporter writes and the backends bind.
 
-A layout's image enters through the graph `hint-NAME`, once for each edit: its embedding does not change from step to step.
-The fused graphs take that embedding, and the conditioning scales, which are inputs too, so that no scale is baked in.
+A layout's image enters through the module `control-embedding-NAME`, once for each edit: its embedding does not change from step to step.
+The fused UNets take that embedding and the conditioning scales as inputs, so another scale needs no other engine.
 """
 
 from __future__ import annotations
 
-HINT_PREFIX = "hint-"
+CONTROL_EMBEDDING_PREFIX = "control-embedding-"
 CONTROLNET_PREFIX = "controlnet-"
 NOISY = ("sample", "timestep", "encoder_hidden_states")
 INTEGERS = ("timestep", "ids")  # int64; every other input and every output is float32
@@ -17,38 +17,45 @@ def layouts(module: str) -> tuple[str, ...]:
     return tuple(module.split("+")[1:]) if module.startswith("unet") else ()
 
 
-def hint_modules(module: str) -> tuple[str, ...]:
+def control_embedding_modules(module: str) -> tuple[str, ...]:
     """The modules whose outputs a fused UNet takes, in the order of its inputs."""
-    return tuple(HINT_PREFIX + name for name in layouts(module))
+    return tuple(CONTROL_EMBEDDING_PREFIX + name for name in layouts(module))
 
 
 def inputs(module: str) -> tuple[str, ...]:
-    """In order.
+    """Names of a module's inputs, in the order in which it takes them.
 
     - unet and unet+NAMES: sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, L, D), and for each layout
-      NAME_hint (B, C0, h, w) and NAME_scale (B,).
-    - hint-NAME: image (B, 3, H, W) in [0, 1].
+      NAME_control_embedding (B, C0, h, w) and NAME_scale (B,).
+    - control-embedding-NAME: image (B, 3, H, W) in [0, 1].
     - controlnet-NAME, for other runtimes: the first three, image (B, 3, H, W) in [0, 1] and scale (B,).
     - vae_encoder: images (B, 3, H, W). vae_decoder: latents (B, C, h, w). text_encoder: ids (B, L).
+
+    Raises:
+        KeyError: there is no such module.
     """
     if module.startswith("unet"):
-        return (*NOISY, *(f"{name}_{part}" for name in layouts(module) for part in ("hint", "scale")))
+        return (*NOISY, *(f"{name}_{part}" for name in layouts(module) for part in ("control_embedding", "scale")))
     if module.startswith(CONTROLNET_PREFIX):
         return (*NOISY, "image", "scale")
-    if module.startswith(HINT_PREFIX):
+    if module.startswith(CONTROL_EMBEDDING_PREFIX):
         return ("image",)
     return {"vae_encoder": ("images",), "vae_decoder": ("latents",), "text_encoder": ("ids",)}[module]
 
 
 def output(module: str) -> str:
-    """The only one."""
+    """Name of a module's one output; "controlnet-NAME" has several (`controlnet_outputs`).
+
+    Raises:
+        KeyError: there is no such module.
+    """
     if module.startswith("unet"):
         return "output"
-    if module.startswith(HINT_PREFIX):
-        return "hint"
-    return {"vae_encoder": "latents", "vae_decoder": "images", "text_encoder": "states"}[module]
+    if module.startswith(CONTROL_EMBEDDING_PREFIX):
+        return "control_embedding"
+    return {"vae_encoder": "latents", "vae_decoder": "images", "text_encoder": "prompt_embeds"}[module]
 
 
 def controlnet_outputs(blocks: int) -> tuple[str, ...]:
-    """Of controlnet-NAME: the residuals of its `blocks` from the top down, and the middle's."""
+    """Names of the outputs of controlnet-NAME: the residuals of its `blocks` from the top down, and the middle's."""
     return (*(f"down_{i}" for i in range(blocks)), "mid")
