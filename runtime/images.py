@@ -15,16 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import (
-    Image,
-    ImageChops,
-    ImageDraw,
-    ImageFilter,
-    ImageFont,
-    ImageOps,
-    PngImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .errors import RunError, UsageError
 from .files import check_regular, parse_json, write_whole

@@ -246,12 +246,10 @@ class Profile:
     def by_module(self) -> list[dict[str, Any]]:
         """A row for every module and backend: calls, samples, seconds, cold calls and their seconds."""
         rows: dict[tuple[str, str], dict[str, Any]] = {}
+        empty = {"calls": 0, "samples": 0, "seconds": 0.0, "cold_calls": 0, "cold_seconds": 0.0}
         for call in self.modules:
-            row = rows.setdefault(
-                (call.module, call.backend),
-                {"module": call.module, "backend": call.backend, "calls": 0, "samples": 0, "seconds": 0.0,
-                 "cold_calls": 0, "cold_seconds": 0.0},
-            )  # fmt: skip
+            new = {"module": call.module, "backend": call.backend} | empty
+            row = rows.setdefault((call.module, call.backend), new)
             row["calls"] += 1
             row["samples"] += call.batch
             row["seconds"] += call.seconds

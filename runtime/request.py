@@ -202,14 +202,8 @@ def _with_pictures(request: EditRequest) -> EditRequest:
 
 D = TypeVar("D")
 # Declared type -> what a caller may give for it.
-_ACCEPTED: dict[Any, Any] = {
-    float: numbers.Real,
-    int: numbers.Integral,
-    str: str,
-    bool: (bool, np.bool_),
-    tuple: tuple,
-    type(None): type(None),
-}
+_ACCEPTED: dict[Any, Any] = {float: numbers.Real, int: numbers.Integral, str: str, bool: (bool, np.bool_), tuple: tuple,
+                             type(None): type(None)}  # fmt: skip
 
 
 def _plain(value: D, inside: str) -> D:
@@ -265,8 +259,8 @@ def _check_fields(model: Model, request: EditRequest) -> None:
         raise UsageError(f"method is {request.method!r}, expected one of {', '.join(METHODS)}")
     if not request.prompt.strip():
         raise UsageError("the prompt is empty: say what the edited picture shows")
-    for name, text in (("prompt", request.prompt), ("source prompt", request.source_prompt),
-                       ("negative prompt", request.options.negative_prompt)):  # fmt: skip
+    texts = {"prompt": request.prompt, "source prompt": request.source_prompt}
+    for name, text in (texts | {"negative prompt": request.options.negative_prompt}).items():
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             raise UsageError(f"the {name} holds bytes that are no UTF-8; type it again, or set the terminal to UTF-8")
     if request.method.startswith("controlnet") and not request.layouts:
