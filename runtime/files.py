@@ -35,7 +35,7 @@ MAX_TEXT = 10_000  # characters of a string without a bound of its own
 MAX_ENTRIES = 10_000  # of a list or an object
 
 
-# --- reading and writing ----------------------------------------------------------------------------------------
+# --- reading and writing ------------------------------------------------------------------------------------------
 
 
 def check_regular(path: str | os.PathLike[str], expected: str = "a file") -> None:
@@ -221,7 +221,7 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-# --- what others wrote ------------------------------------------------------------------------------------------
+# --- what others wrote --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

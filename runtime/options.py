@@ -180,7 +180,7 @@ class Options:
                 )
 
 
-# --- which method uses which option -----------------------------------------------------------------------------
+# --- which method uses which option -------------------------------------------------------------------------------
 
 UNMASKED = ("sdedit", "controlnet")
 ITO = ("ito",)

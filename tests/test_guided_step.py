@@ -84,7 +84,7 @@ def test_a_blend_wants_one_mask_for_all_channels() -> None:
         blend(torch.zeros(SHAPE), torch.zeros(SHAPE), torch.zeros(SHAPE))
 
 
-# --- on a GPU ---------------------------------------------------------------------------------------------------
+# --- on a GPU -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -155,7 +155,7 @@ def test_on_a_cpu_the_operations_are_their_references() -> None:
     assert torch.equal(mask_map(heat, **settings), mask_map_reference(heat, **settings))
 
 
-# --- on a GPU ---------------------------------------------------------------------------------------------------
+# --- on a GPU -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -58,7 +58,7 @@ def pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...
     return paths
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------------------------
 
 
 def together(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
@@ -156,7 +156,7 @@ def option_context(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) ->
     )
 
 
-# --- a request and the editor that runs it ----------------------------------------------------------------------------
+# --- a request and the editor that runs it ------------------------------------------------------------------------
 
 
 def _make_options(values: dict[str, Any], lam: float) -> Options:
