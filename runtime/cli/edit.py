@@ -83,8 +83,8 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
 
     first = Path(output or f"{Path(image).stem}-edited.png")
     wanted = [(seed, lam) for seed in range(values["seed"], values["seed"] + count) for lam in lambdas]
-    targets = [first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(len(wanted))]
-    targets = [first] if len(wanted) == 1 else targets
+    numbers = range(len(wanted)) if len(wanted) > 1 else ()
+    targets = [first.with_name(f"{first.stem}-{i}{first.suffix}") for i in numbers] or [first]
     params.check_given(values, lambdas)
     figures = [Path(profile)] if profile else []
     check_outputs([*targets, *([Path(stages)] if stages else [])], figures, params.files_read(image, values), overwrite)
