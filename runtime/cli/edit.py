@@ -83,8 +83,9 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
 
     first = Path(output or f"{Path(image).stem}-edited.png")
     wanted = [(seed, lam) for seed in range(values["seed"], values["seed"] + count) for lam in lambdas]
-    numbers = range(len(wanted)) if len(wanted) > 1 else ()
-    targets = [first.with_name(f"{first.stem}-{i}{first.suffix}") for i in numbers] or [first]
+    targets = [first]
+    if len(wanted) > 1:
+        targets = [first.parent / f"{first.stem}-{i}{first.suffix}" for i in range(len(wanted))]
     params.check_given(values, lambdas)
     figures = [Path(profile)] if profile else []
     check_outputs([*targets, *([Path(stages)] if stages else [])], figures, params.files_read(image, values), overwrite)
