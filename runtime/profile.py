@@ -87,6 +87,8 @@ class ModuleCall:
         start: seconds from the beginning of the profile, on the host.
         host: seconds that the host spent in the call; on a GPU that is the launching only.
         cold: the call compiled, built or warmed up.
+        events: on a GPU the events around the call, by which the device's time is known.
+        engine: digest of the engine that ran it, "" where none did.
     """
 
     stage: str
