@@ -8,6 +8,7 @@ the size. Measured on the random model: 4e-6 and less.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,10 @@ RUNS: dict[str, Backend] = {}
 SLOW = pytest.param("tiny-compile", marks=[pytest.mark.slow, pytest.mark.timeout(900)])
 
 
-@pytest.fixture(scope="session", params=["tiny", "picturebook", "tiny-onnx", "tiny-recorded", SLOW])
+@pytest.fixture(scope="session", params=["tiny", "tiny-onnx", "tiny-recorded", SLOW])
 def model(request: pytest.FixtureRequest) -> Any:
-    """Every model and backend that the identities must hold on."""
+    """Every backend that the identities must hold on. The embedded model has a case of each identity at the end of this file."""
     name = request.param
-    if name == "picturebook":
-        return load_model(name, device="cpu")
     if name == "tiny":
         return request.getfixturevalue("tiny")
     # Another object under another name, for the same weights.
@@ -692,3 +691,53 @@ def test_the_reference_of_masked_sampling_is_at_the_level_of_the_latent(model: A
     trajectory = torch.randn(8, 1, *SHAPE)  # from level 3 on
     held = TrajectoryReference(trajectory, levels.path(3))
     assert torch.equal(held.at(path[3]), trajectory[0]) and torch.equal(held.at(path[10]), trajectory[7])
+
+
+# --- the embedded model ---------------------------------------------------------------------------------------------
+
+# Every identity once, on weights that were trained. (Its every case is run on the small model, which takes a tenth of the time.)
+ON_TRAINED_WEIGHTS: list[tuple[Callable[..., None], dict[str, Any]]] = [
+    (test_1_an_empty_mask_returns_the_input_latent, {"method": "controlnet-diffedit", "size": (50, 61)}),
+    (test_1_an_empty_mask_with_composite_returns_the_input, {"method": "ito"}),
+    (test_2_masked_sdedit_with_a_full_mask_is_sdedit, {}),
+    (test_3_lambda_one_is_the_guided_path_with_guidance_of_weight_zero, {"settings": ItoSettings()}),
+    (test_3_lambda_one_never_runs_the_guidance_stage, {}),
+    (test_4_no_updates_is_plain_ddim_from_the_inverted_latent, {}),
+    (test_4_the_same_prompt_without_guidance_reconstructs, {}),
+    (test_5_a_batch_is_its_single_runs_bit_for_bit_but_for_the_network, dict(zip(("method", "options"), BATCHED[0]))),
+    (test_5_a_batch_is_its_single_runs_to_the_networks_rounding, dict(zip(("method", "options"), BATCHED[3]))),
+    (test_5_a_batch_of_ito_is_its_single_runs_to_the_networks_rounding, {}),
+    (test_7_inversion_then_sampling_of_a_constant_network_is_exact, {"steps": 10}),
+    (test_8_the_same_seed_gives_the_same_bits_with_and_without_the_cache, {"method": "ito"}),
+    (test_9_sdedit_is_img2img_with_ddim, {"steps": 20, "ratio": 0.7, "prediction": "epsilon"}),
+    (test_9_controlnet_is_controlnet_img2img, {"names": ("pose", "scribble")}),
+    (test_9_the_single_mask_is_generate_mask, {"seeds": 10, "guided": True}),
+    (test_9_inversion_is_diffedits_invert, {}),
+    (test_9_the_blend_is_inpaints, {}),
+    (test_9_an_ito_edit_is_the_equations_with_diffusers_and_autograd, {"k": 1, "refine": False, "update": "clipped"}),
+    (test_unconditional_halves_that_cancel_need_not_be_evaluated, {}),
+    (test_the_trajectory_mask_compares_the_last_sampling_step, {}),
+]
+
+
+def test_every_identity_is_among_them() -> None:
+    here = {
+        name
+        for name, value in globals().items()
+        if name.startswith("test_") and "model" in inspect.signature(value).parameters
+    }
+    assert {f.__name__ for f, _ in ON_TRAINED_WEIGHTS} == here - {
+        "test_the_reference_of_masked_sampling_is_at_the_level_of_the_latent"
+    }
+
+
+@pytest.mark.parametrize(("identity", "case"), ON_TRAINED_WEIGHTS, ids=lambda v: getattr(v, "__name__", ""))
+def test_the_embedded_model(
+    identity: Callable[..., None], case: dict[str, Any], embedded: RealEditor, picture: Picture,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record_property: Any,
+) -> None:  # fmt: skip
+    given = case | {
+        "model": embedded.model, "picture": picture, "monkeypatch": monkeypatch, "tmp_path": tmp_path,
+        "record_property": record_property,
+    }  # fmt: skip
+    identity(**{name: given[name] for name in inspect.signature(identity).parameters})
