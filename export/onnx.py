@@ -136,44 +136,15 @@ class _ControlNet(nn.Module):
         return tuple((r * scale.to(self.dtype)[:, None, None, None]).float() for r in (*down, mid))
 
 
-class _ControlEmbedding(nn.Module):
-    """A ControlNet's embedding of its layout."""
+class _Part(nn.Module):
+    """A part of the model with one input: `call(part, input)` in float32, where the input is cast to the part's dtype."""
 
-    def __init__(self, embedding: nn.Module, dtype: torch.dtype):
+    def __init__(self, part: Any, call: Callable[[Any, Tensor], Tensor], dtype: torch.dtype):
         super().__init__()
-        self.embedding, self.dtype = embedding, dtype
+        self.part, self.call, self.dtype = part, call, dtype
 
-    def forward(self, image: Tensor) -> Tensor:
-        embedding: Tensor = self.embedding(image.to(self.dtype))
-        return embedding.float()
-
-
-class _Encoder(nn.Module):
-    def __init__(self, vae: Any, dtype: torch.dtype):
-        super().__init__()
-        self.vae, self.dtype = vae, dtype
-
-    def forward(self, images: Tensor) -> Tensor:
-        return encode_image(self.vae, images.to(self.dtype))
-
-
-class _Decoder(nn.Module):
-    def __init__(self, vae: Any, dtype: torch.dtype):
-        super().__init__()
-        self.vae, self.dtype = vae, dtype
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return decode_latent(self.vae, latents.to(self.dtype))
-
-
-class _Text(nn.Module):
-    def __init__(self, text_encoder: Any):
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, ids: Tensor) -> Tensor:
-        prompt_embeds: Tensor = self.text_encoder(ids)[0]
-        return prompt_embeds.float()
+    def forward(self, input: Tensor) -> Tensor:
+        return self.call(self.part, input.to(self.dtype)).float()
 
 
 @dataclass(frozen=True)
@@ -247,13 +218,19 @@ def function(model: Model, module: str, precision: str = "fp32") -> Function:
         return made(_ControlNet(net, dtype), [*noisy, picture, scale], {o: ("batch", 0, "h", "w") for o in residuals})
     if module.startswith(CONTROL_EMBEDDING_PREFIX):
         net = own(model.controlnets[module.removeprefix(CONTROL_EMBEDDING_PREFIX)].controlnet_cond_embedding)
-        return made(_ControlEmbedding(net, dtype), [picture], {module_io.output(module): embedding[1]})
+        return made(
+            _Part(net, lambda part, image: part(image), dtype), [picture], {module_io.output(module): embedding[1]}
+        )
     if module == "vae_encoder":
-        return made(_Encoder(own(model.vae), dtype), [picture], {module_io.output(module): latent[1]})
+        return made(_Part(own(model.vae), encode_image, dtype), [picture], {module_io.output(module): latent[1]})
     if module == "vae_decoder":
-        return made(_Decoder(own(model.vae), dtype), [latent], {module_io.output(module): picture[1]})
+        return made(_Part(own(model.vae), decode_latent, dtype), [latent], {module_io.output(module): picture[1]})
     if module == "text_encoder":
-        return made(_Text(own(model.text_encoder)), [ids], {module_io.output(module): prompt_embeds[1]})
+        return made(
+            _Part(own(model.text_encoder), lambda part, ids: part(ids)[0], torch.int64),
+            [ids],
+            {module_io.output(module): prompt_embeds[1]},
+        )
     raise UsageError(f"module {module!r} is not one of {', '.join(module_names(model))} or controlnet-NAME")
 
 

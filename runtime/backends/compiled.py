@@ -137,32 +137,20 @@ class CompileBackend(TorchModules):
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """See `base.Modules`."""
-
-        def mode(images: Tensor) -> Tensor:
-            moments: Tensor = self.model.vae._encode(images)
-            return moments.chunk(2, dim=1)[0]
-
-        return self._run("vae_encoder", mode, images.to(self.dtype))
+        # The first half of the channels is the posterior's mean, which is its mode.
+        return self._run("vae_encoder", lambda x: self.model.vae._encode(x).chunk(2, dim=1)[0], images.to(self.dtype))
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
         """See `base.Modules`."""
-
-        def decode(latents: Tensor) -> Tensor:
-            images: Tensor = self.model.vae.decode(latents, return_dict=False)[0]
-            return images
-
-        return self._run("vae_decoder", decode, latents.to(self.dtype))
+        return self._run(
+            "vae_decoder", lambda z: self.model.vae.decode(z, return_dict=False)[0], latents.to(self.dtype)
+        )
 
     @torch.no_grad()
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """See `base.Modules`."""
-
-        def encode(ids: Tensor) -> Tensor:
-            prompt_embeds: Tensor = self.model.text_encoder(ids)[0]
-            return prompt_embeds
-
-        return self._run("text_encoder", encode, ids)
+        return self._run("text_encoder", lambda ids: self.model.text_encoder(ids)[0], ids)
 
 
 def _names(condition: Condition) -> list[str]:
