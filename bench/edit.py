@@ -21,14 +21,12 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
 from naive import Naive
+from PIL import Image
+from results import append_rows
 
 from iedit.runtime import images as pictures
 from iedit.runtime.backends import load_backend
-from iedit.runtime.cli.demo import append_csv
 from iedit.runtime.editor import Editor, EditRequest
 from iedit.runtime.errors import UsageError
 from iedit.runtime.model.model import load_model
@@ -257,7 +255,7 @@ def main(model: str, backends: str, engines: Path | None, pipelines: bool, devic
     )
     if output is not None:
         editor = next(iter(editors.values()))
-        append_csv(output, rows, editor)
+        append_rows(output, rows, editor)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import append_rows
 from torch import nn
 from transformers.utils import logging
 
@@ -148,7 +149,7 @@ def edit(folder: Path, table: Path | None = None) -> dict[str, Any]:
     """
     from PIL import Image, ImageDraw
 
-    from iedit.runtime.cli.demo import PeakMemory, append_csv
+    from iedit.runtime.cli.demo import PeakMemory
     from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
 
     picture = Image.effect_noise((256, 256), 60)
@@ -171,7 +172,7 @@ def edit(folder: Path, table: Path | None = None) -> dict[str, Any]:
             "peak_mib": round(memory.peak),
             "quality": busy,
         }
-        append_csv(table, [row | {"name": "full-size/load", "p50": round(loaded, 2), "evaluations": 0},
+        append_rows(table, [row | {"name": "full-size/load", "p50": round(loaded, 2), "evaluations": 0},
                            row | {"name": "full-size/ito, 2 steps", "p50": round(spent, 2), "evaluations": evaluations}],
                    editor)  # fmt: skip
     return {

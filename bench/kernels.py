@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import write_rows
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iedit.kernels.dispatch import VARIABLE, why_not_triton
-from iedit.kernels.guided_step import guided_step
-from iedit.kernels.ito_step import ito_step
+from iedit.kernels.guided_step import guided_step, guided_step_reference
+from iedit.kernels.ito_step import ito_step, ito_step_reference
 from iedit.kernels.mask_map import difference
 
 
@@ -95,43 +96,43 @@ class Case:
     eager: Callable[[], Tensor] | None = None
 
 
-def cases(device: torch.device, kind: torch.dtype, batch: int, side: int) -> list[Case]:
+def cases(device: torch.device, dtype: torch.dtype, batch: int, side: int) -> list[Case]:
     """The operations of an edit at latents (batch, 4, side, side)."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, 4, side, side)
-    y, x, g, u, r = (torch.randn(shape, generator=generator).to(device, kind) for _ in range(5))
+    y, x, g, u, r = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(5))
     mask = torch.rand(batch, 1, side, side, generator=generator).to(device)
     lam, half = torch.full((batch,), 0.6, device=device), torch.full((batch,), 0.5, device=device)
     label, latent, masks = "x".join(map(str, shape)), y.numel() * y.element_size(), mask.numel() * 4
     wide = [t.double() for t in (y, x, g, u, r, mask, lam, half)]
-    found = []
+    made = []
     for update, k in (("clipped", 1), ("clipped", 30), ("adam", 1), ("adam", 30)):
         # k=1: y and g twice, x, mask, result. More: the float64 value, and Adam's moments, read and written every step (the
         # first step reads no moments), value and g again for the sums, x and the mask.
         scratch, moments = 8 * y.numel(), 4 if update == "adam" else 0
         many = latent * 3 + scratch + k * (scratch * (3 + moments) + latent * 3 + masks) - scratch * (moments // 2)
         rule: dict[str, Any] = {"update": update, "k": k}
-        found.append(
+        made.append(
             Case(
                 f"ito_step {update} k={k}",
                 label,
                 lambda rule=rule: ito_step(y, x, g, mask, lam, **rule),  # type: ignore[misc]
-                lambda rule=rule: ito_step(*wide[:3], *wide[5:7], **rule),  # type: ignore[misc]
+                lambda rule=rule: ito_step_reference(*wide[:3], *wide[5:7], **rule),  # type: ignore[misc]
                 6 * latent + masks if k == 1 else many,
                 lambda rule=rule: autograd_update(y.float(), x.float(), g.float(), mask, lam, **rule),  # type: ignore[misc]
             )
         )
-    found.append(
+    made.append(
         Case(
             "guided_step",
             label,
             lambda: guided_step(y, x, g, 7.5, half, half, mask=mask, reference=r),
-            lambda: guided_step(*wide[:3], 7.5, wide[7], wide[7], mask=wide[5], reference=wide[4]),
+            lambda: guided_step_reference(*wide[:3], 7.5, wide[7], wide[7], mask=wide[5], reference=wide[4]),
             5 * latent + masks,
         )
     )
-    a, b = (torch.randn(batch, 10, *shape[1:], generator=generator).to(device, kind) for _ in range(2))
-    found.append(
+    a, b = (torch.randn(batch, 10, *shape[1:], generator=generator).to(device, dtype) for _ in range(2))
+    made.append(
         Case(
             "difference of 10 seeds",
             label,
@@ -140,13 +141,13 @@ def cases(device: torch.device, kind: torch.dtype, batch: int, side: int) -> lis
             2 * a.numel() * a.element_size() + masks,
         )
     )
-    return found
+    return made
 
 
 def timings(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
     """Seconds of `repeats` runs after two that warm up, sorted; on CUDA by events, each run with a cold L2 cache."""
     cold = torch.empty(256 << 20, dtype=torch.int8, device=device) if device.type == "cuda" else None
-    found = []
+    seconds_of = []
     for i in range(repeats + 2):
         if cold is not None:
             cold.zero_()
@@ -161,8 +162,8 @@ def timings(run: Callable[[], Any], device: torch.device, repeats: int) -> list[
             run()
             seconds = time.perf_counter() - began
         if i >= 2:
-            found.append(seconds)
-    return sorted(found)
+            seconds_of.append(seconds)
+    return sorted(seconds_of)
 
 
 def copy_bandwidth(device: torch.device, repeats: int, size: int) -> float:
@@ -173,7 +174,7 @@ def copy_bandwidth(device: torch.device, repeats: int, size: int) -> float:
 
 
 def measure(
-    case: Case, variant: str, kind: torch.dtype, device: torch.device, repeats: int, ceiling: float
+    case: Case, variant: str, dtype: torch.dtype, device: torch.device, repeats: int, ceiling: float
 ) -> dict[str, Any]:
     """One row of the table.
 
@@ -185,7 +186,7 @@ def measure(
     error = float((got.double() - exact).abs().max())
     bound = 2 * float((exact.to(got.dtype).double() - exact).abs().max())
     if variant == "Triton" and not error <= bound:
-        sys.exit(f"{case.name} {case.shape} {kind}: error {error:.3g}, allowed {bound:.3g}; no row was written")
+        sys.exit(f"{case.name} {case.shape} {dtype}: error {error:.3g}, allowed {bound:.3g}; no row was written")
     if variant == "Triton":
         launches = 1
     else:
@@ -203,7 +204,7 @@ def measure(
         "name": f"kernels/{case.name}",
         "variant": variant,
         "shape": case.shape,
-        "dtype": str(kind).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "p20": f"{p20 * 1e6:.1f}",
         "p50": f"{p50 * 1e6:.1f}",
         "p80": f"{p80 * 1e6:.1f}",
@@ -230,18 +231,18 @@ def main(arguments: list[str] | None = None) -> None:
     ceiling = copy_bandwidth(device, repeats, (1 << 30) if device.type == "cuda" else (16 << 20))
     print(f"{device}: copy {ceiling / 1e9:.1f} GB/s")
     if options.quick:
-        kinds, sizes = [torch.float32], [(1, 16)]
+        dtypes, sizes = [torch.float32], [(1, 16)]
     else:
-        kinds, sizes = [torch.float32, torch.float16, torch.bfloat16], [(1, 64), (8, 64), (1, 128), (8, 128)]
+        dtypes, sizes = [torch.float32, torch.float16, torch.bfloat16], [(1, 64), (8, 64), (1, 128), (8, 128)]
     rows = []
-    for kind in kinds:
+    for dtype in dtypes:
         for batch, side in sizes:
-            for case in cases(device, kind, batch, side):
+            for case in cases(device, dtype, batch, side):
                 for variant in (*(("Triton",) if on_gpu else ()), "eager closed form", "autograd"):
                     if variant == "autograd" and case.eager is None:
                         continue
                     os.environ[VARIABLE] = "triton" if variant == "Triton" else "reference"
-                    row = measure(case, variant, kind, device, repeats, ceiling)
+                    row = measure(case, variant, dtype, device, repeats, ceiling)
                     print(
                         *(f"{row[c]}" for c in ("name", "variant", "shape", "dtype", "p50", "unit", "quality")),
                         sep="  ",
@@ -249,8 +250,6 @@ def main(arguments: list[str] | None = None) -> None:
                     rows.append(row)
     os.environ.pop(VARIABLE, None)
     if not options.no_table:
-        from iedit.runtime.cli.demo import write_rows
-
         write_rows(options.table, rows)
         print(f"{options.table}: {len(rows)} rows added")
 

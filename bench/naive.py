@@ -20,7 +20,7 @@ from iedit.runtime.schedule import seeded_noise
 
 class Naive:
     """Args:
-    model: a `runtime.models.Model`; its modules are called as the diffusers pipelines call them.
+    model: a `model.model.Model`; its modules are called as the diffusers pipelines call them.
     steps, scale: sampling steps, guidance scale.
     """
 
@@ -105,7 +105,7 @@ class Naive:
 
         Args:
             image: (1, 3, H, W) in [-1, 1].
-            options: `runtime.requests.Options`; lam, mask, t_u and update of its phases are used.
+            options: `options.Options`; lam, mask, t_u and update of its phases are used.
 
         Returns:
             image (1, 3, H, W), mask (1, 1, h, w) and latent (1, C, h, w).

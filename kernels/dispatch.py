@@ -1,45 +1,20 @@
 """Which implementation of an operation runs, and why not another: one question, answered by a list of reasons.
 
 `IEDIT_KERNELS` in the environment is `auto` (default: Triton where it can run, plain torch elsewhere), `reference` (plain
-torch always), `compiled` (plain torch through torch.compile) or `triton` (an error, with the reasons, where it cannot run).
-
-`auto` does not compile: on one core an ITO step of two 4x16x16 latents takes 0.12 ms compiled and 0.43 ms plain, 1 % of an
-edit, and compiling takes 3 to 9 s. For many edits, or large ones (eight 4x64x64 latents: 0.47 and 1.55 ms), ask for it.
+torch always) or `triton` (an error, with the reasons, where it cannot run). Every operation `x` has its definition in plain
+torch beside it, `x_reference`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
 VARIABLE = "IEDIT_KERNELS"
-CHOICES = ("auto", "reference", "compiled", "triton")
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def definition(function: Callable[P, R]) -> Callable[P, R]:
-    """A definition in plain torch; through torch.compile where `IEDIT_KERNELS=compiled`."""
-
-    @functools.cache
-    def compiled() -> Callable[P, R]:
-        import torch
-
-        made: Callable[P, R] = torch.compile(function)
-        return made
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        chosen = compiled() if os.environ.get(VARIABLE) == "compiled" else function
-        return chosen(*args, **kwargs)
-
-    return run
+CHOICES = ("auto", "reference", "triton")
 
 
 def triton_installed() -> bool:
@@ -64,7 +39,7 @@ def why_not_triton(*tensors: Tensor | None) -> list[str]:
         reasons.append("the tensors are on several devices")
     wide = [str(t.dtype) for t in present if t.is_floating_point() and t.element_size() > 4]
     if wide:
-        reasons.append(f"{wide[0]} is computed by the definition in plain torch")
+        reasons.append(f"{wide[0]} is computed by the reference in plain torch")
     return reasons
 
 
@@ -92,7 +67,7 @@ def use_triton(operation: str, *tensors: Tensor | None) -> bool:
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted not in CHOICES:
         raise ValueError(f"{VARIABLE} is {wanted!r}, expected one of {', '.join(CHOICES)}")
-    if wanted in ("reference", "compiled") or (wanted == "auto" and tensors[0] is not None and _on_cpu(tensors[0])):
+    if wanted == "reference" or (wanted == "auto" and tensors[0] is not None and _on_cpu(tensors[0])):
         return False
     reasons = why_not_triton(*tensors)
     if wanted == "triton" and reasons:

@@ -65,19 +65,25 @@ def guided_step(
         from .guided_step_triton import guided_step as fused
 
         return fused(x, cond, uncond, scale, c_x, c_out, mask, reference, noise, reference_abar)
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    value, out = x.to(kind), cond.to(kind)
+    return guided_step_reference(x, cond, uncond, scale, c_x, c_out, mask, reference, noise, reference_abar)
+
+
+def guided_step_reference(x: Tensor, cond: Tensor, uncond: Tensor | None, scale: float, c_x: Tensor, c_out: Tensor,
+                          mask: Tensor | None = None, reference: Tensor | None = None, noise: Tensor | None = None,
+                          reference_abar: Tensor | None = None) -> Tensor:  # fmt: skip
+    """The definition of `guided_step` in plain torch; arguments and result as there, unchecked."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    value, out = x.to(dtype), cond.to(dtype)
     if uncond is not None:
-        low = uncond.to(kind)
-        out = low + scale * (out - low)
+        unconditional = uncond.to(dtype)
+        out = unconditional + scale * (out - unconditional)
     result = _per_sample(c_x, value) * value + _per_sample(c_out, value) * out
     if mask is not None and reference is not None:
-        kept = reference.to(kind)
+        kept = reference.to(dtype)
         if noise is not None and reference_abar is not None:
-            kept = _per_sample(reference_abar.sqrt(), kept) * kept + _per_sample(
-                (1 - reference_abar).sqrt(), kept
-            ) * noise.to(kind)
-        result = blend(mask.to(kind), result, kept)
+            signal, rest = reference_abar.sqrt(), (1 - reference_abar).sqrt()
+            kept = _per_sample(signal, kept) * kept + _per_sample(rest, kept) * noise.to(dtype)
+        result = blend(mask.to(dtype), result, kept)
     return result.to(x.dtype)
 
 

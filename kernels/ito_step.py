@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import definition, use_triton
+from .dispatch import use_triton
 
 UPDATES = ("clipped", "adam")
 BETAS = (0.9, 0.999)
@@ -52,7 +52,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)])
 
 
-@definition
 def ito_gradient(
     y: Tensor, x: Tensor, g: Tensor | None, mask: Tensor, lam: Tensor, *, kept_area: bool = False, newton: bool = False
 ) -> Tensor:
@@ -64,13 +63,13 @@ def ito_gradient(
         mask: (B, 1, h, w) in [0, 1]; 1 edits, 0 keeps.
         lam: (B,) in [0, 1].
         kept_area: normalise L_rec by the kept values, C * sum(1 - m), in place of n.
-        newton: times `count / 2`, the direction of the clipped update.
+        newton: multiply by `count / 2`, which gives the step of the clipped update.
 
     Returns:
         (B, C, h, w) float32 (float64 if y is).
     """
-    kind = torch.float64 if y.dtype == torch.float64 else torch.float32
-    y, x, mask, lam = y.to(kind), x.to(kind), mask.to(kind), lam.to(kind)
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    y, x, mask, lam = y.to(dtype), x.to(dtype), mask.to(dtype), lam.to(dtype)
     keep = 1 - mask
     count: Tensor | float = y.numel() / len(y)
     if kept_area:
@@ -79,7 +78,7 @@ def ito_gradient(
     gradient = _per_sample(preserve, y) * keep * keep * (y - x)
     if g is None:
         return gradient
-    g = g.to(kind)
+    g = g.to(dtype)
     yy, gg, yg = _dot(y, y).sqrt(), _dot(g, g).sqrt(), _dot(y, g)
     live = (yy > 0) & (gg > 0)
     along_g = torch.where(live, 1 / (yy * gg), 0)
@@ -137,8 +136,14 @@ def ito_step(
         from .ito_step_triton import ito_step as fused
 
         return fused(y, x, g, mask, lam, update=update, k=k, lr=lr, kept_area=kept_area, state=state)
-    kind = torch.float64 if y.dtype == torch.float64 else torch.float32
-    value = y.to(kind)
+    return ito_step_reference(y, x, g, mask, lam, update=update, k=k, lr=lr, kept_area=kept_area, state=state)
+
+
+def ito_step_reference(y: Tensor, x: Tensor, g: Tensor | None, mask: Tensor, lam: Tensor, *, update: str = "clipped", k: int = 1,
+                       lr: float = 0.1, kept_area: bool = False, state: AdamState | None = None) -> Tensor:  # fmt: skip
+    """The definition of `ito_step` in plain torch; arguments and result as there, unchecked."""
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    value = y.to(dtype)
     if update == "clipped":
         for _ in range(k):
             step = ito_gradient(value, x, g, mask, lam, kept_area=kept_area, newton=True)

@@ -29,6 +29,11 @@ def difference(edited: Tensor, source: Tensor) -> Tensor:
         from .mask_map_triton import difference as fused
 
         return fused(edited, source)
+    return difference_reference(edited, source)
+
+
+def difference_reference(edited: Tensor, source: Tensor) -> Tensor:
+    """The definition of `difference` in plain torch; arguments and result as there."""
     gap = (edited.float() - source.float()).abs()
     # Added one by one: a batched reduction over two dimensions may round differently with B.
     total = torch.zeros_like(gap[:, 0, :1])
@@ -57,9 +62,9 @@ def normalise(values: Tensor, norm: str) -> Tensor:
     """(B, 1, h, w) -> [0, 1] per image. "minmax", or "clamp" (at 3x the image's mean, as diffusers does); flat -> 0."""
     flat = values.flatten(1)
     if norm == "minmax":
-        low = flat.min(1).values.view(-1, 1, 1, 1)
-        span = flat.max(1).values.view(-1, 1, 1, 1) - low
-        return torch.where(span > 0, (values - low) / span.clamp(min=torch.finfo(torch.float32).tiny), 0)
+        lowest = flat.min(1).values.view(-1, 1, 1, 1)
+        span = flat.max(1).values.view(-1, 1, 1, 1) - lowest
+        return torch.where(span > 0, (values - lowest) / span.clamp(min=torch.finfo(torch.float32).tiny), 0)
     if norm == "clamp":
         top = torch.stack([v.mean() for v in flat]).view(-1, 1, 1, 1) * 3
         return torch.where(top > 0, values.clamp(max=top) / top.clamp(min=torch.finfo(torch.float32).tiny), 0)
@@ -83,4 +88,9 @@ def mask_map(heat: Tensor, *, sigma: float, norm: str, threshold: float) -> Tens
         from .mask_map_triton import mask_map as fused
 
         return fused(heat, sigma, norm, threshold)
+    return mask_map_reference(heat, sigma=sigma, norm=norm, threshold=threshold)
+
+
+def mask_map_reference(heat: Tensor, *, sigma: float, norm: str, threshold: float) -> Tensor:
+    """The definition of `mask_map` in plain torch; arguments and result as there."""
     return (normalise(gaussian_blur(heat, sigma), norm) > threshold).float()

@@ -212,20 +212,9 @@ class Editor:
         for members in groups.values():
             height, width = members[0].pixels.shape[-2:]
             shape = (self.model.channels, height // self.model.vae_scale_factor, width // self.model.vae_scale_factor)
-            profile = Profile(callback=callback, notes=list(self.model.notes))
-            pipelines.append(
-                Pipeline(
-                    self.model,
-                    self.codec,
-                    self.denoiser,
-                    self.backend,
-                    members,
-                    self.cache,
-                    profile,
-                    self.max_batch(shape),
-                    self.share,
-                )
-            )
+            profile, most = Profile(callback=callback, notes=list(self.model.notes)), self.max_batch(shape)
+            with_model = (self.model, self.codec, self.denoiser, self.backend)
+            pipelines.append(Pipeline(*with_model, members, self.cache, profile, most, self.share))
         return pipelines
 
     def _finish(self, pipeline: Pipeline, stage: str) -> list[EditResult]:

@@ -151,8 +151,8 @@ def _ridges(dx: FloatArray, dy: FloatArray, low: float) -> NDArray[np.bool_]:
     return ridge & (strength > low)
 
 
-def _components(ys: IntArray, xs: IntArray, kind: IntArray, size: tuple[int, int]) -> IntArray:
-    """Connected groups of pixels (8 neighbours) of one kind: for each pixel the index of its group's first pixel.
+def _components(ys: IntArray, xs: IntArray, classes: IntArray, size: tuple[int, int]) -> IntArray:
+    """Connected groups of pixels (8 neighbours) of one class: for each pixel the index of its group's first pixel.
 
     Labels fall to the smallest one among neighbours and are then shortened like a union-find's paths, all pixels at
     once: a few rounds, where passing labels from pixel to pixel would take as many as a group is long.
@@ -163,7 +163,7 @@ def _components(ys: IntArray, xs: IntArray, kind: IntArray, size: tuple[int, int
     pairs = []
     for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
         other = index[ys + 1 + down, xs + 1 + right]
-        here = np.nonzero((other >= 0) & (kind == kind[other]))[0]
+        here = np.nonzero((other >= 0) & (classes == classes[other]))[0]
         pairs.append(np.stack([here, other[here]]))
     a, b = np.concatenate(pairs, axis=1)
     labels = np.arange(len(ys))

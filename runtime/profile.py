@@ -144,9 +144,9 @@ class Profile:
         calls: stage -> network calls; one that stages share counts for the last of them.
         seconds: stage -> wall-clock seconds; a stage answered from the cache is there with what the look-up took.
         cached: stages answered from the cache for every request of the batch.
-        notes: what a user should know: smaller batches, steps down, unusual masks.
+        notes: what a user should know: smaller batches, unusual masks.
         modules: every call of a module, in order.
-        steps: every step of every stage, in order; what a step spends outside its modules is the loop's own.
+        steps: every step of every stage, in order; what a step spends outside its modules is this program's own.
         peak_bytes: most memory held: by this process on a CPU, by torch on a GPU.
         fallbacks: (module, backend) -> reasons why that backend did not run it.
     """
@@ -188,7 +188,7 @@ class Profile:
             self._mark(name, 0)
             self.evaluations.setdefault(name, 0)
             self.calls.setdefault(name, 0)
-            self._tell(0, 0)
+            self._report(0, 0)
         counted = dict(self.evaluations)
         before, began = _CURRENT.set(self), time.perf_counter()
         try:
@@ -212,7 +212,7 @@ class Profile:
         if step == self.step_number:  # stages that run together take their steps together
             return
         self._mark(self.stage_name, step)
-        self._tell(step, steps)
+        self._report(step, steps)
 
     def _mark(self, stage: str, step: int) -> None:
         self._close()
@@ -224,7 +224,7 @@ class Profile:
         if self.steps and self.steps[-1].seconds < 0:
             self.steps[-1].seconds = time.perf_counter() - self.began - self.steps[-1].start
 
-    def _tell(self, step: int, steps: int) -> None:
+    def _report(self, step: int, steps: int) -> None:
         if self.callback is None:
             return
         done = min(1.0, (self.before + sum(self.evaluations.values())) / self.expected) if self.expected > 0 else 0.0
@@ -238,10 +238,11 @@ class Profile:
             raise Cancelled(f"cancelled in {self.where}; nothing was written")
 
     def count(self, samples: Mapping[str, int]) -> None:
-        """One network call with so many samples of each stage."""
+        """One network call with so many samples of each stage; it counts as a call of the last of them."""
         for stage, number in samples.items():
             self.evaluations[stage] = self.evaluations.get(stage, 0) + number
-        self.calls[stage] = self.calls.get(stage, 0) + 1
+        last = list(samples)[-1]
+        self.calls[last] = self.calls.get(last, 0) + 1
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -306,10 +307,10 @@ class Profile:
 
     def ran(self) -> dict[str, list[str]]:
         """Module -> the backends that ran it, sorted."""
-        found: dict[str, set[str]] = {}
+        backends: dict[str, set[str]] = {}
         for call in self.modules:
-            found.setdefault(call.module, set()).add(call.backend)
-        return {module: sorted(names) for module, names in found.items()}
+            backends.setdefault(call.module, set()).add(call.backend)
+        return {module: sorted(names) for module, names in backends.items()}
 
     def engines(self) -> list[dict[str, str]]:
         """JSON-ready: module, backend and digest of every engine that ran."""

@@ -7,11 +7,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, which no test has done yet
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib.util
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -37,74 +40,80 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@pytest.fixture(scope="session")
-def taped() -> Any:
-    """The module `tests/taped.py`: CUDA graphs without CUDA."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("taped", ROOT / "tests" / "taped.py")
+def _load_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"iedit_tests_{path.stem}", path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # a dataclass looks itself up there
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint_cli(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole checkpoint of random weights with ControlNets for pose and scribble: seconds to make, milliseconds to run.
+def taped() -> Any:
+    """The module `tests/taped.py`: CUDA graphs without CUDA."""
+    return _load_file(ROOT / "tests" / "taped.py")
 
-    Sizes are multiples of 8; it was made for 32x32 pictures. To be copied before it is changed.
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """`bench(name)`: a script of `bench/` as a module; like a script it finds those beside it."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    monkeypatch.delitem(sys.modules, "results", raising=False)
+    return lambda name: _load_file(ROOT / "bench" / f"{name}.py")
+
+
+@pytest.fixture(scope="session")
+def assert_rounded_once() -> Callable[..., None]:
+    """`assert_rounded_once(got, exact)`: every value within twice the error of rounding the exact answer (float64) once.
+
+    The bound is taken for each sample of dimension 0. NaN is never within it.
     """
+
+    def check(got: Any, exact: Any) -> None:
+        error = (got.double() - exact).abs().flatten(1).amax(1)
+        bound = 2 * (exact.to(got.dtype).double() - exact).abs().flatten(1).amax(1)
+        assert (error <= bound).all(), f"{(error / bound).tolist()} of the bound, by sample"
+
+    return check
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write is NaN, not whatever lay there (often the right answer, of the call before)."""
     import torch
-    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
-    from iedit.training.embed import MAX_TOKENS, make_tokenizer, new_scheduler
+    monkeypatch.setenv("IEDIT_KERNELS", "auto")
+    like, new = torch.empty_like, torch.empty
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: like(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: new(*a, **k).fill_(float("nan")))
 
-    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    new_scheduler().save_pretrained(folder / "scheduler")
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    parts: dict[str, Any] = {"vae": vae, "text_encoder": text, "unet": unet}
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    for name in ("pose", "scribble"):
-        control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 8))
-        for zero in control.controlnet_down_blocks:  # from_unet makes them zero, and the layout would have no effect
-            torch.nn.init.normal_(zero.weight, std=0.3)
-        control.save_pretrained(folder / f"controlnet-{name}")
-    return folder
+
+# What the kernels are run on where there is a GPU: round and ragged shapes, many channels, the latent of 512x512.
+GPU_SHAPES = [(3, 4, 16, 16), (3, 4, 9, 13), (3, 16, 17, 19), (3, 4, 64, 64), (2, 4, 96, 72)]
+
+
+@pytest.fixture(params=GPU_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def gpu_shape(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(params=["float32", "float16", "bfloat16"])
+def gpu_dtype(request: pytest.FixtureRequest) -> Any:
+    import torch
+
+    return getattr(torch, request.param)
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., list[Any]]:
+    """`draw(shape, dtype, count, seed=0)`: random tensors on the GPU."""
+    import torch
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, count: int, seed: int = 0) -> list[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(shape, generator=generator).to("cuda", dtype) for _ in range(count)]
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -123,8 +132,18 @@ TINY_MODULES = ("unet", "unet+pose", "unet+pose+scribble", "control-embedding-po
 EMBEDDED = ["picturebook"]
 
 
-def _build_checkpoint(folder: Path, latent_channels: int = 4, seed: int = 0) -> Path:
-    """A random checkpoint in the diffusers layout: 64x64 pictures, 8x8 latents, ControlNets for pose and scribble."""
+def _build_checkpoint(
+    folder: Path,
+    latent_channels: int = 4,
+    seed: int = 0,
+    unet_channels: tuple[int, int] = (32, 64),
+    vae_channels: tuple[int, ...] = (8, 8, 16, 16),
+) -> Path:
+    """A checkpoint of random weights in the diffusers layout, for latents of 8x8, with ControlNets for pose and scribble.
+
+    Args:
+        vae_channels: of its levels; each but the first halves the size, so four make it a checkpoint for 64x64 pictures.
+    """
     import torch
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -133,7 +152,7 @@ def _build_checkpoint(folder: Path, latent_channels: int = 4, seed: int = 0) -> 
 
     torch.manual_seed(seed)
     tokenizer = embed.make_tokenizer(folder / "tokenizer")
-    width = 32
+    width, groups, levels = max(16, unet_channels[0]), min(8, unet_channels[0] // 2), len(vae_channels)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -148,24 +167,24 @@ def _build_checkpoint(folder: Path, latent_channels: int = 4, seed: int = 0) -> 
         )
     )
     vae: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=vae_channels,
         layers_per_block=1,
         latent_channels=latent_channels,
-        norm_num_groups=8,
-        sample_size=64,
+        norm_num_groups=groups,
+        sample_size=8 * 2 ** (levels - 1),
         scaling_factor=0.9,
     )
     unet: Any = UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(32, 64),
+        block_out_channels=unet_channels,
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=width,
         attention_head_dim=2,
-        norm_num_groups=8,
+        norm_num_groups=groups,
     )
     with torch.no_grad():
         # A fresh network hardly listens to its text and returns little; these make both matter.
@@ -177,7 +196,7 @@ def _build_checkpoint(folder: Path, latent_channels: int = 4, seed: int = 0) -> 
         text_encoder.save_pretrained(folder / "text_encoder")
         embed.new_scheduler().save_pretrained(folder / "scheduler")
         for name in ("pose", "scribble"):
-            net: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+            net: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=vae_channels)
             for zero in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
                 for p in zero.parameters():
                     p.copy_(0.3 * torch.randn_like(p))
@@ -187,7 +206,7 @@ def _build_checkpoint(folder: Path, latent_channels: int = 4, seed: int = 0) -> 
 
 @pytest.fixture(scope="session")
 def build_checkpoint() -> Callable[..., Path]:
-    """`build_checkpoint(folder, latent_channels=4, seed=0)` writes a random checkpoint."""
+    """`build_checkpoint(folder, ...)` writes a checkpoint of random weights, see `_build_checkpoint`."""
     return _build_checkpoint
 
 
@@ -195,6 +214,14 @@ def build_checkpoint() -> Callable[..., Path]:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint; not to be changed, copy it."""
     return _build_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint_cli(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller one, for 32x32 pictures, whose edits take milliseconds; not to be changed, copy it."""
+    return _build_checkpoint(
+        tmp_path_factory.mktemp("tiny") / "checkpoint", unet_channels=(8, 16), vae_channels=(8, 8, 8)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from iedit.runtime.cli.demo import COLUMNS
+import pytest
+
+from iedit.runtime.errors import UsageError
 
 
 def _run(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -17,13 +21,15 @@ def _run(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def test_the_kernel_benchmark_runs_on_a_cpu_and_writes_whole_rows(root: Path, tmp_path: Path) -> None:
+def test_the_kernel_benchmark_runs_on_a_cpu_and_writes_whole_rows(
+    root: Path, tmp_path: Path, bench: Callable[[str], Any]
+) -> None:
     table = tmp_path / "results.csv"
     script = str(root / "bench" / "kernels.py")
     done = _run(root, sys.executable, script, "--quick", "--device", "cpu", "--table", str(table))
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(table.open(newline="")))
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == bench("results").COLUMNS
     found = {(r["name"], r["variant"]) for r in rows}
     assert {
         ("kernels/ito_step clipped k=1", "autograd"),
@@ -72,14 +78,9 @@ def test_the_readme_s_tables_are_what_the_results_say(root: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_tables_keep_the_last_row_of_a_measurement() -> None:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("tables", Path(__file__).parent.parent / "bench" / "tables.py")
-    assert spec and spec.loader
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    base = dict.fromkeys(COLUMNS, "") | {
+def test_tables_keep_the_last_row_of_a_measurement(bench: Callable[[str], Any]) -> None:
+    tables = bench("tables")
+    base = dict.fromkeys(bench("results").COLUMNS, "") | {
         "name": "edit/x",
         "variant": "torch",
         "p20": "1",
@@ -95,3 +96,63 @@ def test_tables_keep_the_last_row_of_a_measurement() -> None:
     rows = [kernel | {"shape": "8x4x64x64"}, kernel | {"shape": "1x4x64x64", "p50": "70"}]
     assert "0.25 ms |" in tables.render(rows) and "70" not in tables.render(rows)
     assert "2.10 ms (1.00 s-3.00 s)" in text and "2.00 s (" not in text and "5.00" not in text
+
+
+# --- rows of results --------------------------------------------------------------------------------------------
+
+
+def test_rows_of_the_demo_are_appended_whole_and_earlier_ones_are_kept(
+    bench: Callable[[str], Any], tiny: Any, tmp_path: Path
+) -> None:
+    from iedit.runtime.backends.eager import TorchBackend
+    from iedit.runtime.editor import Editor
+
+    table, demo, results = tmp_path / "results.csv", bench("demo"), bench("results")
+    figures = [
+        {"name": name, "seconds": {"encode": 0.5, "final": 1.5}, "evaluations": {"encode": 0, "final": 50},
+         "peak_mib": 99.6, "mask_area": 0.25, "size": (32, 32)}
+        for name in ("recolour", "new pose")
+    ]  # fmt: skip
+    results.append_rows(table, demo.rows_of(figures), Editor(tiny, TorchBackend(tiny)))
+    first = table.read_text()
+    results.append_rows(table, demo.rows_of(figures), Editor(tiny, TorchBackend(tiny)))
+    both = table.read_text()
+    assert both.startswith(first) and len(both) > len(first)
+    rows = list(csv.DictReader(both.splitlines()))
+    assert len(rows) == 2 * 2 * 3 and tuple(rows[0]) == results.COLUMNS
+    for row in rows:
+        assert row["name"].startswith("demo/") and row["shape"] == "32x32" and row["dtype"] == "float32"
+        assert None not in row and all(row[c] for c in results.COLUMNS if c not in ("p20", "p80", "commit"))
+    total = next(r for r in rows if r["name"] == "demo/new pose/total")
+    assert (total["p50"], total["evaluations"], total["peak_mib"]) == ("2.0", "50", "100")
+
+
+def test_a_table_of_other_columns_is_left_alone(bench: Callable[[str], Any], tmp_path: Path) -> None:
+    table = tmp_path / "results.csv"
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match="its columns are not those"):
+        bench("results").write_rows(table, [{"name": "new"}])
+    assert table.read_text() == "a,b\n1,2\n"
+
+
+def test_a_table_without_commits_gets_an_empty_one_and_keeps_its_rows(
+    root: Path, tmp_path: Path, bench: Callable[[str], Any]
+) -> None:
+    results = bench("results")
+    table = tmp_path / "results.csv"
+    before = [c for c in results.COLUMNS if c != "commit"]
+    old = {c: f"{c}, quoted" for c in before}
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, before)
+        writer.writeheader()
+        writer.writerow(old)
+    for _ in range(2):
+        results.write_rows(table, [{"name": "new"}])
+    rows = list(csv.DictReader(table.open(newline="")))
+    assert rows[0] == old | {"commit": ""}
+    assert [r["name"] for r in rows[1:]] == ["new", "new"] and rows[1]["date"]
+    assert rows[1]["commit"] == results.commit()
+    if (root / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{7,}\+?", results.commit())
+    shipped = list(csv.DictReader((root / "bench" / "results.csv").open(newline="")))
+    assert shipped and all(tuple(row) == results.COLUMNS and None not in row.values() for row in shipped)

@@ -420,14 +420,14 @@ def test_out_of_memory_with_one_sample_is_exit_code_1(edit: list[str], monkeypat
 
 
 def test_an_interrupt_in_the_last_stage_leaves_nothing(edit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    tell = Profile._tell
+    tell = Profile._report
 
     def interrupt(self: Profile, step: int, steps: int) -> None:
         if self.stage_name == "final" and step == 2:
             raise KeyboardInterrupt
         tell(self, step, steps)
 
-    monkeypatch.setattr(Profile, "_tell", interrupt)
+    monkeypatch.setattr(Profile, "_report", interrupt)
     before = contents(Path())
     result = call(*edit, "--stages", "s.png", "--profile", "p.json")
     assert result.exit_code == 1
@@ -796,7 +796,7 @@ def test_the_group_lists_its_commands_in_the_order_of_a_first_reading() -> None:
     assert "..." not in shown
 
 
-def test_time_left_is_told_in_minutes_when_it_is_long() -> None:
-    from iedit.runtime.cli.main import _time_left
+def testtime_left_is_told_in_minutes_when_it_is_long() -> None:
+    from iedit.runtime.cli.live import time_left
 
-    assert [_time_left(s) for s in (3.4, 119, 121, 3600)] == ["3 s left", "119 s left", "2 min left", "60 min left"]
+    assert [time_left(s) for s in (3.4, 119, 121, 3600)] == ["3 s left", "119 s left", "2 min left", "60 min left"]

@@ -40,7 +40,7 @@ from iedit.runtime.model import model as models
 SEED = int(os.environ.get("IEDIT_HOSTILE_SEED", "20261125"))  # another one is another corpus
 LONGEST = 10.0  # seconds of the processor for a case
 HANG = 60  # seconds on the clock, which other processes may be using too
-COUNTS = {"pictures": 170, "paths": 100, "options": 90, "receipts": 130, "checkpoints": 40, "cache": 40, "engines": 40}
+COUNTS = {"pictures": 200, "paths": 75, "options": 65, "receipts": 150, "checkpoints": 30, "cache": 30, "engines": 30}
 
 WORDS = ["--prompt", "a blue car on grass at noon", "--source-prompt", "a red car on grass at noon", "--steps", "2",
          "--mask-seeds", "1"]  # fmt: skip
@@ -121,7 +121,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint_cli: Path)
 
 def _share_models(patched: pytest.MonkeyPatch, box: Sandbox) -> None:
     """The sound checkpoint is loaded once for all cases; every other one as ever."""
-    from iedit.runtime import editor
+    from iedit.runtime import editor, replay
 
     load, held = models.load_model, {}
 
@@ -135,6 +135,7 @@ def _share_models(patched: pytest.MonkeyPatch, box: Sandbox) -> None:
 
     patched.setattr(models, "load_model", shared)
     patched.setattr(editor, "load_model", shared)
+    patched.setattr(replay, "load_model", shared)
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iedit.kernels.ito_step import EPS, UPDATES, AdamState, ito_gradient, ito_step
+from iedit.kernels.ito_step import EPS, UPDATES, AdamState, ito_gradient, ito_step, ito_step_reference
 
 LAMBDAS = (0.0, 0.6, 1.0)
 MASKS = ("empty", "full", "binary", "soft")
@@ -20,9 +22,9 @@ def latents(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.fl
     return y.to(dtype), x.to(dtype), g.to(dtype)
 
 
-def mask_of(kind: str, shape: tuple[int, ...]) -> Tensor:
+def mask_of(name: str, shape: tuple[int, ...]) -> Tensor:
     soft = torch.rand(shape[0], 1, *shape[2:], generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return {"empty": soft * 0, "full": soft * 0 + 1, "binary": (soft > 0.5).double(), "soft": soft}[kind]
+    return {"empty": soft * 0, "full": soft * 0 + 1, "binary": (soft > 0.5).double(), "soft": soft}[name]
 
 
 def loss(y: Tensor, x: Tensor, g: Tensor | None, mask: Tensor, lam: float, kept_area: bool = False) -> Tensor:
@@ -264,11 +266,47 @@ def test_shape_errors_name_the_tensor_what_came_and_what_was_wanted() -> None:
         ito_step(y, x, g, mask, lam, state=AdamState(torch.zeros_like(y), torch.zeros_like(y)))
 
 
-def test_the_definition_may_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = torch.Generator().manual_seed(3)
-    y, x, g = torch.randn(3, 2, 4, 9, 7, generator=rng)
-    mask, lam = torch.rand(2, 1, 9, 7, generator=rng), torch.tensor([0.0, 0.6])
-    exact = ito_gradient(y.double(), x.double(), g.double(), mask.double(), lam.double())
-    monkeypatch.setenv("IEDIT_KERNELS", "compiled")
-    got = ito_gradient(y, x, g, mask, lam)
-    assert (got.double() - exact).abs().max() < 1e-6 * exact.abs().max()
+@pytest.mark.parametrize("update", UPDATES)
+def test_on_a_cpu_the_operation_is_its_reference(update: str) -> None:
+    y, x, g = latents((2, 4, 8, 8), dtype=torch.float32)
+    mask, lam = mask_of("soft", y.shape).float(), torch.full((2,), 0.6)
+    assert torch.equal(
+        ito_step(y, x, g, mask, lam, update=update, k=2), ito_step_reference(y, x, g, mask, lam, update=update, k=2)
+    )
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("k", [1, 3, 30])
+@pytest.mark.parametrize("mask_kind", ["empty", "full", "soft"])
+def test_the_kernel_rounds_float64_once_on_a_gpu(
+    gpu_shape: tuple[int, ...], gpu_dtype: torch.dtype, mask_kind: str, k: int, update: str, poisoned: None,
+    draw: Callable[..., list[Tensor]], assert_rounded_once: Callable[..., None],
+) -> None:  # fmt: skip
+    shape = gpu_shape
+    y, x, g = draw(shape, gpu_dtype, 3)
+    y[-1], g[-1] = 0, 0  # no direction
+    soft = torch.rand(shape[0], 1, *shape[2:], device="cuda")
+    mask = {"empty": soft * 0, "full": soft * 0 + 1, "soft": soft}[mask_kind]
+    lam = torch.tensor([0.0, 1.0, 0.6], device="cuda")[-shape[0] :]
+    for guide, kept in ((g, False), (g, True), (None, False)):
+        wide = [None if t is None else t.double() for t in (y, x, guide, mask, lam)]
+        exact = ito_step_reference(*wide, update=update, k=k, kept_area=kept)  # type: ignore[arg-type]
+        assert_rounded_once(ito_step(y, x, guide, mask, lam, update=update, k=k, kept_area=kept), exact)
+
+
+@pytest.mark.gpu
+def test_the_kernel_carries_a_state_on_a_gpu(draw: Callable[..., list[Tensor]], poisoned: None) -> None:
+    y, x, g = draw((2, 4, 16, 16), torch.float32, 3)
+    mask, lam = torch.rand(2, 1, 16, 16, device="cuda"), torch.full((2,), 0.6, device="cuda")
+    state = AdamState(torch.zeros_like(y), torch.zeros_like(y))
+    twice = y
+    for _ in range(2):
+        twice = ito_step(twice, x, g, mask, lam, update="adam", k=2, state=state)
+    exact = ito_step_reference(*(t.double() for t in (y, x, g, mask, lam)), update="adam", k=4)
+    assert state.steps == 4
+    # The state and the latent were rounded to float32 in between: most values do not notice, a cancelled gradient does.
+    assert ((twice.double() - exact).abs() < 1e-5).double().mean() > 0.99

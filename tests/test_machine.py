@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from iedit.runtime import machine
-from iedit.runtime.cli import main as cli
+from iedit.runtime.cli import info
 from iedit.runtime.cli.main import main
 from iedit.runtime.model.model import load_model
 
@@ -81,7 +81,7 @@ def test_info_and_profile_say_how_many_threads_and_why(
     from PIL import Image
 
     monkeypatch.setattr(
-        cli, "_use_threads", lambda: machine.ThreadChoice(1, "of 2 processors 1.0 are busy with other work")
+        info, "use_threads", lambda: machine.ThreadChoice(1, "of 2 processors 1.0 are busy with other work")
     )
     model = ["--model", str(tiny_checkpoint_cli)]
     found = json.loads(CliRunner().invoke(main, ["info", "--json", *model]).stdout)
@@ -94,9 +94,9 @@ def test_info_and_profile_say_how_many_threads_and_why(
 
 STUCK = """
 import numpy, sys
-from iedit.runtime.cli.main import _live
+from iedit.runtime.cli.live import live_progress
 a = numpy.ones((9000, 9000))
-with _live("x"):
+with live_progress("x"):
     print("ready", flush=True)
     for _ in range(20):
         a @ a  # many seconds in one operation, which no signal interrupts
@@ -123,9 +123,9 @@ def test_ctrl_c_ends_a_command_that_is_inside_one_long_operation(root: Path, tim
 def test_a_block_that_is_left_in_time_is_not_ended(root: Path) -> None:
     code = """
 import time
-from iedit.runtime.cli.main import _prompt_interrupts
+from iedit.runtime.cli.live import prompt_interrupts
 try:
-    with _prompt_interrupts(0.2):
+    with prompt_interrupts(0.2):
         print("ready", flush=True)
         time.sleep(30)
 except KeyboardInterrupt:

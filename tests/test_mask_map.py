@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from iedit.kernels.mask_map import difference, gaussian_blur, mask_map, normalise
+from iedit.kernels.mask_map import (
+    difference,
+    difference_reference,
+    gaussian_blur,
+    mask_map,
+    mask_map_reference,
+    normalise,
+)
 
 Float = NDArray[np.float64]
 
@@ -135,3 +145,32 @@ def test_scale_does_not_matter() -> None:
 def test_unknown_normaliser_is_refused() -> None:
     with pytest.raises(ValueError, match="norm is 'max', expected minmax or clamp"):
         mask_map(torch.zeros(1, 1, 8, 8), sigma=1, norm="max", threshold=0.1)
+
+
+def test_on_a_cpu_the_operations_are_their_references() -> None:
+    edited, source = predictions()
+    heat = difference(edited, source)
+    assert torch.equal(heat, difference_reference(edited, source))
+    settings: dict[str, Any] = {"sigma": 1.0, "norm": "minmax", "threshold": 0.3}
+    assert torch.equal(mask_map(heat, **settings), mask_map_reference(heat, **settings))
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 3, 4, 17, 11), (1, 10, 4, 64, 64)])
+def test_the_kernels_round_float64_once_on_a_gpu(
+    shape: tuple[int, ...], gpu_dtype: torch.dtype, poisoned: None,
+    draw: Callable[..., list[Tensor]], assert_rounded_once: Callable[..., None],
+) -> None:  # fmt: skip
+    a, b = draw(shape, gpu_dtype, 2, seed=2)
+    heat = difference(a, b)
+    assert_rounded_once(heat, (a.double() - b.double()).abs().mean((1, 2))[:, None])
+    for norm, threshold in (("minmax", 0.5), ("clamp", 1 / 3)):
+        for sigma in (0.0, 1.0):
+            got = mask_map(heat, sigma=sigma, norm=norm, threshold=threshold)
+            share = normalise(gaussian_blur(heat.double(), sigma), norm)
+            clear = (share - threshold).abs() > 1e-5  # a cell on the threshold may fall either way
+            assert torch.equal(got[clear], (share > threshold).float()[clear])
+            assert set(got.unique().tolist()) <= {0.0, 1.0}

@@ -34,8 +34,8 @@ class Choice(click.Choice[str]):
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            told = f"{error.message.rstrip('.')}.{suggestion(str(value), self.choices)}"
-            raise click.BadParameter(told, ctx=ctx, param=param) from None
+            message = f"{error.message.rstrip('.')}.{suggestion(str(value), self.choices)}"
+            raise click.BadParameter(message, ctx=ctx, param=param) from None
 
 
 class Grouped(click.Command):

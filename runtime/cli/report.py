@@ -42,13 +42,13 @@ def tables(profile: Profile, launches: dict[str, int] | None = None) -> list[Any
         )
         modules.add_row(row["module"], row["backend"], str(row["calls"]), str(row["samples"]), f"{row['seconds']:.4f}",
                         f"{1e3 * warm / samples:.2f}" if samples else "", str(row["cold_calls"]), f"{row['cold_seconds']:.4f}")  # fmt: skip
-    found = [stages, modules]
+    shown = [stages, modules]
     if profile.fallbacks:
         down = Table("module", "backend", "why not", title="steps down")
         for (module, backend), why in profile.fallbacks.items():
             down.add_row(module, backend, escape(printable("; ".join(why))))  # [gpu] is no markup
-        found.append(down)
-    return found
+        shown.append(down)
+    return shown
 
 
 def trace(profile: Profile) -> dict[str, Any]:
@@ -80,14 +80,14 @@ def trace(profile: Profile) -> dict[str, Any]:
 
 def spans(profile: Profile) -> list[tuple[str, float, float]]:
     """(stage, start, end) on the host's clock, in order; stages that run together are one."""
-    found: list[tuple[str, float, float]] = []
+    stages: list[tuple[str, float, float]] = []
     for step in profile.steps:
         end = step.start + max(0.0, step.seconds)
-        if found and found[-1][0] == step.stage:
-            found[-1] = (step.stage, found[-1][1], end)
+        if stages and stages[-1][0] == step.stage:
+            stages[-1] = (step.stage, stages[-1][1], end)
         else:
-            found.append((step.stage, step.start, end))
-    return found
+            stages.append((step.stage, step.start, end))
+    return stages
 
 
 def plot(profile: Profile, width: int = 1600) -> Image.Image:
@@ -140,14 +140,14 @@ def count_launches(run: Any) -> dict[str, int]:
     from torch.profiler import ProfilerActivity
 
     cuda = torch.cuda.is_available()
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         run()
-    found: dict[str, int] = {"kernel launches": 0, "graph replays": 0} if cuda else {"operators": 0}
-    for row in seen.key_averages():
+    counts: dict[str, int] = {"kernel launches": 0, "graph replays": 0} if cuda else {"operators": 0}
+    for row in profiler.key_averages():
         if cuda and ("LaunchKernel" in row.key):
-            found["kernel launches"] += row.count
+            counts["kernel launches"] += row.count
         elif cuda and "GraphLaunch" in row.key:
-            found["graph replays"] += row.count
+            counts["graph replays"] += row.count
         elif not cuda and row.key.startswith("aten::") and row.self_cpu_time_total > 0:
-            found["operators"] += row.count
-    return found
+            counts["operators"] += row.count
+    return counts

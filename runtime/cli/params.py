@@ -1,0 +1,281 @@
+"""What several commands share: their options, the request that the options make, and the editor that runs it.
+
+Heavy packages are imported inside the functions: `iedit --help` imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import BACKENDS, METHODS, machine
+from ..errors import UsageError
+from ..model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_SIDE, MIN_SIDE, check_engines
+from ..options import USES, OptionContext, check_uses, used_by
+from .help import Choice
+from .live import quiet_libraries
+
+if TYPE_CHECKING:
+    from ..editor import Editor, EditRequest, Options
+
+_BUSY = machine.BusyMeter()  # from here on, for the seconds until the libraries are loaded
+
+
+class FilePath(click.Path):
+    """A path that is not empty: an unset variable of a shell script is no wish for the default."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the name is empty; name a file, or leave the option out", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Between(click.FloatRange):
+    """click's range of numbers, in which "nan" lies in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return number
+
+
+def pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    paths: dict[str, str] = {}
+    for value in values:
+        name, sign, path = value.partition("=")
+        if not sign or not name or not path:
+            raise click.BadParameter(f"{value!r}: expected NAME=FILE, for example pose=skeleton.png")
+        if name in paths:
+            raise click.BadParameter(f"{name} is given twice")
+        paths[name] = path
+    return paths
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def _apply(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    def wrap(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return wrap
+
+
+def with_users(option: str, text: str) -> str:
+    """An option's help with the methods that use it."""
+    return f"{text} {used_by(option)}"
+
+
+model_options = _apply([
+    click.option("--model", default="picturebook", show_default=True,
+                 help="The embedded model, a diffusers folder, or a hub id (owner/name)."),
+    click.option("--controlnet", multiple=True, callback=pairs, metavar="NAME=FOLDER",
+                 help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
+    click.option("--backend", default="auto", show_default=True, type=Choice(["auto", *BACKENDS]),
+                 help="What runs the networks; auto takes the first that can, per module and size, and says why not the others."),
+    click.option("--engines", type=FilePath(file_okay=False), default=None,
+                 help="Folder of exported engines. Default: the user's cache, by the digest of the model's weights."),
+    click.option("--trust-engines", is_flag=True,
+                 help="Use engines even if every user of this machine may change them; they run with your rights."),
+    click.option("--attention", type=Choice(["sdpa", "xformers"]), default="sdpa", show_default=True,
+                 help="Of the networks that torch runs."),
+    click.option("--channels-last", is_flag=True, help="Memory format that convolutions on a GPU prefer; torch only."),
+    click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one."),
+    click.option("--dtype", default=None, type=Choice(["float32", "float16", "bfloat16"]),
+                 help="Default: float16 on a GPU, float32 on a CPU; a half that a CPU has no arithmetic for becomes float32, with a note."),
+])  # fmt: skip
+
+
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace output files that exist. Inputs are never replaced."
+)
+
+
+request_options = _apply([
+    click.option("--prompt", required=True, help="What the edited picture shows."),
+    click.option("--source-prompt", default="", help="What the picture shows now; sharpens mask and inversion."),
+    click.option("--layout", multiple=True, callback=pairs, metavar="NAME=FILE",
+                 help="Pose, scribble, edge or line map of the edited picture; repeat for several at once."),
+    click.option("--source-layout", multiple=True, callback=pairs, metavar="NAME=FILE",
+                 help="The same for the picture as it is; edge, line and scribble are annotated if not given."),
+    click.option("--method", default="ito", show_default=True, type=Choice(METHODS), help="How to edit."),
+    click.option("--steps", default=None, type=click.IntRange(1, 1000),
+                 help="Sampling steps. Default: 50 for iedit, 25 for the other methods."),
+    click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
+    click.option("--guidance-scale", type=Between(0, MAX_GUIDANCE), default=None,
+                 help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5."),
+    click.option("--negative-prompt", default="", help=with_users("--negative-prompt", "Text of the unconditional half.")),
+    click.option("--control-scale", type=Between(0, MAX_CONTROL), default=1.0, show_default=True, help=with_users("--control-scale", "Weight of the layouts.")),
+    click.option("--resize", type=click.IntRange(MIN_SIDE, MAX_SIDE), default=None, metavar="N",
+                 help="Work on a larger picture with its longer side at N pixels, and paste the edit back at full size."),
+    click.option("--mask-mode", type=Choice(["single", "trajectory", "none"]), default="single", show_default=True,
+                 help=with_users("--mask-mode", "How the mask is estimated: one evaluation per seed, whole trajectories, or not at all.")),
+    click.option("--mask-threshold", type=Between(0, 1), default=None,
+                 help=with_users("--mask-threshold", "Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1.")),
+    click.option("--mask-strength", type=Between(0, 1, min_open=True), default=None,
+                 help=with_users("--mask-strength", "Noise that the mask is estimated at, as a share of the steps. Default: the checkpoint's, else 0.5.")),
+    click.option("--mask-seeds", type=click.IntRange(1, 1000), default=10, show_default=True,
+                 help=with_users("--mask-seeds", "Noises that the mask is averaged over.")),
+])  # fmt: skip
+
+
+def check_given(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> None:
+    """Refuse what was given on the command line, at whatever value, and would not be used."""
+    source, context = click.core.ParameterSource, click.get_current_context()
+    given = {
+        name
+        for parameter in context.command.params
+        if context.get_parameter_source(str(parameter.name)) not in (source.DEFAULT, source.DEFAULT_MAP, None)
+        for name in parameter.opts
+    }
+    check_uses(option_context(values, lambdas), [use for use in USES if use.option in given])
+
+
+def option_context(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> OptionContext:
+    return OptionContext(
+        values["method"],
+        lambdas=tuple(lambdas),
+        mask_given=bool(values.get("mask")),
+        mask_mode=values["mask_mode"],
+        layouts=bool(values["layout"]),
+        composite=values.get("composite", "none"),
+        refine=values.get("refine", False),
+        guidance_scale=values["guidance_scale"],
+    )
+
+
+# --- a request and the editor that runs it ----------------------------------------------------------------------------
+
+
+def make_options(values: dict[str, Any], lam: float = 0.6) -> Options:
+    from ..options import ItoSettings, MaskOptions, Options
+
+    phase = ItoSettings(t_u=values.get("t_u"), k=values.get("k", 1), update=values.get("update", "clipped"))
+    return Options(
+        lam=lam,
+        guidance_scale=values["guidance_scale"],
+        negative_prompt=values["negative_prompt"],
+        control_scale=values["control_scale"],
+        ratio=values.get("ratio"),
+        mask=MaskOptions(
+            mode=values["mask_mode"],
+            seeds=values["mask_seeds"],
+            strength=values["mask_strength"],
+            threshold=values["mask_threshold"],
+        ),
+        guidance=phase,
+        final=phase,
+        refine=values.get("refine", False),
+        composite=values.get("composite", "none"),
+        resize=values["resize"],
+    )
+
+
+def files_read(image: str, values: dict[str, Any]) -> list[str]:
+    """Every file and folder that a request is read from."""
+    named = [image, values.get("mask"), *values["layout"].values(), *values["source_layout"].values()]
+    return [n for n in (*named, values["model"], values["engines"], *values["controlnet"].values()) if n]
+
+
+def read_inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The files of a request, read before the slow imports so that what is wrong with them, or with the model, is said at once."""
+    from ..images import load_image, load_layout, load_mask, mask_coverage
+
+    check_engines(values["engines"])
+    if not values["prompt"].strip():
+        raise UsageError("the prompt is empty: say what the edited picture shows")
+    picture = load_image(image)
+    inputs: dict[str, Any] = {
+        "image": picture,
+        "layouts": {n: load_layout(p) for n, p in values["layout"].items()},
+        "source_layouts": {n: load_layout(p) for n, p in values["source_layout"].items()},
+        "mask": None,
+    }
+    if values.get("mask"):
+        inputs["mask"] = load_mask(values["mask"], picture.size)
+        covered = mask_coverage(inputs["mask"])
+        if covered == 0:
+            raise UsageError(f"{values['mask']}: the mask is empty, nothing could change; paint what to edit in white")
+        if covered == 1:
+            raise UsageError(
+                f"{values['mask']}: the mask covers everything, nothing is kept; leave --mask out to have one estimated, or "
+                "repaint the whole picture with --method sdedit"
+            )
+    _check_layouts(inputs, values)
+    return inputs
+
+
+def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
+    """What is wrong with the layouts or with the model's files, from its configs alone."""
+    from ..images import fit
+    from ..layouts import check_annotator, check_layout
+    from ..model.checkpoint import check_layouts, check_side, find_checkpoint
+
+    maps, source_maps = inputs["layouts"], inputs["source_layouts"]
+    if values["method"].startswith("controlnet") and not maps:
+        raise UsageError(f"method {values['method']} needs at least one layout (--layout pose=FILE)")
+    checkpoint = find_checkpoint(values["model"], values["controlnet"] or None)
+    check_layouts(values["model"], checkpoint.controlnets, [*maps, *source_maps])
+    image, longest = inputs["image"], values["resize"]
+    check_side(
+        image.size if longest is None or max(image.size) <= longest else fit(image, longest).size,
+        checkpoint.side,
+        values["model"],
+    )
+    for name, picture in [*maps.items(), *source_maps.items()]:
+        check_layout(picture, name, inputs["image"].size)
+    for name in maps:
+        if option_context(values).estimates_mask and name not in source_maps:
+            check_annotator(name)
+
+
+def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, options: Options) -> EditRequest:
+    from ..editor import EditRequest
+
+    return EditRequest(
+        **inputs,
+        prompt=values["prompt"],
+        source_prompt=values["source_prompt"],
+        method=values["method"],
+        seed=seed,
+        steps=values["steps"],
+        options=options,
+    )
+
+
+def load_editor(values: dict[str, Any], cache: str | None = None) -> Editor:
+    quiet_libraries()
+    from ..editor import Editor
+    from ..stage_cache import StageCache
+
+    use_threads()
+    return Editor.load(
+        values["model"],
+        layouts=values["controlnet"] or None,
+        backend=values["backend"],
+        device=values["device"],
+        dtype=values["dtype"],
+        cache=StageCache(folder=Path(cache)) if cache else None,
+        engines=values["engines"],
+        attention=values["attention"],
+        channels_last=values["channels_last"],
+        trust_engines=values["trust_engines"],
+    )
+
+
+@functools.cache
+def use_threads() -> machine.ThreadChoice:
+    """Compute with the threads that suit this moment; decided once."""
+    import torch
+
+    choice = machine.choose_threads(_BUSY, torch.get_num_threads())
+    torch.set_num_threads(choice.threads)
+    return choice
