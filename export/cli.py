@@ -53,12 +53,6 @@ def _line(what: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(text)
 
 
-def _quiet_libraries() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
 @click.group()
 def export() -> None:
     """Write a model's networks as engines that run faster than eager torch, and check that they say the same.
@@ -104,7 +98,6 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
     from .onnx import ExportProgress, check_export, default_shapes, export_onnx
 
     check_export(precision, int(opset))
-    _quiet_libraries()
     from ..runtime.backends.engine_spec import engines_folder
     from ..runtime.model.model import load_model
 
@@ -183,7 +176,6 @@ def verify(model: str, edits: int, as_json: bool, out: Path | None, device: str 
     from ..runtime.backends import check_backend
 
     check_backend("onnx")
-    _quiet_libraries()
     from ..runtime.backends.engine_spec import engines_folder
     from ..runtime.model.model import load_model
     from .verify import verify_onnx

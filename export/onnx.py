@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from ..runtime.backends.base import missing
 from ..runtime.backends.engine_spec import PRECISIONS, EngineSpec, Shapes
 from ..runtime.backends.torch_modules import AsIs, decode_latent, encode_image, runnable, summed_residuals
-from ..runtime.errors import RunError, UsageError
+from ..runtime.errors import RunError, UsageError, first_line
 from ..runtime.model import module_io
-from ..runtime.model.checkpoint import first_line
 from ..runtime.model.model import Model
 from ..runtime.model.module_io import CONTROL_EMBEDDING_PREFIX, CONTROLNET_PREFIX
 from .build_folder import build_once

@@ -67,9 +67,12 @@ class CompileBackend(TorchModules):
         self._compiled: dict[str, Callable[..., Tensor]] = {}
 
     def _function(self, module: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`function` compiled, the first that came for the module."""
+        """`function` by Inductor, the first that came for the module: compiled as a whole or an error, never half of it in eager."""
         if module not in self._compiled:
-            self._compiled[module] = compiled(function)
+            options: dict[str, Any] = {
+                "freezing": True
+            }  # weights are constants: repacked for the kernels that read them
+            self._compiled[module] = torch.compile(function, fullgraph=True, dynamic=True, options=options)
         return self._compiled[module]
 
     def _call(
@@ -159,9 +162,3 @@ def _controls(prepared: PreparedCondition) -> tuple[list[Tensor], list[Tensor]]:
     """The control embeddings and the scales of a condition, as the compiled function takes them."""
     names = _names(prepared.condition)
     return [prepared.control_embeddings[name] for name in names], [prepared.scales[name] for name in names]
-
-
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` by Inductor: whole or an error, never half of it in eager."""
-    options: dict[str, Any] = {"freezing": True}  # weights are constants: repacked for the kernels that read them
-    return torch.compile(function, fullgraph=True, dynamic=True, options=options)

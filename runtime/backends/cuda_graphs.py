@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RunError
+from ..errors import RunError, first_line
 from ..profile import current
 
 
@@ -32,11 +32,6 @@ def capture(run: Callable[[], None], device: torch.device, pool: Any = None) -> 
     with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
     return lambda: graph.replay()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a CUDA error says what is wrong; the others are advice to developers."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def tensors_of(tree: Any) -> Iterator[Tensor]:
@@ -189,7 +184,7 @@ class CudaGraphCache:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, RunError) as error:
-            self.failed = first_line(error)
+            self.failed = first_line(error, 200)
             return None
         return _Recording(function, buffers, [None] * len(buffers), replay, outputs)
 
