@@ -71,6 +71,18 @@ def test_one_compilation_serves_every_batch_prompt_timestep_and_scale(smallest: 
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_many_shapes_may_be_compiled_in_one_process(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo gives up on a function after 8 compilations if nobody says otherwise. Traced only, and anew for every shape."""
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, fullgraph, **_: compile_(f, fullgraph=fullgraph, dynamic=False, backend="eager")
+    )
+    backend, eager = CompileBackend(tiny), TorchBackend(tiny)
+    for batch in range(1, 13):
+        ids = torch.randint(0, 50, (batch, 8))
+        assert torch.equal(backend.encode_tokens(ids), eager.encode_tokens(ids))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's kernels are Triton's")
 def test_without_a_compiler_it_says_so(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")

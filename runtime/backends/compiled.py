@@ -67,12 +67,9 @@ class CompileBackend(TorchModules):
         self._compiled: dict[str, Callable[..., Tensor]] = {}
 
     def _function(self, module: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`function` by Inductor, the first that came for the module: compiled as a whole or an error, never half of it in eager."""
+        """`function` compiled, the first that came for the module."""
         if module not in self._compiled:
-            options: dict[str, Any] = {
-                "freezing": True
-            }  # weights are constants: repacked for the kernels that read them
-            self._compiled[module] = torch.compile(function, fullgraph=True, dynamic=True, options=options)
+            self._compiled[module] = compiled(function)
         return self._compiled[module]
 
     def _call(
@@ -162,3 +159,21 @@ def _controls(prepared: PreparedCondition) -> tuple[list[Tensor], list[Tensor]]:
     """The control embeddings and the scales of a condition, as the compiled function takes them."""
     names = _names(prepared.condition)
     return [prepared.control_embeddings[name] for name in names], [prepared.scales[name] for name in names]
+
+
+# How often Dynamo may compile one function again before it gives up. All modules share the code of `fused`, and a process may edit many
+# sizes, batches and layouts; the defaults, 8 and 256, were reached by the tests of one checkpoint.
+_LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` by Inductor: whole or an error, never half of it in eager."""
+    # freezing: weights are constants, repacked for the kernels that read them.
+    made = torch.compile(function, fullgraph=True, dynamic=True, options={"freezing": True})
+
+    def call(*inputs: Any) -> Tensor:
+        with torch._dynamo.config.patch(_LIMITS):  # 10 microseconds
+            output: Tensor = made(*inputs)
+        return output
+
+    return call
