@@ -58,8 +58,8 @@ class ExportProgress:
     """What `export_onnx` tells while it works.
 
     Attributes:
-        module: what it is about.
-        seconds: since the module was begun.
+        module: name of the module that is worked on.
+        seconds: since work on the module began.
         text: waiting, exporting, kept (there was a valid engine), done, or a warning.
         done: the module is finished.
     """
@@ -74,8 +74,8 @@ Tell = Callable[[ExportProgress], None]
 
 
 def module_names(model: Model, layouts: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The modules an edit needs: the UNet alone, with each layout, with all of `layouts` together; the embedding of each
-    layout; the VAE's halves, the text.
+    """The modules that an edit needs: the UNet alone, with each layout, and with all of `layouts` together; the control embedding of each
+    layout; the VAE's two halves and the text encoder.
 
     Args:
         layouts: names of ControlNets; None is each that the model has, alone. Several that are named are also fused
@@ -237,8 +237,9 @@ class _LayerNorm32(nn.LayerNorm):
 
 
 def with_islands(part: Any, dtype: torch.dtype) -> Any:
-    """`part`, which is changed, in `dtype` with norms in float32 (softmax is done in the graph)."""
-    nn.Module.to(part, dtype)  # diffusers' own warns of parts it would keep in float32, and names none
+    """`part` itself, changed to `dtype` with its norms in float32; softmax follows in the graph (`_float32_softmax`)."""
+    # Not diffusers' own `to`, which warns of modules that it would keep in float32 even where there are none.
+    nn.Module.to(part, dtype)
     if dtype == torch.float32:
         return part
     for module in part.modules():
@@ -253,7 +254,7 @@ def with_islands(part: Any, dtype: torch.dtype) -> Any:
 
 
 def _float32_softmax(graph: Any) -> None:
-    """Softmax in float32: casts around the operator, and the attribute of Attention that says the same."""
+    """Compute softmax in float32: with casts around the operator, or by the attribute of Attention that says so. In place."""
     from onnx import TensorProto, helper
 
     nodes = []
@@ -297,7 +298,11 @@ def _quiet() -> Iterator[None]:
 
 
 def write_graph(of: Function, folder: Path, opset: int) -> Any:
-    """Trace, save `model.onnx` and its weights into `folder`, check; returns the graph, a ModelProto without weights."""
+    """Trace a function and write `model.onnx` and its weights into `folder`; returns the graph, a ModelProto without weights.
+
+    Raises:
+        RunError: the exporter fixed a dimension that must be free.
+    """
     import onnx
 
     dynamic = tuple({i: d for i, d in enumerate(of.dims[name]) if isinstance(d, str)} for name in of.inputs)
