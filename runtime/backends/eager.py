@@ -67,20 +67,20 @@ class TorchBackend(TorchModules):
             self.current.prepared = None
 
     def _predict(self, x: Tensor, t: Tensor, prepared: PreparedCondition) -> Tensor:
-        text = prepared.prompt_embeds
+        prompt_embeds = prepared.prompt_embeds
 
         def residuals() -> Iterator[Any]:
             for c in prepared.condition.controls:
                 embedding = prepared.control_embeddings[c.name]
                 with module_call(CONTROLNET_PREFIX + c.name, self.name, len(x), device=x.device):
                     outputs = self.controlnets[c.name](
-                        x, t, text, controlnet_cond=embedding, conditioning_scale=c.scale, return_dict=False
+                        x, t, prompt_embeds, controlnet_cond=embedding, conditioning_scale=c.scale, return_dict=False
                     )
                 yield outputs
 
         added = summed_residuals(residuals())
         with module_call("unet", self.name, len(x), device=x.device):
-            output: Tensor = self.unet(x, t, text, return_dict=False, **added)[0].float()
+            output: Tensor = self.unet(x, t, prompt_embeds, return_dict=False, **added)[0].float()
         return output
 
     @torch.no_grad()

@@ -213,9 +213,9 @@ class TorchModules:
 
     def _prepare(self, condition: Condition) -> PreparedCondition:
         embeddings = {c.name: self.control_embedding(c.name, c.image) for c in condition.controls}
-        text = condition.prompt_embeds.to(self.dtype)
-        scales = {c.name: torch.tensor(c.scale, dtype=text.dtype, device=text.device) for c in condition.controls}
-        return PreparedCondition(condition, text, embeddings, scales)
+        prompt_embeds = condition.prompt_embeds.to(self.dtype)
+        scales = {c.name: prompt_embeds.new_tensor(c.scale) for c in condition.controls}
+        return PreparedCondition(condition, prompt_embeds, embeddings, scales)
 
     @torch.no_grad()
     def control_embedding(self, name: str, images: Tensor) -> Tensor:
