@@ -366,7 +366,7 @@ def grouped_otherwise(editor: RealEditor, kind: str, count: int, steps: int, alo
     calls, from what the batch left in the cache (so the final pass runs one by one), and the first `alone` one by one from
     the beginning."""
     asked = [truth.edit_request(c, truth.METHODS["ito"], 7, steps) for c in truth.edit_cases(kind, count, seed=31337)]
-    if kind in truth.LAYOUT_KINDS and steps == WORLD_STEPS:  # ten seeds under ControlNets are most of a short edit
+    if steps == WORLD_STEPS:  # ten seeds of the mask are most of a short edit
         asked = [dataclasses.replace(a, options=Options(mask=MaskOptions(seeds=3))) for a in asked]
     cache = StageCache()
 
