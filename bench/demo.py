@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, default=Path("demo/edits.png"))
     parser.add_argument("--table", type=Path, default=Path(__file__).parent / "results.csv")
     options = parser.parse_args()
-    editor = Editor.load()
+    editor = Editor.load(backend="torch")
     rows = rows_of(run_demo(options.sheet, editor=editor))
     append_rows(options.table, rows, editor)
     print(f"{options.table}: {len(rows)} rows added")

@@ -16,10 +16,10 @@ Row = dict[str, str]
 
 def latest(rows: list[Row]) -> list[Row]:
     """The last row of each measurement, in the order in which they first came."""
-    found: dict[tuple[str, ...], Row] = {}
+    last: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        found[tuple(row[k] for k in ("name", "variant", "shape", "dtype", "device"))] = row
-    return list(found.values())
+        last[tuple(row[k] for k in ("name", "variant", "shape", "dtype", "device"))] = row
+    return list(last.values())
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:

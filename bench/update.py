@@ -29,7 +29,7 @@ COLOURS = {"adam": (200, 60, 40), "clipped": (30, 100, 190)}
 
 def final_passes(editor: Editor, request: EditRequest) -> list[float]:
     """Mean |y - x| over the kept area at every level that the final pass reaches."""
-    found: list[float] = []
+    distances: list[float] = []
 
     def watched(y: Tensor, path: Any, *args: Any, **more: Any) -> Generator[Any, Tensor, Tensor]:
         sampler = ito_pass(y, path, *args, **more)
@@ -39,7 +39,7 @@ def final_passes(editor: Editor, request: EditRequest) -> list[float]:
         step = next(sampler)
         while True:
             latent = yield step
-            found.append(float((latent - source.at(step.to))[keep].abs().mean()))
+            distances.append(float((latent - source.at(step.to))[keep].abs().mean()))
             try:
                 step = sampler.send(latent)
             except StopIteration as stop:
@@ -50,7 +50,7 @@ def final_passes(editor: Editor, request: EditRequest) -> list[float]:
         editor.edit(request)
     finally:
         pipeline.ito_pass = held
-    return found
+    return distances
 
 
 def plot(curves: dict[str, np.ndarray], updates: int) -> Image.Image:

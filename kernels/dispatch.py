@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 VARIABLE = "IEDIT_KERNELS"
@@ -43,17 +44,13 @@ def why_not_triton(*tensors: Tensor | None) -> list[str]:
     return reasons
 
 
-def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not interpreted()
-
-
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's CUDA device the current one: Triton launches on the current device, whatever its arguments lie on,
-    and a kernel on another device reads memory that is not its own. Every launch stands inside it; on a CPU it does nothing."""
+    """Makes the tensor's CUDA device the current one. Every launch stands inside it; on a CPU it does nothing.
+
+    Triton launches on the current device, whatever its arguments lie on, and a kernel on another device reads memory that is not its own.
+    """
     if tensor.device.type != "cuda":
         return contextlib.nullcontext()
-    import torch
-
     return torch.cuda.device(tensor.device)
 
 
@@ -67,7 +64,8 @@ def use_triton(operation: str, *tensors: Tensor | None) -> bool:
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted not in CHOICES:
         raise ValueError(f"{VARIABLE} is {wanted!r}, expected one of {', '.join(CHOICES)}")
-    if wanted == "reference" or (wanted == "auto" and tensors[0] is not None and _on_cpu(tensors[0])):
+    on_cpu = tensors[0] is not None and tensors[0].device.type == "cpu" and not interpreted()
+    if wanted == "reference" or (wanted == "auto" and on_cpu):
         return False
     reasons = why_not_triton(*tensors)
     if wanted == "triton" and reasons:

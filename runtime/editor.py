@@ -233,8 +233,8 @@ class Editor:
                 # Copies: what the caller does with them must not reach the cache.
                 latent, source = (r.results[s].cpu().clone() for s in (stage, "encode"))
                 guidance = r.results["guidance"].cpu().clone() if "guidance" in r.results else None
-                receipt = receipts.of_edit(r, mask, self.model, self.backend, self.share, profile, self.folders)
-                draw = partial(self._draw, size=r.size)
+                receipt = receipts.of_edit(r, mask, profile, self.model, self.backend, self.share)
+                receipt, draw = receipts.without_paths(receipt, *self.folders), partial(self._draw, size=r.size)
                 results.append(EditResult(image, mask, guidance, latent, source, profile, receipt, draw))
         return results
 

@@ -35,7 +35,7 @@ MAX_TEXT = 10_000  # characters of a string without a bound of its own
 MAX_ENTRIES = 10_000  # of a list or an object
 
 
-# --- reading and writing ----------------------------------------------------------------------------------------
+# --- reading and writing ------------------------------------------------------------------------------------------
 
 
 def check_regular(path: str | os.PathLike[str], expected: str = "a file") -> None:
@@ -53,7 +53,7 @@ def check_regular(path: str | os.PathLike[str], expected: str = "a file") -> Non
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be opened ({_reason(error)}); check the path") from None
     if not stat.S_ISREG(mode):
-        raise UsageError(f"{path}: this is {_kind(mode)}, expected {expected}")
+        raise UsageError(f"{path}: this is {_kind_of_file(mode)}, expected {expected}")
 
 
 def check_outputs(
@@ -86,7 +86,7 @@ def check_outputs(
         if not folder.is_dir():
             raise UsageError(f"{target}: the folder {target.parent} does not exist; make it first")
         if mode is not None and not stat.S_ISREG(mode):
-            raise UsageError(f"{target}: this is {_kind(mode)}, expected a file name")
+            raise UsageError(f"{target}: this is {_kind_of_file(mode)}, expected a file name")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError(f"{target}: the folder {target.parent} may not be written to; choose another")
         for source in read:
@@ -118,7 +118,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
             return
         target = Path(os.path.realpath(path))  # through a link: replace what it points at, not the link
         if mode is not None and not stat.S_ISREG(mode):
-            raise UsageError(f"{path}: this is {_kind(mode)}, expected a file name")
+            raise UsageError(f"{path}: this is {_kind_of_file(mode)}, expected a file name")
         if not target.parent.is_dir():
             raise UsageError(f"{path}: the folder {target.parent} does not exist; make it first")
         temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
@@ -156,6 +156,7 @@ def write_outputs(outputs: Mapping[Path, bytes]) -> None:
 
 
 def _write_stream(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write into a pipe or a device, which stays what it is; raises OSError where nobody opens the other end in time."""
     end = time.monotonic() + _READER_WAIT
     while True:
         try:  # not blocking: a pipe without a reader would wait for one without end
@@ -171,7 +172,7 @@ def _write_stream(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def _mode(path: str | os.PathLike[str]) -> int | None:
-    """Of what is there, through links; None where nothing is.
+    """The mode of what a path leads to, through links; None where there is nothing.
 
     Raises:
         UsageError: a name that no file can have: links in a circle, too long, a zero byte.
@@ -187,6 +188,7 @@ def _mode(path: str | os.PathLike[str]) -> int | None:
 
 
 def _is_stream(path: str | os.PathLike[str], mode: int) -> bool:
+    """Whether bytes are written into what is there, in place of replacing it."""
     if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
         return True
     name = os.path.abspath(path)
@@ -207,7 +209,7 @@ def _is_part_of(target: Path, place: str, source: Path) -> bool:
     return False
 
 
-def _kind(mode: int) -> str:
+def _kind_of_file(mode: int) -> str:
     for test, name in ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
                        (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a block device")):  # fmt: skip
         if test(mode):
@@ -219,7 +221,7 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-# --- what others wrote ------------------------------------------------------------------------------------------
+# --- what others wrote --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Match:
-    """A regular expression that the whole text must match, and in words what that is."""
+    """A regular expression that the whole text must match, and what that is in words; for `Annotated[str, Match(...)]`."""
 
     pattern: str
     words: str

@@ -15,16 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import (
-    Image,
-    ImageChops,
-    ImageDraw,
-    ImageFilter,
-    ImageFont,
-    ImageOps,
-    PngImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .errors import RunError, UsageError
 from .files import check_regular, parse_json, write_whole
@@ -42,7 +33,7 @@ _DROPPED = "iedit dropped"  # in a picture's `info`: what was lost when it was r
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
 
-# --- files to pictures ------------------------------------------------------------------------------------------
+# --- files to pictures --------------------------------------------------------------------------------------------
 
 
 def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, background: str = "white") -> Image.Image:
@@ -192,7 +183,7 @@ def _grey8(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
 
 
-# --- pictures and tensors ---------------------------------------------------------------------------------------
+# --- pictures and tensors -----------------------------------------------------------------------------------------
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -256,7 +247,7 @@ def crop_back(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.crop((0, 0, *size))
 
 
-# --- masks ------------------------------------------------------------------------------------------------------
+# --- masks --------------------------------------------------------------------------------------------------------
 
 
 def load_mask(source: str | os.PathLike[str] | Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -328,7 +319,7 @@ def cells_to_mask(cells: Tensor, padded_size: tuple[int, int], size: tuple[int, 
     return crop_back(Image.fromarray(values).resize(padded_size, Image.Resampling.NEAREST), size)
 
 
-# --- an edit put back into its picture --------------------------------------------------------------------------
+# --- an edit put back into its picture ----------------------------------------------------------------------------
 
 
 def paste(source: Image.Image, edited: Image.Image, mask: Image.Image, feather: float) -> Image.Image:
@@ -375,7 +366,7 @@ def paste_enlarged(
     return paste(source, large, mask, feather), mask
 
 
-# --- pictures to files ------------------------------------------------------------------------------------------
+# --- pictures to files --------------------------------------------------------------------------------------------
 
 
 def png_bytes(image: Image.Image, receipt: Mapping[str, Any] | None = None) -> bytes:
@@ -419,7 +410,7 @@ def read_receipt(path: str | os.PathLike[str]) -> dict[str, Any]:
     return receipt
 
 
-# --- contact sheets ---------------------------------------------------------------------------------------------
+# --- contact sheets -----------------------------------------------------------------------------------------------
 
 
 def contact_sheet(
@@ -462,9 +453,7 @@ def contact_sheet(
         y = top + 20 * len(lines)
         for column, ((_, picture), label) in enumerate(zip(row, labels, strict=True)):
             x = gap + column * (cell + gap)
-            scale = cell / max(picture.size)
-            fitted = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            shown = as_rgb(picture).resize(fitted, Image.Resampling.LANCZOS)
+            shown = fit(as_rgb(picture), cell)
             sheet.paste(shown, (x + (cell - shown.width) // 2, y + (cell - shown.height) // 2))
             for i, line in enumerate(label):
                 draw.text((x, y + cell + 4 + 16 * i), line, fill="black", font=small)

@@ -14,8 +14,6 @@ from PIL import Image, ImageDraw, ImageFilter
 from .errors import UsageError
 from .images import as_rgb
 
-LAYOUT_NAMES = ("pose", "scribble", "edge", "line")
-
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 

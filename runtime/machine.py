@@ -24,7 +24,7 @@ _SHORTEST = 0.3  # seconds that a measurement covers at least; a process's start
 _FEATURES = {"bfloat16": ("avx512_bf16", "amx_bf16", "bf16"), "float16": ("avx512_fp16", "amx_fp16")}
 
 
-# --- threads ----------------------------------------------------------------------------------------------------
+# --- threads ------------------------------------------------------------------------------------------------------
 
 
 def processors() -> list[int]:
@@ -95,7 +95,7 @@ def _own_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-# --- dtypes -----------------------------------------------------------------------------------------------------
+# --- dtypes -------------------------------------------------------------------------------------------------------
 
 
 def features() -> Mapping[str, Any]:

@@ -180,7 +180,7 @@ class Options:
                 )
 
 
-# --- which method uses which option -----------------------------------------------------------------------------
+# --- which method uses which option -------------------------------------------------------------------------------
 
 UNMASKED = ("sdedit", "controlnet")
 ITO = ("ito",)
@@ -218,26 +218,22 @@ class OptionContext:
 
     def lacks(self, need: str) -> str:
         """What is missing for `OptionUse.needs`, as a clause; "" if it is there."""
-        masked = self.mask_given or self.mask_mode != "none"
+        there_is_one, estimated = (
+            self.mask_given or self.mask_mode != "none",
+            not self.mask_given and self.mask_mode != "none",
+        )
+        given, guided = "a mask is given, so none is estimated", self.guidance_scale != 1 or self.inverts_with_negative
+        pasted = self.composite == "pixel" or self.resize
         fulfilled, why = {
             "": (True, ""),
-            "a mask": (masked, "there is no mask with mask mode none; give a mask, or mask mode single"),
-            "a mask to estimate": (
-                not self.mask_given and self.mask_mode != "none",
-                "a mask is given, so none is estimated" if self.mask_given else "mask mode none estimates no mask",
-            ),
-            "no given mask": (not self.mask_given, "a mask is given, so none is estimated"),
+            "a mask": (there_is_one, "there is no mask with mask mode none; give a mask, or mask mode single"),
+            "a mask to estimate": (estimated, given if self.mask_given else "mask mode none estimates no mask"),
+            "no given mask": (not self.mask_given, given),
             "layouts": (self.layouts, "no layout is given (--layout NAME=FILE)"),
-            "guidance": (
-                self.guidance_scale != 1 or self.inverts_with_negative,
-                "guidance scale 1 is without the unconditional half",
-            ),
+            "guidance": (guided, "guidance scale 1 is without the unconditional half"),
             "a guidance image": (min(self.lambdas) < 1, "lambda 1 makes no guidance image"),
             "refinement": (self.refine, "the guidance image is not refined (--refine)"),
-            "the pixel composite or resize": (
-                self.composite == "pixel" or self.resize,
-                "the composite is not pixel, and nothing is resized",
-            ),
+            "the pixel composite or resize": (pasted, "the composite is not pixel, and nothing is resized"),
         }[need]
         return "" if fulfilled else why
 
@@ -330,13 +326,3 @@ def used_by(option: str) -> str:
             clauses += ["not with --mask"] if use.needs == "no given mask" else []
             return f"[{'; '.join(clauses)}]" if clauses else ""
     raise KeyError(option)
-
-
-def uses_table() -> str:
-    """The table of docs/options.md, markdown."""
-    lines = [f"| option | {' | '.join(METHODS)} | needs |", "|---" * (len(METHODS) + 2) + "|"]
-    for use in USES:
-        marks = ["x" if m in use.methods else "" for m in METHODS]
-        name = f"`{use.option}`" if use.option else f"`{use.field}`"
-        lines.append(f"| {name} | {' | '.join(marks)} | {use.needs} |")
-    return "\n".join(lines) + "\n"

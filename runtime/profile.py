@@ -51,20 +51,8 @@ def module_call(
     seconds = time.perf_counter() - began
     if events is not None:
         events[1].record()
-    running.modules.append(
-        ModuleCall(
-            running.label,
-            running.step_number,
-            module,
-            backend,
-            batch,
-            began - running.began,
-            seconds,
-            cold,
-            events,
-            engine,
-        )
-    )
+    start, where = began - running.began, (running.label, running.step_number)
+    running.modules.append(ModuleCall(*where, module, backend, batch, start, seconds, cold, events, engine))
 
 
 @dataclass(frozen=True)
@@ -99,6 +87,8 @@ class ModuleCall:
         start: seconds from the beginning of the profile, on the host.
         host: seconds that the host spent in the call; on a GPU that is the launching only.
         cold: the call compiled, built or warmed up.
+        events: on a GPU the events around the call, by which the device's time is known.
+        engine: digest of the engine that ran it, "" where none did.
     """
 
     stage: str
@@ -215,6 +205,7 @@ class Profile:
         self._report(step, steps)
 
     def _mark(self, stage: str, step: int) -> None:
+        """A step begins, and the one before it ends."""
         self._close()
         self.stage_name, self.step_number = stage, step
         self.steps.append(Step(self.label, step, time.perf_counter() - self.began, -1.0))
@@ -225,6 +216,7 @@ class Profile:
             self.steps[-1].seconds = time.perf_counter() - self.began - self.steps[-1].start
 
     def _report(self, step: int, steps: int) -> None:
+        """Hands the progress to the callback, if there is one; raises Cancelled where that answers False."""
         if self.callback is None:
             return
         done = min(1.0, (self.before + sum(self.evaluations.values())) / self.expected) if self.expected > 0 else 0.0
@@ -245,6 +237,7 @@ class Profile:
         self.calls[last] = self.calls.get(last, 0) + 1
 
     def note(self, text: str) -> None:
+        """Something that the user should know of this run, once."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -255,12 +248,10 @@ class Profile:
     def by_module(self) -> list[dict[str, Any]]:
         """A row for every module and backend: calls, samples, seconds, cold calls and their seconds."""
         rows: dict[tuple[str, str], dict[str, Any]] = {}
+        empty = {"calls": 0, "samples": 0, "seconds": 0.0, "cold_calls": 0, "cold_seconds": 0.0}
         for call in self.modules:
-            row = rows.setdefault(
-                (call.module, call.backend),
-                {"module": call.module, "backend": call.backend, "calls": 0, "samples": 0, "seconds": 0.0,
-                 "cold_calls": 0, "cold_seconds": 0.0},
-            )  # fmt: skip
+            new = {"module": call.module, "backend": call.backend} | empty
+            row = rows.setdefault((call.module, call.backend), new)
             row["calls"] += 1
             row["samples"] += call.batch
             row["seconds"] += call.seconds
@@ -287,16 +278,8 @@ class Profile:
                 for x in self.steps
             ],
             "module_calls": [
-                {
-                    "stage": c.stage,
-                    "step": c.step,
-                    "module": c.module,
-                    "backend": c.backend,
-                    "batch": c.batch,
-                    "start": round(c.start, 6),
-                    "seconds": round(c.seconds, 6),
-                    "cold": c.cold,
-                }
+                {"stage": c.stage, "step": c.step, "module": c.module, "backend": c.backend, "batch": c.batch}
+                | {"start": round(c.start, 6), "seconds": round(c.seconds, 6), "cold": c.cold}
                 for c in self.modules
             ],
             "outside_modules": round(self.outside_modules(), 6),

@@ -209,61 +209,33 @@ def parse(receipt: Mapping[str, Any], name: str) -> Receipt:
 
 
 def of_edit(
-    r: PreparedRequest,
-    mask: Image.Image | None,
-    model: Model,
-    backend: str,
-    share: bool,
-    profile: Profile,
-    folders: list[Path],
+    r: PreparedRequest, mask: Image.Image | None, profile: Profile, model: Model, backend: str, share: bool
 ) -> dict[str, Any]:
-    """The receipt of an edit that has run, JSON-ready, without a path of this machine.
+    """The receipt of an edit that has run, JSON-ready; paths are still in it, see `without_paths`.
 
     Args:
         mask: where the edit was allowed, as a picture.
         backend: by the name that it was asked for.
         share: whether stages shared network calls.
-        folders: whose paths are left out, beside what looks like one.
     """
-    request = r.request
+    q, digests = r.request, lambda maps: {name: picture_digest(picture) for name, picture in maps.items()}
     receipt: dict[str, Any] = {
         "iedit": VERSION,
-        "model": {
-            "name": model.name,
-            "digest": model.digest,
-            "schedule": model.schedule.digest,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        },
-        "request": {
-            "prompt": request.prompt,
-            "source_prompt": request.source_prompt,
-            "method": request.method,
-            "seed": request.seed,
-            "steps": request.steps,
-            "options": dataclasses.asdict(request.options),
-        },
-        "inputs": {
-            "image": picture_digest(request.image),
-            "mask": None if request.mask is None else picture_digest(request.mask),
-            "layouts": {n: picture_digest(p) for n, p in request.layouts.items()},
-            "source_layouts": {n: picture_digest(p) for n, p in request.source_layouts.items()},
-        },
-        "backend": {
-            "name": backend,
-            "device": str(model.device),
-            "threads": torch.get_num_threads(),
-            "share": share,
-            "modules": profile.ran(),
-            "engines": profile.engines(),
-            "fallbacks": profile.fallback_reasons(),
-        },
+        "model": {"name": model.name, "digest": model.digest, "schedule": model.schedule.digest,
+                  "dtype": str(model.dtype).removeprefix("torch.")},
+        "request": {"prompt": q.prompt, "source_prompt": q.source_prompt, "method": q.method, "seed": q.seed,
+                    "steps": q.steps, "options": dataclasses.asdict(q.options)},
+        "inputs": {"image": picture_digest(q.image), "mask": None if q.mask is None else picture_digest(q.mask),
+                   "layouts": digests(q.layouts), "source_layouts": digests(q.source_layouts)},
+        "backend": {"name": backend, "device": str(model.device), "threads": torch.get_num_threads(), "share": share,
+                    "modules": profile.ran(), "engines": profile.engines(), "fallbacks": profile.fallback_reasons()},
         "versions": versions(),
         "mask": None,
         "notes": [*r.notes, *profile.notes],
-    }
+    }  # fmt: skip
     if mask is not None:
         receipt["mask"] = {"area": round(mask_coverage(mask), 6), "estimated": r.given_mask is None}
-    return without_paths(receipt, *folders)
+    return receipt
 
 
 def of_command(

@@ -100,9 +100,13 @@ class PreparedRequest:
     """A checked request with its tensors on the device.
 
     Attributes:
-        size, pixels: of the picture as it is worked on: width and height, and (1, 3, H, W) padded.
+        size: width and height of the picture as it is worked on.
+        pixels: (1, 3, H, W) in [-1, 1], that picture padded to what the model takes; `digest` is of its pixels.
+        maps, source_maps: layout name -> (1, 3, H, W) in [0, 1], of the edited picture and of the source.
+        given_mask: (1, 1, h, w) of 0 and 1, the given mask in latent cells.
         mask_picture: the given mask, at the size of the picture that was given.
-        full: that picture, RGB, where it is worked on smaller (`Options.resize`).
+        full: the picture that was given, RGB, where a smaller one is worked on (`Options.resize`).
+        chunks: pieces of the tokenizer's length that the longest text has.
         results: stage results by stage name.
         keys: their cache keys, of the stages that the cache keeps.
         mask: (1, 1, h, w) in [0, 1], given or estimated; None until then, and where there is none.
@@ -198,14 +202,8 @@ def _with_pictures(request: EditRequest) -> EditRequest:
 
 D = TypeVar("D")
 # Declared type -> what a caller may give for it.
-_ACCEPTED: dict[Any, Any] = {
-    float: numbers.Real,
-    int: numbers.Integral,
-    str: str,
-    bool: (bool, np.bool_),
-    tuple: tuple,
-    type(None): type(None),
-}
+_ACCEPTED: dict[Any, Any] = {float: numbers.Real, int: numbers.Integral, str: str, bool: (bool, np.bool_), tuple: tuple,
+                             type(None): type(None)}  # fmt: skip
 
 
 def _plain(value: D, inside: str) -> D:
@@ -235,7 +233,7 @@ def _plain(value: D, inside: str) -> D:
 
 
 def _unknown_words(model: Model, texts: Iterable[str]) -> list[str]:
-    """A note, where the model says which words it knows and there are others."""
+    """One note that names the words of `texts` that the model says it does not know; none where it says nothing."""
     words = dict.fromkeys(w for text in texts for w in re.findall(r"[^\W_]+", text.lower()))
     unknown = [w for w in words if w not in model.words] if model.words else []
     if not unknown:
@@ -255,23 +253,14 @@ def _settled(model: Model, request: EditRequest, steps: int, context: OptionCont
     return dataclasses.replace(settled, mask=mask, guidance=guidance, final=final)
 
 
-def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] | None = None) -> PreparedRequest:
-    """Everything that can be wrong with a request, before anything is run.
-
-    Args:
-        lambdas: of all requests that are asked for together; by default its own.
-
-    Raises:
-        UsageError: the request cannot be run as asked.
-        TypeError: a field is of another type than declared; it is named.
-    """
-    request = _plain(_with_pictures(request), "")
+def _check_fields(model: Model, request: EditRequest) -> None:
+    """Raises UsageError for what is wrong with a field by itself, or with the model's ControlNets."""
     if request.method not in METHODS:
         raise UsageError(f"method is {request.method!r}, expected one of {', '.join(METHODS)}")
     if not request.prompt.strip():
         raise UsageError("the prompt is empty: say what the edited picture shows")
-    for name, text in (("prompt", request.prompt), ("source prompt", request.source_prompt),
-                       ("negative prompt", request.options.negative_prompt)):  # fmt: skip
+    texts = {"prompt": request.prompt, "source prompt": request.source_prompt}
+    for name, text in (texts | {"negative prompt": request.options.negative_prompt}).items():
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             raise UsageError(f"the {name} holds bytes that are no UTF-8; type it again, or set the terminal to UTF-8")
     if request.method.startswith("controlnet") and not request.layouts:
@@ -281,16 +270,30 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         if name not in model.controlnets:
             known = ", ".join(model.controlnets) or "none"
             raise UsageError(f"control_scales: {model.name} has no ControlNet {name!r}; it has {known}")
-    context = option_context(request, model.guidance_scale, lambdas)
-    check_uses(context, set_fields(request))
-    steps = STEPS.get(request.method, 25) if request.steps is None else request.steps
-    model.schedule.levels(steps)
-    request = dataclasses.replace(request, steps=steps, options=_settled(model, request, steps, context))
     check_layouts(model.name, model.controlnets, [*request.layouts, *request.source_layouts])
     extra = sorted(set(request.source_layouts) - set(request.layouts))
     if extra:
         raise UsageError(f"source layout {extra[0]!r} has no layout to go with it: give layouts[{extra[0]!r}] too")
     pictures.check_size(request.image)
+
+
+def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] | None = None) -> PreparedRequest:
+    """A request with its pictures as tensors; everything that can be wrong with it is found here, before anything is run.
+
+    Args:
+        lambdas: of all requests that are asked for together; by default its own.
+
+    Raises:
+        UsageError: the request cannot be run as asked.
+        TypeError: a field is of another type than declared; it is named.
+    """
+    request = _plain(_with_pictures(request), "")
+    _check_fields(model, request)
+    context = option_context(request, model.guidance_scale, lambdas)
+    check_uses(context, set_fields(request))
+    steps = STEPS.get(request.method, 25) if request.steps is None else request.steps
+    model.schedule.levels(steps)
+    request = dataclasses.replace(request, steps=steps, options=_settled(model, request, steps, context))
     image, full = pictures.as_rgb(request.image), None
     if request.options.resize is not None and max(image.size) > request.options.resize:
         full, image = image, pictures.fit(image, request.options.resize)

@@ -105,8 +105,8 @@ def gpu_dtype(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="session")
-def draw() -> Callable[..., list[Any]]:
-    """`draw(shape, dtype, count, seed=0)`: random tensors on the GPU."""
+def gpu_draw() -> Callable[..., list[Any]]:
+    """`gpu_draw(shape, dtype, count, seed=0)`: random tensors on the GPU."""
     import torch
 
     def make(shape: tuple[int, ...], dtype: torch.dtype, count: int, seed: int = 0) -> list[Any]:
@@ -230,6 +230,15 @@ def tiny(tiny_folder: Path) -> Any:
     from iedit.runtime.model.model import load_model
 
     return load_model(str(tiny_folder), device="cpu")
+
+
+@pytest.fixture
+def editor(tiny: Any) -> Any:
+    """An editor of the random checkpoint on eager torch, with an empty cache."""
+    from iedit.runtime.backends.eager import TorchBackend
+    from iedit.runtime.editor import Editor
+
+    return Editor(tiny, TorchBackend(tiny))
 
 
 @pytest.fixture(scope="session")

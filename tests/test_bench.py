@@ -98,7 +98,7 @@ def test_tables_keep_the_last_row_of_a_measurement(bench: Callable[[str], Any]) 
     assert "2.10 ms (1.00 s-3.00 s)" in text and "2.00 s (" not in text and "5.00" not in text
 
 
-# --- rows of results --------------------------------------------------------------------------------------------
+# --- rows of results ----------------------------------------------------------------------------------------------
 
 
 def test_rows_of_the_demo_are_appended_whole_and_earlier_ones_are_kept(

@@ -179,6 +179,11 @@ def test_the_stages_sheet_and_the_profile_are_written(edit: list[str]) -> None:
     assert profile["evaluations"]["final"] == 4  # 2 steps, guided
 
 
+def test_an_output_that_names_no_file_is_refused_alone_and_numbered(edit: list[str]) -> None:
+    for words in (["--output", "."], ["--output", "..", "--count", "2"], ["--output", "/", "--count", "2"]):
+        assert "the output is a PNG" in refused(2, *edit, *words)
+
+
 def test_json_output_parses_and_names_every_picture(edit: list[str]) -> None:
     found = json.loads(fine(*edit, "--json", "--count", "2", "--output", "out.png").stdout)
     assert [r["output"] for r in found["results"]] == ["out-0.png", "out-1.png"]

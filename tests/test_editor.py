@@ -33,12 +33,6 @@ SOURCE, PROMPT = "a red car on grass at noon", "a blue house on sand at sunset"
 Picture = Callable[..., Image.Image]
 
 
-@pytest.fixture
-def editor(tiny: Any) -> RealEditor:
-    """With an empty cache."""
-    return RealEditor(tiny, TorchBackend(tiny))
-
-
 def layout(size: tuple[int, int] = (64, 64), seed: int = 0) -> Image.Image:
     cells = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)

@@ -20,7 +20,7 @@ from iedit.runtime import files
 from iedit.runtime.errors import RunError, UsageError
 from iedit.runtime.files import MAX_DEPTH, Match, Range, parse_json, printable, typed
 
-# --- one file ---------------------------------------------------------------------------------------------------
+# --- one file -----------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_that_is_missing_or_in_the_way_is_named(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_standard_output_by_its_name_is_written_to_and_not_replaced(tmp_path: Pa
     assert (tmp_path / "log").read_text() == "before\nit\nafter\n"
 
 
-# --- the outputs of a command -----------------------------------------------------------------------------------
+# --- the outputs of a command -------------------------------------------------------------------------------------
 
 
 def test_an_input_is_never_an_output_by_whatever_name(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_line_that_says_what_was_written_and_what_was_not(
         files.write_outputs({Path("c.png"): b""})
 
 
-# --- what others wrote ------------------------------------------------------------------------------------------
+# --- what others wrote --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -84,17 +84,17 @@ def test_a_blend_wants_one_mask_for_all_channels() -> None:
         blend(torch.zeros(SHAPE), torch.zeros(SHAPE), torch.zeros(SHAPE))
 
 
-# --- on a GPU ---------------------------------------------------------------------------------------------------
+# --- on a GPU -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("blend", ["none", "trajectory", "noise"])
 def test_the_kernel_rounds_float64_once_on_a_gpu(
     gpu_shape: tuple[int, ...], gpu_dtype: torch.dtype, blend: str, poisoned: None,
-    draw: Callable[..., list[Tensor]], assert_rounded_once: Callable[..., None],
+    gpu_draw: Callable[..., list[Tensor]], assert_rounded_once: Callable[..., None],
 ) -> None:  # fmt: skip
     shape = gpu_shape
-    x, cond, uncond, reference, noise = draw(shape, gpu_dtype, 5, seed=1)
+    x, cond, uncond, reference, noise = gpu_draw(shape, gpu_dtype, 5, seed=1)
     mask = torch.rand(shape[0], 1, *shape[2:], device="cuda")
     c_x, c_out, target = (
         torch.linspace(a, b, shape[0], device="cuda") for a, b in ((0.9, 1.1), (-0.1, 0.2), (0.7, 0.2))

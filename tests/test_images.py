@@ -26,7 +26,7 @@ def _noise(width: int = 13, height: int = 7, channels: int = 3, seed: int = 0) -
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-# --- modes ------------------------------------------------------------------------------------------------------
+# --- modes --------------------------------------------------------------------------------------------------------
 
 
 def test_rgb_comes_back_as_it_is(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_result_is_a_copy_that_may_be_changed() -> None:
     assert image.getpixel((0, 0)) == (0, 0, 0)
 
 
-# --- orientation ------------------------------------------------------------------------------------------------
+# --- orientation --------------------------------------------------------------------------------------------------
 
 # What each EXIF orientation asks for, written with numpy rather than with Pillow's own table.
 UPRIGHT = {
@@ -176,7 +176,7 @@ def test_a_damaged_exif_block_is_no_reason_to_refuse_the_pixels(tmp_path: Path) 
     assert np.array_equal(_pixels(images.load_image(tmp_path / "x.png")), _noise())
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_file_a_folder_and_a_text_are_refused_by_name(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_the_errors_say_by_their_exit_code_who_can_do_something() -> None:
     assert issubclass(RunError, IeditError)
 
 
-# --- tensors ----------------------------------------------------------------------------------------------------
+# --- tensors ------------------------------------------------------------------------------------------------------
 
 
 def test_every_value_survives_the_way_to_a_tensor_and_back() -> None:
@@ -325,7 +325,7 @@ def test_padding_repeats_the_edge_and_cropping_undoes_it(size: tuple[int, int], 
     assert np.array_equal(np.asarray(images.crop_back(padded, original)), before)
 
 
-# --- masks ------------------------------------------------------------------------------------------------------
+# --- masks --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "LA", "I", "F", "CMYK"])
@@ -400,7 +400,7 @@ def test_sizes_that_do_not_fit_a_latent_are_refused() -> None:
         images.mask_to_latent(Image.new("L", (32, 8)), (2, 2), (16, 16))
 
 
-# --- writing ----------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------------
 
 
 def test_a_png_carries_its_receipt_and_its_pixels(tmp_path: Path) -> None:
@@ -437,7 +437,7 @@ def test_only_a_png_can_carry_a_receipt(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# --- contact sheets ---------------------------------------------------------------------------------------------
+# --- contact sheets -----------------------------------------------------------------------------------------------
 
 
 def test_a_sheet_shows_every_picture_once_with_its_label_below() -> None:
@@ -467,7 +467,7 @@ def test_a_sheet_of_nothing_or_with_too_few_titles_is_refused() -> None:
         images.contact_sheet([[("a", Image.new("RGB", (2, 2)))]] * 2, titles=["one"])
 
 
-# --- an edit put back into its picture --------------------------------------------------------------------------
+# --- an edit put back into its picture ----------------------------------------------------------------------------
 
 
 def test_a_soft_edge_rises_to_the_edited_picture_within_its_width() -> None:

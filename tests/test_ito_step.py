@@ -275,7 +275,7 @@ def test_on_a_cpu_the_operation_is_its_reference(update: str) -> None:
     )
 
 
-# --- on a GPU ---------------------------------------------------------------------------------------------------
+# --- on a GPU -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -284,10 +284,10 @@ def test_on_a_cpu_the_operation_is_its_reference(update: str) -> None:
 @pytest.mark.parametrize("mask_kind", ["empty", "full", "soft"])
 def test_the_kernel_rounds_float64_once_on_a_gpu(
     gpu_shape: tuple[int, ...], gpu_dtype: torch.dtype, mask_kind: str, k: int, update: str, poisoned: None,
-    draw: Callable[..., list[Tensor]], assert_rounded_once: Callable[..., None],
+    gpu_draw: Callable[..., list[Tensor]], assert_rounded_once: Callable[..., None],
 ) -> None:  # fmt: skip
     shape = gpu_shape
-    y, x, g = draw(shape, gpu_dtype, 3)
+    y, x, g = gpu_draw(shape, gpu_dtype, 3)
     y[-1], g[-1] = 0, 0  # no direction
     soft = torch.rand(shape[0], 1, *shape[2:], device="cuda")
     mask = {"empty": soft * 0, "full": soft * 0 + 1, "soft": soft}[mask_kind]
@@ -299,8 +299,8 @@ def test_the_kernel_rounds_float64_once_on_a_gpu(
 
 
 @pytest.mark.gpu
-def test_the_kernel_carries_a_state_on_a_gpu(draw: Callable[..., list[Tensor]], poisoned: None) -> None:
-    y, x, g = draw((2, 4, 16, 16), torch.float32, 3)
+def test_the_kernel_carries_a_state_on_a_gpu(gpu_draw: Callable[..., list[Tensor]], poisoned: None) -> None:
+    y, x, g = gpu_draw((2, 4, 16, 16), torch.float32, 3)
     mask, lam = torch.rand(2, 1, 16, 16, device="cuda"), torch.full((2,), 0.6, device="cuda")
     state = AdamState(torch.zeros_like(y), torch.zeros_like(y))
     twice = y

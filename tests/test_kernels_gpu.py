@@ -22,9 +22,9 @@ def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IEDIT_KERNELS", "auto")
 
 
-def every_kernel(draw: Draw) -> dict[str, tuple[list[Tensor], Callable[..., Tensor]]]:
+def every_kernel(gpu_draw: Draw) -> dict[str, tuple[list[Tensor], Callable[..., Tensor]]]:
     """Name -> inputs and a call on them."""
-    y, x, g = draw((2, 4, 64, 64), torch.float32, 3)
+    y, x, g = gpu_draw((2, 4, 64, 64), torch.float32, 3)
     mask, lam = torch.rand(2, 1, 64, 64, device="cuda"), torch.full((2,), 0.6, device="cuda")
     half = torch.full((2,), 0.5, device="cuda")
     seeds = torch.randn(2, 10, 4, 64, 64, device="cuda")
@@ -40,8 +40,8 @@ def every_kernel(draw: Draw) -> dict[str, tuple[list[Tensor], Callable[..., Tens
 
 
 @pytest.mark.parametrize("name", ["ito_step_once", "ito_step_many", "guided_step", "difference"])
-def test_a_kernel_runs_on_the_stream_that_is_current(name: str, draw: Draw) -> None:
-    inputs, call = every_kernel(draw)[name]
+def test_a_kernel_runs_on_the_stream_that_is_current(name: str, gpu_draw: Draw) -> None:
+    inputs, call = every_kernel(gpu_draw)[name]
     want = call(*inputs)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -54,8 +54,8 @@ def test_a_kernel_runs_on_the_stream_that_is_current(name: str, draw: Draw) -> N
 
 
 @pytest.mark.parametrize("name", ["ito_step_once", "ito_step_many", "guided_step", "difference"])
-def test_a_kernel_can_be_captured_in_a_cuda_graph(name: str, draw: Draw) -> None:
-    inputs, call = every_kernel(draw)[name]
+def test_a_kernel_can_be_captured_in_a_cuda_graph(name: str, gpu_draw: Draw) -> None:
+    inputs, call = every_kernel(gpu_draw)[name]
     static = [t.clone() for t in inputs]
     call(*static)  # compiles
     torch.cuda.synchronize()

@@ -121,7 +121,7 @@ def test_pose_says_what_to_do_and_an_unknown_name_lists_the_known() -> None:
         layouts.annotate(Image.new("RGB", (8, 8)), "pose")
     with pytest.raises(UsageError, match=r"'depth'.*edge, line, scribble"):
         layouts.annotate(Image.new("RGB", (8, 8)), "depth")
-    assert set(layouts.LAYOUT_NAMES) == set(world.LAYOUTS)
+    assert {"pose", *layouts._ANNOTATORS} == set(world.LAYOUTS)
 
 
 def test_a_layout_of_another_size_is_refused_with_both_sizes() -> None:

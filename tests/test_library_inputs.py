@@ -15,14 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.editor import Editor, EditRequest, ItoSettings, MaskOptions, Options
 from iedit.runtime.errors import Cancelled, UsageError
-
-
-@pytest.fixture
-def editor(tiny: Any) -> Editor:
-    return Editor(tiny, TorchBackend(tiny))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from iedit.runtime import machine
-from iedit.runtime.cli import info
+from iedit.runtime.cli import params
 from iedit.runtime.cli.main import main
 from iedit.runtime.model.model import load_model
 
@@ -81,7 +81,7 @@ def test_info_and_profile_say_how_many_threads_and_why(
     from PIL import Image
 
     monkeypatch.setattr(
-        info, "use_threads", lambda: machine.ThreadChoice(1, "of 2 processors 1.0 are busy with other work")
+        params, "use_threads", lambda: machine.ThreadChoice(1, "of 2 processors 1.0 are busy with other work")
     )
     model = ["--model", str(tiny_checkpoint_cli)]
     found = json.loads(CliRunner().invoke(main, ["info", "--json", *model]).stdout)

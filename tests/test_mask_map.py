@@ -155,16 +155,16 @@ def test_on_a_cpu_the_operations_are_their_references() -> None:
     assert torch.equal(mask_map(heat, **settings), mask_map_reference(heat, **settings))
 
 
-# --- on a GPU ---------------------------------------------------------------------------------------------------
+# --- on a GPU -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 3, 4, 17, 11), (1, 10, 4, 64, 64)])
 def test_the_kernels_round_float64_once_on_a_gpu(
     shape: tuple[int, ...], gpu_dtype: torch.dtype, poisoned: None,
-    draw: Callable[..., list[Tensor]], assert_rounded_once: Callable[..., None],
+    gpu_draw: Callable[..., list[Tensor]], assert_rounded_once: Callable[..., None],
 ) -> None:  # fmt: skip
-    a, b = draw(shape, gpu_dtype, 2, seed=2)
+    a, b = gpu_draw(shape, gpu_dtype, 2, seed=2)
     heat = difference(a, b)
     assert_rounded_once(heat, (a.double() - b.double()).abs().mean((1, 2))[:, None])
     for norm, threshold in (("minmax", 0.5), ("clamp", 1 / 3)):

@@ -22,7 +22,7 @@ LIMIT = 48e6
 
 @pytest.fixture(scope="module")
 def editor() -> Editor:
-    return Editor.load(device="cpu")
+    return Editor.load(backend="torch", device="cpu")
 
 
 def test_it_is_at_most_48_megabytes_of_float16_safetensors() -> None:
@@ -52,7 +52,7 @@ def test_diffusers_loads_it_as_a_stable_diffusion_pipeline_with_the_same_picture
         picturebook_folder(), local_files_only=True, torch_dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
-    editor = Editor.load(device="cpu")
+    editor = Editor.load(backend="torch", device="cpu")
     caption = "a red car on grass at noon"
     from iedit.runtime.schedule import seeded_noise
 

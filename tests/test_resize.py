@@ -13,17 +13,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.cli.main import main
 from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
 from iedit.runtime.errors import Cancelled, UsageError
 from iedit.runtime.images import read_receipt
 from iedit.runtime.profile import Progress
-
-
-@pytest.fixture
-def editor(tiny: Any) -> Editor:
-    return Editor(tiny, TorchBackend(tiny))
 
 
 @pytest.fixture

@@ -14,79 +14,45 @@ from ..errors import UsageError
 from ..files import check_outputs, printable, write_outputs
 from ..model.checkpoint import MAX_INNER_STEPS
 from ..options import UNMASKED
+from . import params
 from .help import Choice, Grouped
 from .live import live_progress, quiet_libraries, show_notes
-from .params import (
-    Between,
-    FilePath,
-    check_given,
-    files_read,
-    load_editor,
-    make_options,
-    make_request,
-    model_options,
-    overwrite_option,
-    pairs,
-    read_inputs,
-    request_options,
-    with_users,
-)
 
 if TYPE_CHECKING:
     from ..editor import EditRequest, EditResult
 
 
+edit_options = params.together([
+    params.method_option("--mask", type=params.FilePath(), default=None, help="White is edited, black is kept; estimated if not given."),
+    params.method_option("--lambda", "lambdas", multiple=True, type=params.Between(0, 1), default=(0.6,), show_default=True,
+                  help="Weight of preservation against guidance; 1 makes no guidance image. Repeat for a sweep."),
+    params.method_option("--t-u", "t_u", type=click.IntRange(0), default=None,
+                  help="Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts."),
+    params.method_option("--k", type=click.IntRange(1, MAX_INNER_STEPS), default=1, show_default=True, help="Inner steps at each."),
+    params.method_option("--update", type=Choice(["clipped", "adam"]), default="clipped", show_default=True,
+                  help="How ITO moves the latent: by a Newton step of bounded length, or by Adam as in the paper."),
+    params.method_option("--ratio", type=params.Between(0, 1, min_open=True), default=None,
+                  help="Share of the steps that the other methods noise the picture by. Default: the method's own."),
+    params.method_option("--refine", is_flag=True, help="Refine the guidance image with the input (ITO A.5)."),
+    params.method_option("--composite", type=Choice(["none", "latent", "pixel"]), default="none", show_default=True,
+                  help="pixel leaves everything outside the mask exactly as it was."),
+    click.option("--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ..."),
+    click.option("--output", type=params.FilePath(), default=None, help="PNG. Default: NAME-edited.png in this folder."),
+    params.overwrite_option,
+    click.option("--no-receipt", is_flag=True, help="Leave out the receipt: prompts, options, versions, names of the inputs."),
+    click.option("--stages", type=params.FilePath(), default=None, help="Also a sheet: input, layout, mask, guidance, result."),
+    click.option("--profile", type=params.FilePath(), default=None, help="Also seconds and evaluations per stage, as JSON."),
+    click.option("--cache", type=params.FilePath(file_okay=False), default=None,
+                 help="Keep stage results in this folder: a second edit of the picture runs only what changed."),
+    click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON."),
+])  # fmt: skip
+
+
 @click.command(cls=Grouped)
-@click.argument("image", type=FilePath())
-@request_options
-@click.option(
-    "--mask",
-    type=FilePath(),
-    default=None,
-    help=with_users("--mask", "White is edited, black is kept; estimated if not given."),
-)
-@click.option("--lambda", "lambdas", multiple=True, type=Between(0, 1), default=(0.6,), show_default=True,
-              help=with_users("--lambda", "Weight of preservation against guidance; 1 makes no guidance image. Repeat for a sweep."))  # fmt: skip
-@click.option(
-    "--t-u",
-    "t_u",
-    type=click.IntRange(0),
-    default=None,
-    help=with_users(
-        "--t-u",
-        "Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts.",
-    ),
-)
-@click.option(
-    "--k",
-    type=click.IntRange(1, MAX_INNER_STEPS),
-    default=1,
-    show_default=True,
-    help=with_users("--k", "Inner steps at each."),
-)
-@click.option("--update", type=Choice(["clipped", "adam"]), default="clipped", show_default=True,
-              help=with_users("--update", "How ITO moves the latent: by a Newton step of bounded length, or by Adam as in the paper."))  # fmt: skip
-@click.option("--ratio", type=Between(0, 1, min_open=True), default=None,
-              help=with_users("--ratio", "Share of the steps that the other methods noise the picture by. Default: the method's own."))  # fmt: skip
-@click.option(
-    "--refine", is_flag=True, help=with_users("--refine", "Refine the guidance image with the input (ITO A.5).")
-)
-@click.option("--composite", type=Choice(["none", "latent", "pixel"]), default="none", show_default=True,
-              help=with_users("--composite", "pixel leaves everything outside the mask exactly as it was."))  # fmt: skip
-@click.option(
-    "--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ..."
-)
-@click.option("--output", type=FilePath(), default=None, help="PNG. Default: NAME-edited.png in this folder.")
-@overwrite_option
-@click.option(
-    "--no-receipt", is_flag=True, help="Leave out the receipt: prompts, options, versions, names of the inputs."
-)
-@click.option("--stages", type=FilePath(), default=None, help="Also a sheet: input, layout, mask, guidance, result.")
-@click.option("--profile", type=FilePath(), default=None, help="Also seconds and evaluations per stage, as JSON.")
-@click.option("--cache", type=FilePath(file_okay=False), default=None,
-              help="Keep stage results in this folder: a second edit of the picture runs only what changed.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
-@model_options
+@click.argument("image", type=params.FilePath())
+@params.request_options
+@edit_options
+@params.model_options
 def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None, overwrite: bool, no_receipt: bool,
          stages: str | None, profile: str | None, cache: str | None, as_json: bool, **values: Any) -> None:  # fmt: skip
     """Edit IMAGE as the prompt says and leave the rest alone.
@@ -117,30 +83,20 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
 
     first = Path(output or f"{Path(image).stem}-edited.png")
     wanted = [(seed, lam) for seed in range(values["seed"], values["seed"] + count) for lam in lambdas]
-    targets = (
-        [first]
-        if len(wanted) == 1
-        else [first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(len(wanted))]
-    )
-    check_given(values, lambdas)
-    check_outputs(
-        [*targets, *([Path(stages)] if stages else [])],
-        [Path(profile)] if profile else [],
-        files_read(image, values),
-        overwrite,
-    )
-    inputs = read_inputs(image, values)
+    targets = [first]
+    if len(wanted) > 1:
+        targets = [first.parent / f"{first.stem}-{i}{first.suffix}" for i in range(len(wanted))]
+    params.check_given(values, lambdas)
+    figures = [Path(profile)] if profile else []
+    check_outputs([*targets, *([Path(stages)] if stages else [])], figures, params.files_read(image, values), overwrite)
+    inputs = params.read_inputs(image, values)
     with live_progress(values["model"]) as tell:
-        requests = [make_request(inputs, values, seed, make_options(values, lam)) for seed, lam in wanted]
-        results = load_editor(values, cache).edit_many(requests, tell)
+        requests = [params.make_request(inputs, values, seed, lam) for seed, lam in wanted]
+        results = params.load_editor(values, cache).edit_many(requests, tell)
     from .. import receipt as receipts
 
-    files = {
-        "image": image,
-        "mask": values["mask"],
-        "layouts": values["layout"],
-        "source_layouts": values["source_layout"],
-    }
+    files = {"image": image, "mask": values["mask"]}
+    files |= {"layouts": values["layout"], "source_layouts": values["source_layout"]}
     members = [{"seed": seed, "lam": lam} for seed, lam in wanted]
     outputs = {}
     for i, (target, result) in enumerate(zip(targets, results, strict=True)):
@@ -152,8 +108,10 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         outputs[Path(profile)] = (json.dumps(results[0].profile.as_dict(), indent=1) + "\n").encode()
     write_outputs(outputs)
     if as_json:
-        rows = [{"output": str(t), "seed": s, "lambda": lam, "mask": r.receipt["mask"], "notes": r.notes}
-                for t, (s, lam), r in zip(targets, wanted, results, strict=True)]  # fmt: skip
+        rows = [
+            {"output": str(t), "seed": s, "lambda": lam, "mask": r.receipt["mask"], "notes": r.notes}
+            for t, (s, lam), r in zip(targets, wanted, results, strict=True)
+        ]
         click.echo(json.dumps({"results": rows, "profile": results[0].profile.as_dict()}, indent=1))
         return
     for note in dict.fromkeys(note for result in results for note in result.notes):
@@ -168,6 +126,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
 
 
 def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
+    """A contact sheet: for each edit the input, its layouts, mask, guidance image and result."""
     from ..images import contact_sheet
 
     rows = []
@@ -180,26 +139,26 @@ def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
 
 
 @click.command("mask", cls=Grouped)
-@click.argument("image", type=FilePath())
-@request_options
-@click.option("--output", type=FilePath(), default=None, help="PNG. Default: NAME-mask.png in this folder.")
-@overwrite_option
-@model_options
+@click.argument("image", type=params.FilePath())
+@params.request_options
+@click.option("--output", type=params.FilePath(), default=None, help="PNG. Default: NAME-mask.png in this folder.")
+@params.overwrite_option
+@params.model_options
 def mask_command(image: str, output: str | None, overwrite: bool, **values: Any) -> None:
     """Estimate where an edit would happen, and write it: white is edited. Paint over it and give it back with --mask."""
     from ..images import mask_coverage, png_bytes
 
     target = Path(output or f"{Path(image).stem}-mask.png")
-    check_outputs([target], [], files_read(image, values), overwrite)
+    check_outputs([target], [], params.files_read(image, values), overwrite)
     if values["method"] in UNMASKED:
         raise UsageError(f"method {values['method']} uses no mask; name one that does, such as --method ito")
     if values["mask_mode"] == "none":
         raise UsageError("--mask-mode none estimates no mask; use single or trajectory")
-    check_given(values)
-    inputs = read_inputs(image, values)
+    params.check_given(values)
+    inputs = params.read_inputs(image, values)
     with live_progress(values["model"]) as tell:
-        request = make_request(inputs, values, values["seed"], make_options(values))
-        mask, profile = load_editor(values).mask(request, tell)
+        request = params.make_request(inputs, values, values["seed"])
+        mask, profile = params.load_editor(values).mask(request, tell)
     assert mask is not None
     write_outputs({target: png_bytes(mask)})
     show_notes(profile.notes)
@@ -207,11 +166,16 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
 
 
 @click.command("layouts")
-@click.argument("image", type=FilePath())
-@click.option("--kind", "kinds", multiple=True, type=Choice(["pose", "scribble", "edge", "line"]),
-              help="Which map; repeat for more. Default: all that can be made from a picture.")  # fmt: skip
-@click.option("--output", type=FilePath(), default=None, help="PNG, for one kind. Default: NAME-KIND.png.")
-@overwrite_option
+@click.argument("image", type=params.FilePath())
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=Choice(["pose", "scribble", "edge", "line"]),
+    help="Which map; repeat for more. Default: all that can be made from a picture.",
+)
+@click.option("--output", type=params.FilePath(), default=None, help="PNG, for one kind. Default: NAME-KIND.png.")
+@params.overwrite_option
 def layouts_command(image: str, kinds: tuple[str, ...], output: str | None, overwrite: bool) -> None:
     """Photograph to pose, scribble, edge or line map, to draw on and to give to --layout."""
     from ..images import load_image, png_bytes
@@ -228,23 +192,28 @@ def layouts_command(image: str, kinds: tuple[str, ...], output: str | None, over
         click.echo(printable(str(target)))
 
 
+replay_options = params.together([
+    click.option("--image", type=params.FilePath(), default=None, help="The input, if it is not beside OUTPUT under its name."),
+    click.option("--mask", type=params.FilePath(), default=None, help="The mask, likewise."),
+    click.option("--layout", "layouts", multiple=True, callback=params.pairs, metavar="NAME=FILE", help="A layout, likewise."),
+    click.option("--source-layout", "source_layouts", multiple=True, callback=params.pairs, metavar="NAME=FILE",
+                 help="A layout of the picture as it was, likewise."),
+    click.option("--model", default=None, help="The model, if it is not the embedded one; its weights must be the same."),
+    click.option("--controlnet", "controlnets", multiple=True, callback=params.pairs, metavar="NAME=FOLDER",
+                 help="A ControlNet that was not inside the model; its weights must be the same."),
+    click.option("--engines", type=params.FilePath(file_okay=False), default=None,
+                 help="Folder of the engines that ran it. Default: the user's cache."),
+    click.option("--trust-engines", is_flag=True, help="Use engines even if every user of this machine may change them."),
+    click.option("--backend", type=Choice(["auto", *BACKENDS]), default=None,
+                 help="Compare with another backend. Default: what ran each module then."),
+    click.option("--write", type=params.FilePath(), default=None, help="Write the picture made again to this PNG."),
+    params.overwrite_option,
+])  # fmt: skip
+
+
 @click.command()
-@click.argument("output", type=FilePath())
-@click.option("--image", type=FilePath(), default=None, help="The input, if it is not beside OUTPUT under its name.")
-@click.option("--mask", type=FilePath(), default=None, help="The mask, likewise.")
-@click.option("--layout", "layouts", multiple=True, callback=pairs, metavar="NAME=FILE", help="A layout, likewise.")
-@click.option("--source-layout", "source_layouts", multiple=True, callback=pairs, metavar="NAME=FILE",
-              help="A layout of the picture as it was, likewise.")  # fmt: skip
-@click.option("--model", default=None, help="The model, if it is not the embedded one; its weights must be the same.")
-@click.option("--controlnet", "controlnets", multiple=True, callback=pairs, metavar="NAME=FOLDER",
-              help="A ControlNet that was not inside the model; its weights must be the same.")  # fmt: skip
-@click.option("--engines", type=FilePath(file_okay=False), default=None,
-              help="Folder of the engines that ran it. Default: the user's cache.")  # fmt: skip
-@click.option("--trust-engines", is_flag=True, help="Use engines even if every user of this machine may change them.")
-@click.option("--backend", type=Choice(["auto", *BACKENDS]), default=None,
-              help="Compare with another backend. Default: what ran each module then.")  # fmt: skip
-@click.option("--write", type=FilePath(), default=None, help="Write the picture made again to this PNG.")
-@overwrite_option
+@click.argument("output", type=params.FilePath())
+@replay_options
 def replay(output: str, write: str | None, overwrite: bool, **named: Any) -> None:
     """Make the picture OUTPUT again from the receipt inside it, and compare.
 

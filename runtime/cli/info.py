@@ -1,4 +1,4 @@
-"""The commands that tell: `profile`, `info` and `demo`."""
+"""The commands that describe: where the time of an edit goes (`profile`), what is here (`info`), the sample edits (`demo`)."""
 
 from __future__ import annotations
 
@@ -10,37 +10,27 @@ import click
 
 from .. import VERSION, machine
 from ..files import check_outputs, printable, write_outputs
+from . import params
 from .help import Grouped, show
 from .live import live_progress, quiet_libraries, show_notes
-from .params import (
-    FilePath,
-    check_given,
-    files_read,
-    load_editor,
-    make_options,
-    make_request,
-    model_options,
-    overwrite_option,
-    read_inputs,
-    request_options,
-    use_threads,
-)
 
 
 @click.command("profile", cls=Grouped)
-@click.argument("image", type=FilePath())
-@request_options
+@click.argument("image", type=params.FilePath())
+@params.request_options
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True,
               help="Edits; the first is cold, the last is shown. Nothing is kept between them.")  # fmt: skip
-@click.option("--output", type=FilePath(), default=None, help="Write all figures of the last run as JSON.")
-@click.option("--trace", type=FilePath(), default=None, help="Write a trace for chrome://tracing or ui.perfetto.dev.")
-@click.option("--plot", type=FilePath(), default=None, help="Write the timeline of the last run as a PNG.")
+@click.option("--output", type=params.FilePath(), default=None, help="Write all figures of the last run as JSON.")
+@click.option(
+    "--trace", type=params.FilePath(), default=None, help="Write a trace for chrome://tracing or ui.perfetto.dev."
+)
+@click.option("--plot", type=params.FilePath(), default=None, help="Write the timeline of the last run as a PNG.")
 @click.option(
     "--launches", is_flag=True, help="One more run under torch's profiler: kernel launches, or operators on a CPU."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@overwrite_option
-@model_options
+@params.overwrite_option
+@params.model_options
 def profile_command(image: str, runs: int, output: str | None, trace: str | None, plot: str | None, launches: bool,
                     as_json: bool, overwrite: bool, **values: Any) -> None:  # fmt: skip
     """Where the time of an edit goes: by stage, step and module.
@@ -53,13 +43,13 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     """
     from ..images import png_bytes
 
-    check_given(values)
+    params.check_given(values)
     named = [Path(p) for p in (output, trace) if p]
-    check_outputs([Path(plot)] if plot else [], named, files_read(image, values), overwrite)
-    inputs = read_inputs(image, values)
+    check_outputs([Path(plot)] if plot else [], named, params.files_read(image, values), overwrite)
+    inputs = params.read_inputs(image, values)
     with live_progress(values["model"]) as tell:
-        request = make_request(inputs, values, values["seed"], make_options(values))
-        editor = load_editor(values)
+        request = params.make_request(inputs, values, values["seed"])
+        editor = params.load_editor(values)
         from ..stage_cache import StageCache
 
         notes: list[str] = []
@@ -76,8 +66,9 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
         counted = report.count_launches(run) if launches else None
     last = profiles[-1]
     totals = [round(sum(p.seconds.values()), 6) for p in profiles]
-    figures = last.as_dict() | {"runs": totals, "launches": counted, "backend": editor.backend,
-                              "first_is_cold": True, "threads": use_threads().threads, "why_threads": use_threads().why}  # fmt: skip
+    threads = params.use_threads()
+    figures = last.as_dict() | {"runs": totals, "launches": counted, "backend": editor.backend, "first_is_cold": True}
+    figures |= {"threads": threads.threads, "why_threads": threads.why}
     outputs = {}
     if output:
         outputs[Path(output)] = (json.dumps(figures, indent=1) + "\n").encode()
@@ -93,7 +84,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
         show(table)
     cold, warm = totals[0], totals[1:]
     shown = f", then {', '.join(f'{t:.3f}' for t in warm)}" if warm else ""
-    click.echo(f"threads: {use_threads()}")
+    click.echo(f"threads: {threads}")
     click.echo(f"backend {editor.backend}; first run {cold:.3f} s (cold){shown}")
     show_notes(notes)
 
@@ -114,7 +105,7 @@ def info(model: str, as_json: bool) -> None:
     described = describe(model)
     if "problem" not in described:
         described["engines"] = describe_engines(read_digests(model).weights)
-    chosen = use_threads()
+    chosen = params.use_threads()
     facts: dict[str, Any] = {
         "iedit": VERSION,
         "versions": versions(),
@@ -159,9 +150,9 @@ def _why_no_gpu() -> str:
 
 
 @click.command()
-@click.option("--output", type=FilePath(), default=None,
+@click.option("--output", type=params.FilePath(), default=None,
               help="The contact sheet. Default: demo/edits.png, which every demo writes anew.")  # fmt: skip
-@overwrite_option
+@params.overwrite_option
 def demo(output: str | None, overwrite: bool) -> None:
     """Run the shipped sample edits with the embedded model and write one contact sheet."""
     sheet = Path(output or "demo/edits.png")
@@ -169,7 +160,7 @@ def demo(output: str | None, overwrite: bool) -> None:
         quiet_libraries()
         from .demo import run_demo
 
-        use_threads()
+        params.use_threads()
         figures = run_demo(sheet, tell, overwrite or output is None)
     from rich.table import Table
 

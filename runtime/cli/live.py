@@ -30,13 +30,15 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def live_progress(model: str) -> Iterator[Callable[[Progress], bool | None]]:
-    """One live line on stderr: stage, step, share of the run, time left. Where stderr is no terminal one line that says what is loaded,
-    at once."""
+    """One live line on stderr: stage, step, share of the run, time left.
+
+    Where stderr is no terminal, one line that says what is loaded, before anything is.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
-               TextColumn("{task.fields[left]}"))  # fmt: skip
+    share = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    columns = (*share, TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
     console = Console(stderr=True)
     if not console.is_terminal:
         click.echo(f"loading {printable(model)}", err=True)

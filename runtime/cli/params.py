@@ -46,6 +46,7 @@ class Between(click.FloatRange):
 
 
 def pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """NAME=FILE, given any number of times, as a mapping of name to file."""
     paths: dict[str, str] = {}
     for value in values:
         name, sign, path = value.partition("=")
@@ -57,10 +58,12 @@ def pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...
     return paths
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------------------------
 
 
-def _apply(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+def together(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """One decorator of several, in the order in which the help shows them."""
+
     def wrap(command: Any) -> Any:
         for option in reversed(options):
             command = option(command)
@@ -69,12 +72,12 @@ def _apply(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     return wrap
 
 
-def with_users(option: str, text: str) -> str:
-    """An option's help with the methods that use it."""
-    return f"{text} {used_by(option)}"
+def method_option(name: str, *more: Any, help: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option that some methods do not use, which its help says."""
+    return click.option(name, *more, help=f"{help} {used_by(name)}", **settings)
 
 
-model_options = _apply([
+model_options = together([
     click.option("--model", default="picturebook", show_default=True,
                  help="The embedded model, a diffusers folder, or a hub id (owner/name)."),
     click.option("--controlnet", multiple=True, callback=pairs, metavar="NAME=FOLDER",
@@ -99,7 +102,7 @@ overwrite_option = click.option(
 )
 
 
-request_options = _apply([
+request_options = together([
     click.option("--prompt", required=True, help="What the edited picture shows."),
     click.option("--source-prompt", default="", help="What the picture shows now; sharpens mask and inversion."),
     click.option("--layout", multiple=True, callback=pairs, metavar="NAME=FILE",
@@ -112,18 +115,18 @@ request_options = _apply([
     click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
     click.option("--guidance-scale", type=Between(0, MAX_GUIDANCE), default=None,
                  help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5."),
-    click.option("--negative-prompt", default="", help=with_users("--negative-prompt", "Text of the unconditional half.")),
-    click.option("--control-scale", type=Between(0, MAX_CONTROL), default=1.0, show_default=True, help=with_users("--control-scale", "Weight of the layouts.")),
+    method_option("--negative-prompt", default="", help="Text of the unconditional half."),
+    method_option("--control-scale", type=Between(0, MAX_CONTROL), default=1.0, show_default=True, help="Weight of the layouts."),
     click.option("--resize", type=click.IntRange(MIN_SIDE, MAX_SIDE), default=None, metavar="N",
                  help="Work on a larger picture with its longer side at N pixels, and paste the edit back at full size."),
-    click.option("--mask-mode", type=Choice(["single", "trajectory", "none"]), default="single", show_default=True,
-                 help=with_users("--mask-mode", "How the mask is estimated: one evaluation per seed, whole trajectories, or not at all.")),
-    click.option("--mask-threshold", type=Between(0, 1), default=None,
-                 help=with_users("--mask-threshold", "Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1.")),
-    click.option("--mask-strength", type=Between(0, 1, min_open=True), default=None,
-                 help=with_users("--mask-strength", "Noise that the mask is estimated at, as a share of the steps. Default: the checkpoint's, else 0.5.")),
-    click.option("--mask-seeds", type=click.IntRange(1, 1000), default=10, show_default=True,
-                 help=with_users("--mask-seeds", "Noises that the mask is averaged over.")),
+    method_option("--mask-mode", type=Choice(["single", "trajectory", "none"]), default="single", show_default=True,
+                 help="How the mask is estimated: one evaluation per seed, whole trajectories, or not at all."),
+    method_option("--mask-threshold", type=Between(0, 1), default=None,
+                 help="Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1."),
+    method_option("--mask-strength", type=Between(0, 1, min_open=True), default=None,
+                 help="Noise that the mask is estimated at, as a share of the steps. Default: the checkpoint's, else 0.5."),
+    method_option("--mask-seeds", type=click.IntRange(1, 1000), default=10, show_default=True,
+                 help="Noises that the mask is averaged over."),
 ])  # fmt: skip
 
 
@@ -140,6 +143,7 @@ def check_given(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> No
 
 
 def option_context(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> OptionContext:
+    """What of a command's values decides which options matter."""
     return OptionContext(
         values["method"],
         lambdas=tuple(lambdas),
@@ -152,13 +156,13 @@ def option_context(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) ->
     )
 
 
-# --- a request and the editor that runs it ----------------------------------------------------------------------------
+# --- a request and the editor that runs it ------------------------------------------------------------------------
 
 
-def make_options(values: dict[str, Any], lam: float = 0.6) -> Options:
+def _make_options(values: dict[str, Any], lam: float) -> Options:
     from ..options import ItoSettings, MaskOptions, Options
 
-    phase = ItoSettings(t_u=values.get("t_u"), k=values.get("k", 1), update=values.get("update", "clipped"))
+    settings = ItoSettings(t_u=values.get("t_u"), k=values.get("k", 1), update=values.get("update", "clipped"))
     return Options(
         lam=lam,
         guidance_scale=values["guidance_scale"],
@@ -171,8 +175,8 @@ def make_options(values: dict[str, Any], lam: float = 0.6) -> Options:
             strength=values["mask_strength"],
             threshold=values["mask_threshold"],
         ),
-        guidance=phase,
-        final=phase,
+        guidance=settings,
+        final=settings,
         refine=values.get("refine", False),
         composite=values.get("composite", "none"),
         resize=values["resize"],
@@ -225,19 +229,17 @@ def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
     checkpoint = find_checkpoint(values["model"], values["controlnet"] or None)
     check_layouts(values["model"], checkpoint.controlnets, [*maps, *source_maps])
     image, longest = inputs["image"], values["resize"]
-    check_side(
-        image.size if longest is None or max(image.size) <= longest else fit(image, longest).size,
-        checkpoint.side,
-        values["model"],
-    )
+    worked_on = image if longest is None or max(image.size) <= longest else fit(image, longest)
+    check_side(worked_on.size, checkpoint.side, values["model"])
     for name, picture in [*maps.items(), *source_maps.items()]:
-        check_layout(picture, name, inputs["image"].size)
+        check_layout(picture, name, image.size)
     for name in maps:
         if option_context(values).estimates_mask and name not in source_maps:
             check_annotator(name)
 
 
-def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, options: Options) -> EditRequest:
+def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, lam: float = 0.6) -> EditRequest:
+    """The request of a command's values and the inputs that were read; what a command has no option for is the default."""
     from ..editor import EditRequest
 
     return EditRequest(
@@ -247,11 +249,12 @@ def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, opti
         method=values["method"],
         seed=seed,
         steps=values["steps"],
-        options=options,
+        options=_make_options(values, lam),
     )
 
 
 def load_editor(values: dict[str, Any], cache: str | None = None) -> Editor:
+    """The model and its backend out of a command's values; `cache` is the folder where stage results are kept."""
     quiet_libraries()
     from ..editor import Editor
     from ..stage_cache import StageCache

@@ -22,26 +22,24 @@ def tables(profile: Profile, launches: dict[str, int] | None = None) -> list[Any
     total = sum(profile.seconds.values()) or 1.0
     for name, seconds in profile.seconds.items():
         calls = profile.calls.get(name, 0)
-        stages.add_row(name, str(profile.evaluations.get(name, 0)), str(calls), f"{seconds:.4f}", f"{seconds / total:.0%}",
-                       f"{1e3 * seconds / calls:.2f}" if calls else "")  # fmt: skip
-    stages.add_row(
-        "total", str(sum(profile.evaluations.values())), str(sum(profile.calls.values())), f"{total:.4f}", "100%"
-    )
-    outside = profile.outside_modules()
-    stages.caption = (
-        f"{outside:.4f} s ({outside / total:.1%}) outside the networks; peak {profile.peak_bytes / 2**20:.0f} MiB"
-    )
+        evaluations, per_call = profile.evaluations.get(name, 0), f"{1e3 * seconds / calls:.2f}" if calls else ""
+        stages.add_row(name, str(evaluations), str(calls), f"{seconds:.4f}", f"{seconds / total:.0%}", per_call)
+    evaluated, called = sum(profile.evaluations.values()), sum(profile.calls.values())
+    stages.add_row("total", str(evaluated), str(called), f"{total:.4f}", "100%")
+    outside, peak = profile.outside_modules(), profile.peak_bytes / 2**20
+    stages.caption = f"{outside:.4f} s ({outside / total:.1%}) outside the networks; peak {peak:.0f} MiB"
     if launches is not None:
         stages.caption += "; " + ", ".join(f"{n} {what}" for what, n in launches.items())
-    modules = Table("module", "backend", "calls", "samples", "seconds", "ms a sample", "cold calls", "cold seconds",
-                    title="modules")  # fmt: skip
+    headings = ("module", "backend", "calls", "samples", "seconds", "ms a sample", "cold calls", "cold seconds")
+    modules = Table(*headings, title="modules")
     for row in profile.by_module():
         warm = row["seconds"] - row["cold_seconds"]
         samples = sum(
             c.batch for c in profile.modules if (c.module, c.backend) == (row["module"], row["backend"]) and not c.cold
         )
-        modules.add_row(row["module"], row["backend"], str(row["calls"]), str(row["samples"]), f"{row['seconds']:.4f}",
-                        f"{1e3 * warm / samples:.2f}" if samples else "", str(row["cold_calls"]), f"{row['cold_seconds']:.4f}")  # fmt: skip
+        per_sample = f"{1e3 * warm / samples:.2f}" if samples else ""
+        counts = (row["module"], row["backend"], str(row["calls"]), str(row["samples"]), f"{row['seconds']:.4f}")
+        modules.add_row(*counts, per_sample, str(row["cold_calls"]), f"{row['cold_seconds']:.4f}")
     shown = [stages, modules]
     if profile.fallbacks:
         down = Table("module", "backend", "why not", title="steps down")
@@ -55,26 +53,28 @@ def trace(profile: Profile) -> dict[str, Any]:
     """The Trace Event format: one row for stages, one for steps, one for each module; microseconds."""
 
     def event(name: str, row: int, start: float, seconds: float, **more: Any) -> dict[str, Any]:
-        return {"name": name, "ph": "X", "pid": 1, "tid": row, "ts": round(start * 1e6, 1), "dur": round(seconds * 1e6, 1),
-                "args": more}  # fmt: skip
+        when = {"ts": round(start * 1e6, 1), "dur": round(seconds * 1e6, 1)}
+        return {"name": name, "ph": "X", "pid": 1, "tid": row} | when | {"args": more}
 
     names = list(dict.fromkeys(c.module for c in profile.modules))
     rows = {0: "stages", 1: "steps"} | {2 + i: name for i, name in enumerate(names)}
     events: list[dict[str, Any]] = [{"name": "process_name", "ph": "M", "pid": 1, "args": {"name": "iedit"}}]
     events += [{"name": "thread_name", "ph": "M", "pid": 1, "tid": i, "args": {"name": n}} for i, n in rows.items()]
     for name, start, end in spans(profile):
-        events.append(
-            event(
-                name, 0, start, end - start, evaluations=sum(profile.evaluations.get(n, 0) for n in name.split(" + "))
-            )
-        )
+        evaluations = sum(profile.evaluations.get(n, 0) for n in name.split(" + "))
+        events.append(event(name, 0, start, end - start, evaluations=evaluations))
     for step in profile.steps:
         if step.step:
             events.append(event(f"{step.stage} {step.step}", 1, step.start, step.seconds))
     for call in profile.modules:
-        row = 2 + names.index(call.module)
-        events.append(event(call.module, row, call.start, call.seconds, batch=call.batch, backend=call.backend,
-                            cold=call.cold, stage=call.stage, step=call.step))  # fmt: skip
+        facts = {
+            "batch": call.batch,
+            "backend": call.backend,
+            "cold": call.cold,
+            "stage": call.stage,
+            "step": call.step,
+        }
+        events.append(event(call.module, 2 + names.index(call.module), call.start, call.seconds, **facts))
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
