@@ -16,10 +16,10 @@ import click
 from ..runtime.cli.help import show
 from ..runtime.errors import RunError, UsageError
 from ..runtime.files import printable
-from .tensorrt_cli import tensorrt
 
+_OUT_HELP = "Folder of the engines. Default: the user's cache, where `iedit edit` looks."
 _out = click.option("--out", "--engines", "out", type=click.Path(path_type=Path, file_okay=False), default=None,
-                    help="Folder of the engines. Default: the user's cache, where `iedit edit` looks.")  # fmt: skip
+                    help=_OUT_HELP)  # fmt: skip
 _device = click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one.")
 
 
@@ -51,12 +51,6 @@ def _line(what: str) -> Iterator[Callable[[str], None]]:
         return
     with console.status(what) as status:
         yield lambda text: status.update(text)
-
-
-def _quiet_libraries() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 @click.group()
@@ -104,7 +98,6 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
     from .onnx import ExportProgress, check_export, default_shapes, export_onnx
 
     check_export(precision, int(opset))
-    _quiet_libraries()
     from ..runtime.backends.engine_spec import engines_folder
     from ..runtime.model.model import load_model
 
@@ -124,7 +117,48 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
     click.echo(f"{target}: {len(specs)} engines; check them with `iedit export verify {model}`")
 
 
-export.add_command(tensorrt)
+@export.command()
+@click.argument("model", default="picturebook")
+@click.option("--layouts", default=None, help="ControlNets, comma-separated. Default: each that the model has, alone.")
+@click.option("--sizes", default="512x512", show_default=True,
+              help="WIDTHxHEIGHT in pixels, comma-separated, one profile each; a side may be MIN-OPT-MAX.")  # fmt: skip
+@click.option("--batch", default="1-2-8", show_default=True, help="Samples in a call, a number or MIN-OPT-MAX; guidance doubles them.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True,
+              help="What the ONNX graph computes in.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=None, help=_OUT_HELP)
+@click.option("--refit", is_flag=True, help="Weights can be exchanged later; costs some speed.")
+@click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False), default=None,
+              help="File of tactic timings, read and written: makes a second build fast.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Build anew even what is there.")
+def tensorrt(
+    model: str,
+    layouts: str | None,
+    sizes: str,
+    batch: str,
+    precision: str,
+    out: Path | None,
+    refit: bool,
+    timing_cache: Path | None,
+    force: bool,
+) -> None:
+    """Build TensorRT engines of MODEL for this machine's GPU, from ONNX graphs that are exported where they are missing."""
+    from ..runtime.backends import check_backend
+    from .shapes import parse_shapes
+
+    parse_shapes(sizes, batch, 1)  # what is mistyped is said before anything heavy
+    check_backend("tensorrt")
+
+    from ..runtime.backends.engine_spec import engines_folder
+    from ..runtime.model.model import load_model
+
+    loaded = load_model(model)
+    shapes = parse_shapes(sizes, batch, loaded.multiple)
+    folder = engines_folder(loaded.weights_digest) if out is None else out
+    from .tensorrt import build_all
+
+    for spec in build_all(loaded, folder, shapes, _names(layouts), precision, refit=refit, timing_cache=timing_cache, force=force,
+                          tell=click.echo):  # fmt: skip
+        click.echo(f"{spec.module}: {spec}")
 
 
 @export.command()
@@ -142,7 +176,6 @@ def verify(model: str, edits: int, as_json: bool, out: Path | None, device: str 
     from ..runtime.backends import check_backend
 
     check_backend("onnx")
-    _quiet_libraries()
     from ..runtime.backends.engine_spec import engines_folder
     from ..runtime.model.model import load_model
     from .verify import verify_onnx

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from ..runtime.backends.base import missing
 from ..runtime.backends.engine_spec import PRECISIONS, EngineSpec, Shapes
 from ..runtime.backends.torch_modules import AsIs, decode_latent, encode_image, runnable, summed_residuals
-from ..runtime.errors import RunError, UsageError
+from ..runtime.errors import RunError, UsageError, first_line
 from ..runtime.model import module_io
-from ..runtime.model.checkpoint import first_line
 from ..runtime.model.model import Model
 from ..runtime.model.module_io import CONTROL_EMBEDDING_PREFIX, CONTROLNET_PREFIX
 from .build_folder import build_once
@@ -59,8 +58,8 @@ class ExportProgress:
     """What `export_onnx` tells while it works.
 
     Attributes:
-        module: what it is about.
-        seconds: since the module was begun.
+        module: name of the module that is worked on.
+        seconds: since work on the module began.
         text: waiting, exporting, kept (there was a valid engine), done, or a warning.
         done: the module is finished.
     """
@@ -75,8 +74,8 @@ Tell = Callable[[ExportProgress], None]
 
 
 def module_names(model: Model, layouts: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The modules an edit needs: the UNet alone, with each layout, with all of `layouts` together; the embedding of each
-    layout; the VAE's halves, the text.
+    """The modules that an edit needs: the UNet alone, with each layout, and with all of `layouts` together; the control embedding of each
+    layout; the VAE's two halves and the text encoder.
 
     Args:
         layouts: names of ControlNets; None is each that the model has, alone. Several that are named are also fused
@@ -110,10 +109,8 @@ class _UNet(nn.Module):
 
         def residuals() -> Iterator[tuple[list[Tensor], Tensor]]:
             for i, net in enumerate(self.controlnets.values()):
-                embedding, scale = (
-                    controls[2 * i].to(self.dtype),
-                    controls[2 * i + 1].to(self.dtype)[:, None, None, None],
-                )
+                embedding, scale = (c.to(self.dtype) for c in controls[2 * i : 2 * i + 2])
+                scale = scale[:, None, None, None]
                 down, mid = net(x, timestep, text, controlnet_cond=embedding, return_dict=False)
                 yield [d * scale for d in down], mid * scale
 
@@ -136,44 +133,15 @@ class _ControlNet(nn.Module):
         return tuple((r * scale.to(self.dtype)[:, None, None, None]).float() for r in (*down, mid))
 
 
-class _ControlEmbedding(nn.Module):
-    """A ControlNet's embedding of its layout."""
+class _Part(nn.Module):
+    """A part of the model with one input: `call(part, input)` in float32, where the input is cast to the part's dtype."""
 
-    def __init__(self, embedding: nn.Module, dtype: torch.dtype):
+    def __init__(self, part: Any, call: Callable[[Any, Tensor], Tensor], dtype: torch.dtype):
         super().__init__()
-        self.embedding, self.dtype = embedding, dtype
+        self.part, self.call, self.dtype = part, call, dtype
 
-    def forward(self, image: Tensor) -> Tensor:
-        embedding: Tensor = self.embedding(image.to(self.dtype))
-        return embedding.float()
-
-
-class _Encoder(nn.Module):
-    def __init__(self, vae: Any, dtype: torch.dtype):
-        super().__init__()
-        self.vae, self.dtype = vae, dtype
-
-    def forward(self, images: Tensor) -> Tensor:
-        return encode_image(self.vae, images.to(self.dtype))
-
-
-class _Decoder(nn.Module):
-    def __init__(self, vae: Any, dtype: torch.dtype):
-        super().__init__()
-        self.vae, self.dtype = vae, dtype
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return decode_latent(self.vae, latents.to(self.dtype))
-
-
-class _Text(nn.Module):
-    def __init__(self, text_encoder: Any):
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, ids: Tensor) -> Tensor:
-        prompt_embeds: Tensor = self.text_encoder(ids)[0]
-        return prompt_embeds.float()
+    def forward(self, input: Tensor) -> Tensor:
+        return self.call(self.part, input.to(self.dtype)).float()
 
 
 @dataclass(frozen=True)
@@ -183,6 +151,7 @@ class Function:
     Attributes:
         module: takes `inputs` by position.
         inputs: name -> example.
+        outputs: names, in the order in which it returns them.
         dims: name of input or output -> for each dimension its name if it is free, or its size.
     """
 
@@ -198,30 +167,24 @@ Example = tuple[Tensor, tuple[str | int, ...]]  # and its dims, as in `Function`
 def function(model: Model, module: str, precision: str = "fp32") -> Function:
     """The `Function` of one module at a precision. The model is left as it was: what is changed is a copy."""
     dtype = DTYPES[precision]
-
     plain = dtype == model.dtype == torch.float32
+    timesteps, factor = len(model.schedule.alphas_cumprod), model.vae_scale_factor
 
     def own(part: Any) -> Any:
         return part if plain else with_islands(copy.deepcopy(part), dtype)
 
     def network(part: Any) -> Any:
         """A UNet or ControlNet with its table of time embeddings, which is computed in float32 and then cast."""
-        made = runnable(
-            part if plain else copy.deepcopy(part).float(), len(model.schedule.alphas_cumprod), None, "sdpa"
-        )
-        return with_islands(made, dtype)
+        return with_islands(runnable(part if plain else copy.deepcopy(part).float(), timesteps, None, "sdpa"), dtype)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, device=model.device)
 
     # Sizes of the examples: all different, and none 0 or 1, which the tracer takes for constants.
-    cells = model.multiple // model.vae_scale_factor
+    cells = model.multiple // factor
     batch, h, w, length = 2, 2 * cells, 3 * cells, 11
     width, channels = int(model.unet.config.cross_attention_dim), int(model.unet.config.block_out_channels[0])
-    picture = (
-        zeros(batch, 3, h * model.vae_scale_factor, w * model.vae_scale_factor),
-        ("batch", 3, "image_height", "image_width"),
-    )
+    picture = (zeros(batch, 3, h * factor, w * factor), ("batch", 3, "image_height", "image_width"))
     latent = (zeros(batch, model.channels, h, w), ("batch", model.channels, "height", "width"))
     embedding = (zeros(batch, channels, h, w), ("batch", channels, "height", "width"))
     ids = (torch.ones((batch, length), dtype=torch.int64, device=model.device), ("batch", "length"))
@@ -229,10 +192,12 @@ def function(model: Model, module: str, precision: str = "fp32") -> Function:
     noisy = [latent, (torch.tensor([1, 500], device=model.device), ("batch",)), prompt_embeds]
     scale = (zeros(batch) + 0.5, ("batch",))
 
-    def made(of: nn.Module, given: Sequence[Example], outputs: Mapping[str, tuple[str | int, ...]]) -> Function:
+    def made(of: nn.Module, given: Sequence[Example], dims: tuple[str | int, ...], *outputs: str) -> Function:
+        """With outputs of `dims`, by default the module's one output."""
         named = dict(zip(module_io.inputs(module), given, strict=True))
-        dims = {name: dims for name, (_, dims) in named.items()}
-        return Function(of, {name: value for name, (value, _) in named.items()}, tuple(outputs), {**dims, **outputs})
+        outputs = outputs or (module_io.output(module),)
+        every = {name: dims for name, (_, dims) in named.items()} | dict.fromkeys(outputs, dims)
+        return Function(of, {name: value for name, (value, _) in named.items()}, outputs, every)
 
     if module.startswith("unet"):
         names = module_io.layouts(module)
@@ -240,20 +205,21 @@ def function(model: Model, module: str, precision: str = "fp32") -> Function:
         for net in nets.values():
             net.controlnet_cond_embedding = AsIs()
         given = [*noisy, *(one for _ in names for one in (embedding, scale))]
-        return made(_UNet(network(model.unet), nets, dtype), given, {module_io.output(module): latent[1]})
+        return made(_UNet(network(model.unet), nets, dtype), given, latent[1])
     if module.startswith(CONTROLNET_PREFIX):
         net = network(model.controlnets[module.removeprefix(CONTROLNET_PREFIX)])
         residuals = module_io.controlnet_outputs(len(net.controlnet_down_blocks))
-        return made(_ControlNet(net, dtype), [*noisy, picture, scale], {o: ("batch", 0, "h", "w") for o in residuals})
+        return made(_ControlNet(net, dtype), [*noisy, picture, scale], ("batch", 0, "h", "w"), *residuals)
     if module.startswith(CONTROL_EMBEDDING_PREFIX):
         net = own(model.controlnets[module.removeprefix(CONTROL_EMBEDDING_PREFIX)].controlnet_cond_embedding)
-        return made(_ControlEmbedding(net, dtype), [picture], {module_io.output(module): embedding[1]})
+        return made(_Part(net, lambda part, image: part(image), dtype), [picture], embedding[1])
     if module == "vae_encoder":
-        return made(_Encoder(own(model.vae), dtype), [picture], {module_io.output(module): latent[1]})
+        return made(_Part(own(model.vae), encode_image, dtype), [picture], latent[1])
     if module == "vae_decoder":
-        return made(_Decoder(own(model.vae), dtype), [latent], {module_io.output(module): picture[1]})
+        return made(_Part(own(model.vae), decode_latent, dtype), [latent], picture[1])
     if module == "text_encoder":
-        return made(_Text(own(model.text_encoder)), [ids], {module_io.output(module): prompt_embeds[1]})
+        text = _Part(own(model.text_encoder), lambda part, ids: part(ids)[0], torch.int64)
+        return made(text, [ids], prompt_embeds[1])
     raise UsageError(f"module {module!r} is not one of {', '.join(module_names(model))} or controlnet-NAME")
 
 
@@ -271,8 +237,9 @@ class _LayerNorm32(nn.LayerNorm):
 
 
 def with_islands(part: Any, dtype: torch.dtype) -> Any:
-    """`part`, which is changed, in `dtype` with norms in float32 (softmax is done in the graph)."""
-    nn.Module.to(part, dtype)  # diffusers' own warns of parts it would keep in float32, and names none
+    """`part` itself, changed to `dtype` with its norms in float32; softmax follows in the graph (`_float32_softmax`)."""
+    # Not diffusers' own `to`, which warns of modules that it would keep in float32 even where there are none.
+    nn.Module.to(part, dtype)
     if dtype == torch.float32:
         return part
     for module in part.modules():
@@ -287,7 +254,7 @@ def with_islands(part: Any, dtype: torch.dtype) -> Any:
 
 
 def _float32_softmax(graph: Any) -> None:
-    """Softmax in float32: casts around the operator, and the attribute of Attention that says the same."""
+    """Compute softmax in float32: with casts around the operator, or by the attribute of Attention that says so. In place."""
     from onnx import TensorProto, helper
 
     nodes = []
@@ -330,19 +297,23 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def write_graph(made: Function, folder: Path, opset: int) -> Any:
-    """Trace, save `model.onnx` and its weights into `folder`, check; returns the graph, a ModelProto without weights."""
+def write_graph(of: Function, folder: Path, opset: int) -> Any:
+    """Trace a function and write `model.onnx` and its weights into `folder`; returns the graph, a ModelProto without weights.
+
+    Raises:
+        RunError: the exporter fixed a dimension that must be free.
+    """
     import onnx
 
-    dynamic = tuple({i: d for i, d in enumerate(made.dims[name]) if isinstance(d, str)} for name in made.inputs)
-    spread = isinstance(made.module, _UNet)  # *layouts: one entry for all of them
+    dynamic = tuple({i: d for i, d in enumerate(of.dims[name]) if isinstance(d, str)} for name in of.inputs)
+    spread = isinstance(of.module, _UNet)  # its *controls have one entry together
     shapes: tuple[Any, ...] = (*dynamic[:3], dynamic[3:]) if spread and len(dynamic) > 3 else dynamic
     # Copies: the tracer takes one tensor that is given twice for one input, and the second layout would read the first's.
-    examples = tuple(value.clone() for value in made.inputs.values())
+    examples = tuple(value.clone() for value in of.inputs.values())
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            made.module.eval(), examples, dynamo=True, opset_version=opset, dynamic_shapes=shapes,
-            input_names=list(made.inputs), output_names=list(made.outputs), verbose=False, optimize=True,
+            of.module.eval(), examples, dynamo=True, opset_version=opset, dynamic_shapes=shapes,
+            input_names=list(of.inputs), output_names=list(of.outputs), verbose=False, optimize=True,
         )  # fmt: skip
         assert program is not None
         program.save(str(folder / GRAPH), external_data=True)
@@ -350,7 +321,7 @@ def write_graph(made: Function, folder: Path, opset: int) -> Any:
     proto = onnx.load(str(folder / GRAPH), load_external_data=False)
     strip(proto)
     _float32_softmax(proto.graph)
-    check_dynamic(proto, made.dims)
+    check_dynamic(proto, of.dims)
     onnx.save(proto, str(folder / GRAPH))
     onnx.checker.check_model(str(folder / GRAPH))  # by path: it looks at the weights' file too
     return proto

@@ -89,7 +89,7 @@ def build_tensorrt(
 
     def build(folder: Path) -> EngineSpec:
         with backend_tensorrt.on(where):
-            _build(trt, onnx_folder / GRAPH, folder, spec, timing_cache, tell, vae_scale_factor, text, workspace)
+            _Build(trt, onnx_folder / GRAPH, spec, tell).write(folder, timing_cache, vae_scale_factor, text, workspace)
         return spec
 
     spec, kept = build_once(out, fits, build, tell, force)
@@ -128,106 +128,105 @@ def module_shapes(module: str, shapes: Sequence[Shapes]) -> tuple[Shapes, ...]:
     return tuple(shapes)
 
 
-def _build(
-    trt: Any,
-    graph: Path,
-    folder: Path,
-    spec: EngineSpec,
-    timing_cache: Path | None,
-    tell: Tell,
-    vae_scale_factor: int,
-    text: tuple[int, int, int],
-    workspace: int | None,
-) -> None:
-    """Write the plan and the inspector's report into `folder`."""
-    log = new_logger(trt)
-    builder = trt.Builder(log)
-    tell(f"{spec.module}: reading {graph.name}")
-    network = _parsed(trt, builder, log, graph)
-    config = builder.create_builder_config()
-    if workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    if spec.refit:
-        config.set_flag(trt.BuilderFlag.REFIT)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.progress_monitor = new_monitor(trt, lambda line: tell(f"{spec.module}: {line}"))
-    _add_profiles(builder, config, network, log, graph, spec, vae_scale_factor, text)
-    if timing_cache is not None:
-        _read_timings(config, timing_cache, lambda line: tell(f"{spec.module}: {line}"))
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise RunError(f"{graph}: TensorRT could not build {spec.module} for {spec}: {last_errors(log)}")
-    if timing_cache is not None:
-        cache = config.get_timing_cache()
-        timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(timing_cache, bytes(cache.serialize()))
-    write_whole(folder / PLAN, bytes(plan))
-    runtime = trt.Runtime(log)
-    engine = runtime.deserialize_cuda_engine(bytes(plan))
-    if engine is None:
-        raise RunError(f"{graph}: TensorRT cannot load what it built: {last_errors(log)}")
-    inspector = engine.create_engine_inspector()
-    report = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    write_whole(folder / INSPECTOR, str(report).encode())
+class _Build:
+    """One build: a network from an ONNX graph, a configuration, an engine."""
 
+    def __init__(self, trt: Any, graph: Path, spec: EngineSpec, tell: Tell):
+        self.trt, self.graph, self.spec = trt, graph, spec
+        self.tell: Tell = lambda line: tell(f"{spec.module}: {line}")
+        self.log = new_logger(trt)
 
-def _parsed(trt: Any, builder: Any, log: Any, graph: Path) -> Any:
-    """The network of an ONNX graph.
+    def write(
+        self,
+        folder: Path,
+        timing_cache: Path | None,
+        vae_scale_factor: int,
+        text: tuple[int, int, int],
+        workspace: int | None,
+    ) -> None:
+        """Write the plan and the inspector's report into `folder`. Arguments as of `build_tensorrt`."""
+        trt = self.trt
+        builder = trt.Builder(self.log)
+        network = self.parse(builder)
+        config = builder.create_builder_config()
+        if workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+        if self.spec.refit:
+            config.set_flag(trt.BuilderFlag.REFIT)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.progress_monitor = new_monitor(trt, self.tell)
+        self.add_profiles(builder, config, network, vae_scale_factor, text)
+        if timing_cache is not None:
+            self.read_timings(config, timing_cache)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise self.error(f"TensorRT could not build {self.spec.module} for {self.spec}")
+        if timing_cache is not None:
+            cache = config.get_timing_cache()
+            timing_cache.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(timing_cache, bytes(cache.serialize()))
+        write_whole(folder / PLAN, bytes(plan))
+        runtime = trt.Runtime(self.log)
+        engine = runtime.deserialize_cuda_engine(bytes(plan))
+        if engine is None:
+            raise self.error("TensorRT cannot load what it built")
+        inspector = engine.create_engine_inspector()
+        report = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        write_whole(folder / INSPECTOR, str(report).encode())
 
-    Raises:
-        RunError: the parser refused it; all that it found.
-    """
-    network = builder.create_network(network_flags(trt))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(graph)):
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        why = [f"{error.node_name() or 'a node'} ({error.node_operator() or '?'}): {error.desc()}" for error in errors]
-        raise RunError(
-            f"{graph}: TensorRT's parser refused it: {'; '.join(why) or last_errors(log)}; "
-            "try another opset (`iedit export onnx --opset 22`)"
-        )
-    return network
+    def error(self, what: str) -> RunError:
+        return RunError(f"{self.graph}: {what}: {last_errors(self.log)}")
 
+    def parse(self, builder: Any) -> Any:
+        """The network of the ONNX graph.
 
-def _add_profiles(
-    builder: Any,
-    config: Any,
-    network: Any,
-    log: Any,
-    graph: Path,
-    spec: EngineSpec,
-    vae_scale_factor: int,
-    text: tuple[int, int, int],
-) -> None:
-    """One optimisation profile for each range of the spec.
+        Raises:
+            RunError: the parser refused it; all that it found.
+        """
+        self.tell(f"reading {self.graph.name}")
+        trt, network = self.trt, builder.create_network(network_flags(self.trt))
+        parser = trt.OnnxParser(network, self.log)
+        if not parser.parse_from_file(str(self.graph)):
+            errors = [parser.get_error(i) for i in range(parser.num_errors)]
+            why = "; ".join(
+                f"{error.node_name() or 'a node'} ({error.node_operator() or '?'}): {error.desc()}" for error in errors
+            )
+            raise RunError(
+                f"{self.graph}: TensorRT's parser refused it: {why or last_errors(self.log)}; "
+                "try another opset (`iedit export onnx --opset 22`)"
+            )
+        return network
 
-    Raises:
-        RunError: the graph's inputs are not the module's, or TensorRT refused a range.
-    """
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    names = {tensor.name for tensor in inputs}
-    if names != set(module_io.inputs(spec.module)):
-        raise RunError(
-            f"{graph}: its inputs are {', '.join(sorted(names))}, expected {', '.join(module_io.inputs(spec.module))}; "
-            "export it again"
-        )
-    for limits in spec.shapes:
-        profile = builder.create_optimization_profile()
-        for tensor in inputs:
-            dims = tuple(tensor.shape)
-            if -1 in dims:
-                profile.set_shape(tensor.name, *input_ranges(tensor.name, dims, limits, vae_scale_factor, text))
-        if config.add_optimization_profile(profile) < 0:
-            raise RunError(f"{graph}: TensorRT refused the ranges {limits}: {last_errors(log)}")
+    def add_profiles(
+        self, builder: Any, config: Any, network: Any, vae_scale_factor: int, text: tuple[int, int, int]
+    ) -> None:
+        """One optimisation profile for each range of the spec.
 
+        Raises:
+            RunError: the graph's inputs are not the module's, or TensorRT refused a range.
+        """
+        inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        names, wanted = {tensor.name for tensor in inputs}, module_io.inputs(self.spec.module)
+        if names != set(wanted):
+            raise RunError(
+                f"{self.graph}: its inputs are {', '.join(sorted(names))}, expected {', '.join(wanted)}; export it again"
+            )
+        for limits in self.spec.shapes:
+            profile = builder.create_optimization_profile()
+            for tensor in inputs:
+                dims = tuple(tensor.shape)
+                if -1 in dims:
+                    profile.set_shape(tensor.name, *input_ranges(tensor.name, dims, limits, vae_scale_factor, text))
+            if config.add_optimization_profile(profile) < 0:
+                raise self.error(f"TensorRT refused the ranges {limits}")
 
-def _read_timings(config: Any, path: Path, tell: Tell) -> None:
-    """Use the tactic timings of a file; a new cache where there is none, or one of another GPU or version of TensorRT."""
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        tell(f"{path} is of another GPU or TensorRT; starting a new one")
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+    def read_timings(self, config: Any, path: Path) -> None:
+        """Use the tactic timings of a file; a new cache where there is none, or one of another GPU or version of TensorRT."""
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            self.tell(f"{path} is of another GPU or TensorRT; starting a new one")
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
 
 
 def network_flags(trt: Any) -> int:

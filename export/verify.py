@@ -1,4 +1,4 @@
-"""Do engines say what the model says? Every module against float32 eager, then whole edits; with limits, and a report.
+"""Whether engines compute what the model computes: every module against float32 eager, then whole edits, with limits and a report.
 
 An error is relative to the deviation of the exact output: 0.001 is a thousandth of what the network says. Edits are judged
 by the mask (intersection over union) and by the picture: mean absolute difference of channels in [0, 1] (L1) inside and outside the

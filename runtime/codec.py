@@ -35,14 +35,9 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, images: Tensor, note: Note | None = None) -> Tensor:
-        """Pictures as latents: the mode of the posterior, less the shift, times the scaling factor.
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: the posterior's mode, less the shift, times the scaling factor.
 
-        Args:
-            images: (B, 3, H, W) in [-1, 1].
-            note: told when the VAE overflowed in its own dtype and float32 was used.
-
-        Returns:
-            (B, C, h, w) float32.
+        `note` is told when the VAE overflowed in its own dtype and float32 was used.
 
         Raises:
             RunError: NaN or infinity in float32 too.
@@ -60,7 +55,7 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, note: Note | None = None) -> Tensor:
-        """Latents as pictures, the inverse of `encode`: (B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1].
+        """(B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]: the inverse of `encode`, and the same `note`.
 
         Raises:
             RunError: NaN or infinity in float32 too.

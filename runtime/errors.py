@@ -28,3 +28,9 @@ class Cancelled(IeditError):
     """A callback asked to stop. Nothing has been written."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException, longest: int = 160) -> str:
+    """What an error of another library says, short enough for a line; its type where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= longest else lines[0][: longest - 3] + "..."

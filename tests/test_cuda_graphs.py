@@ -85,6 +85,32 @@ def test_the_recordings_used_last_are_kept(taped: Any) -> None:
     assert [graphs.cold("f", torch.zeros(size)) for size in (1, 2, 3)] == [False, True, False]
 
 
+def test_where_nothing_is_recorded_every_call_runs_and_the_first_of_an_outline_is_cold() -> None:
+    graphs, entered = CudaGraphCache(CPU, capture=None), []
+
+    def double(inputs: Tensor) -> list[Tensor]:
+        entered.append(len(inputs))
+        return [2 * inputs]
+
+    for i, size in enumerate((3, 3, 2, 3)):
+        assert not graphs.enabled and graphs.cold("double", torch.ones(size)) is (i in (0, 2))
+        assert torch.equal(graphs("double", double, torch.ones(size))[0], torch.full((size,), 2.0))
+    assert entered == [3, 3, 2, 3]
+
+
+def test_what_is_recorded_may_be_another_function_with_memory_of_its_own(taped: Any) -> None:
+    graphs, made = CudaGraphCache(CPU, capture=taped.Captures()), []
+
+    def new_function() -> Callable[[Tensor], list[Tensor]]:
+        made.append(torch.empty(3))  # its buffer
+        return lambda inputs: [torch.add(inputs, 1, out=made[-1])]
+
+    for i in range(4):
+        (output,) = graphs("f", lambda inputs: [inputs + 1], torch.full((3,), float(i)), new_function)
+        assert torch.equal(output, torch.full((3,), i + 1.0)) and not any(output is m for m in made)
+    assert len(made) == 1  # the first call is not recorded, and the second one is recorded for all that follow
+
+
 def test_what_cannot_be_recorded_runs_and_says_why(tiny: Any, taped: Any) -> None:
     def refuse(*_: Any) -> Callable[[], None]:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nadvice")

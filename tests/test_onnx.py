@@ -364,6 +364,14 @@ def test_half_precision_engines_are_not_taken_for_a_float32_model(tiny: Any, eng
     assert "precision: the engine has fp16, wanted fp32" in why[1]
 
 
+def test_an_engine_with_inputs_of_other_names_is_refused_by_them(tiny: Any, engines: Path) -> None:
+    inputs = ["sample", "timestep", "encoder_hidden_states", "pose_hint", "pose_scale"]  # of an earlier version
+    _respec(engines / "onnx-fp32" / "unet+pose", inputs=inputs)
+    why = OnnxBackend(tiny, engines).why_not("unet+pose", 1, 64, 64)
+    assert why[0].startswith("there is no engine for unet+pose in ")
+    assert "inputs: the engine has ('sample', 'timestep', 'encoder_hidden_states', 'pose_hint', 'pose_scale')" in why[1]
+
+
 def test_a_folder_without_a_spec_is_no_engine(tiny: Any, engines: Path) -> None:
     for path in engines.rglob(SPEC_FILE):
         path.unlink()
@@ -533,7 +541,7 @@ def test_out_of_memory_is_told_in_the_words_that_halve_the_batch(
     from iedit.runtime.network import Network
 
     x, t, condition = _call(tiny, 4, (64, 64), 7)
-    wanted = backend.predict(x, t, condition)
+    wanted = backend.predict(x, torch.full_like(t, int(t[0])), condition)
     session = backend._session("unet", 1)
 
     class Small:

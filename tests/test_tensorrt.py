@@ -28,8 +28,8 @@ from torch import Tensor
 
 from iedit.export import onnx as graphs_of
 from iedit.export import tensorrt as builder
+from iedit.export.cli import tensorrt as command
 from iedit.export.shapes import parse_shapes
-from iedit.export.tensorrt_cli import tensorrt as command
 from iedit.runtime import BACKENDS, backends
 from iedit.runtime.backends import trt as backend_tensorrt
 from iedit.runtime.backends.base import Backend

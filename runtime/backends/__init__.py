@@ -13,7 +13,8 @@ from typing import Any
 from .. import BACKENDS
 from ..errors import UsageError
 from ..model.model import Model
-from .base import Backend, BackendOptions, Engined
+from .base import Backend, BackendOptions
+from .engine import EngineBackend
 from .fallback import FallbackBackend
 
 # name -> module of this package, with `why_unavailable()` and `load(model, options)`
@@ -102,7 +103,7 @@ def load_recorded(
             raise UsageError(
                 f"the picture was made with backend {name} for {modules}, which cannot run now: {error}"
             ) from error
-    engined = {b.name: b for b in usable if isinstance(b, Engined)}
+    engined = {b.name: b for b in usable if isinstance(b, EngineBackend)}
     for module, name, digest in built:
         backend = engined.get(name)
         digests = [] if backend is None else backend.engine_digests(module)

@@ -93,18 +93,6 @@ class Backend(Denoiser, Modules, Protocol):
         ...
 
 
-@runtime_checkable
-class Engined(Protocol):
-    """A backend that runs engines out of a folder."""
-
-    name: str
-    folder: Path
-
-    def engine_digests(self, module: str) -> list[str]:
-        """`EngineSpec.digest` of everything that could run `module`; empty if nothing does."""
-        ...
-
-
 def unet_module(condition: Condition) -> str:
     """The name of the module that answers for a condition: "unet", or "unet+pose+scribble", names sorted."""
     return "+".join(["unet", *sorted(c.name for c in condition.controls)])

@@ -94,14 +94,16 @@ class CompileBackend(TorchModules):
         """The UNet and the ControlNets of a condition: (x, t, prompt_embeds, control embeddings, scales) -> what the UNet predicts."""
         names = _names(condition)
 
-        def fused(x: Tensor, t: Tensor, text: Tensor, embeddings: list[Tensor], scales: list[Tensor]) -> Tensor:
+        def fused(
+            x: Tensor, t: Tensor, prompt_embeds: Tensor, embeddings: list[Tensor], scales: list[Tensor]
+        ) -> Tensor:
             outputs = [
                 self.controlnets[name](
-                    x, t, text, controlnet_cond=embedding, conditioning_scale=scale, return_dict=False
+                    x, t, prompt_embeds, controlnet_cond=embedding, conditioning_scale=scale, return_dict=False
                 )
                 for name, embedding, scale in zip(names, embeddings, scales, strict=True)
             ]
-            output: Tensor = self.unet(x, t, text, return_dict=False, **summed_residuals(outputs))[0]
+            output: Tensor = self.unet(x, t, prompt_embeds, return_dict=False, **summed_residuals(outputs))[0]
             return output
 
         return fused
@@ -123,10 +125,10 @@ class CompileBackend(TorchModules):
         prepared, module = self.prepared(condition), unet_module(condition)
 
         def run(inputs: tuple[Any, ...]) -> list[Tensor]:
-            t, transitions, text, embeddings, scales = inputs
+            t, transitions, prompt_embeds, embeddings, scales = inputs
             x = joined([s.x for s in transitions for _ in range(1 + s.guided)]).to(self.dtype)
             unet = self._function(module, self._unet(condition))
-            output = unet(x, joined(t), text, embeddings, scales).float()
+            output = unet(x, joined(t), prompt_embeds, embeddings, scales).float()
             parts = output.split([(1 + s.guided) * len(s.x) for s in transitions])
             return [p.sum() for p in parts] + [s(p) for s, p in zip(transitions, parts, strict=True)]
 
@@ -136,33 +138,18 @@ class CompileBackend(TorchModules):
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """See `base.Modules`."""
-
-        def mode(images: Tensor) -> Tensor:
-            moments: Tensor = self.model.vae._encode(images)
-            return moments.chunk(2, dim=1)[0]
-
-        return self._run("vae_encoder", mode, images.to(self.dtype))
+        # The first half of the channels is the posterior's mean, which is its mode.
+        return self._run("vae_encoder", lambda x: self.model.vae._encode(x).chunk(2, dim=1)[0], images.to(self.dtype))
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
-        """See `base.Modules`."""
-
-        def decode(latents: Tensor) -> Tensor:
-            images: Tensor = self.model.vae.decode(latents, return_dict=False)[0]
-            return images
-
-        return self._run("vae_decoder", decode, latents.to(self.dtype))
+        return self._run(
+            "vae_decoder", lambda z: self.model.vae.decode(z, return_dict=False)[0], latents.to(self.dtype)
+        )
 
     @torch.no_grad()
     def encode_tokens(self, ids: Tensor) -> Tensor:
-        """See `base.Modules`."""
-
-        def encode(ids: Tensor) -> Tensor:
-            prompt_embeds: Tensor = self.model.text_encoder(ids)[0]
-            return prompt_embeds
-
-        return self._run("text_encoder", encode, ids)
+        return self._run("text_encoder", lambda ids: self.model.text_encoder(ids)[0], ids)
 
 
 def _names(condition: Condition) -> list[str]:

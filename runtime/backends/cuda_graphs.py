@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RunError
+from ..errors import RunError, first_line
 from ..profile import current
 
 
@@ -32,11 +32,6 @@ def capture(run: Callable[[], None], device: torch.device, pool: Any = None) -> 
     with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
     return lambda: graph.replay()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a CUDA error says what is wrong; the others are advice to developers."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def tensors_of(tree: Any) -> Iterator[Tensor]:
@@ -55,14 +50,14 @@ def with_tensors(tree: Any, tensors: Iterator[Tensor]) -> Any:
     parts = _parts(tree)
     if parts is None:
         return tree
-    made = [with_tensors(part, tensors) for part in parts]
+    others = [with_tensors(part, tensors) for part in parts]
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return dataclasses.replace(tree, **dict(zip([f.name for f in dataclasses.fields(tree)], made)))
-    return dict(zip(tree, made)) if isinstance(tree, Mapping) else type(tree)(made)
+        return dataclasses.replace(tree, **dict(zip([f.name for f in dataclasses.fields(tree)], others)))
+    return dict(zip(tree, others)) if isinstance(tree, Mapping) else type(tree)(others)
 
 
 def outline(tree: Any) -> Any:
-    """What a recording of a call with `tree` holds fixed, hashable: shapes, dtypes and everything that is no tensor."""
+    """What is fixed in a recording of a call with `tree`, hashable: shapes, dtypes and everything that is no tensor."""
     if isinstance(tree, Tensor):
         return tuple(tree.shape), tree.dtype
     parts = _parts(tree)
@@ -72,7 +67,7 @@ def outline(tree: Any) -> Any:
 
 
 def _parts(tree: Any) -> list[Any] | None:
-    """None for a leaf that is no tensor."""
+    """What a node of a tree consists of, in a fixed order; None for a leaf."""
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return [getattr(tree, f.name) for f in dataclasses.fields(tree)]
     if isinstance(tree, Mapping):
@@ -189,7 +184,7 @@ class CudaGraphCache:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, RunError) as error:
-            self.failed = first_line(error)
+            self.failed = first_line(error, 200)
             return None
         return _Recording(function, buffers, [None] * len(buffers), replay, outputs)
 

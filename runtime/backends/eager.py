@@ -28,12 +28,11 @@ def load(model: Model, options: BackendOptions) -> TorchBackend:
 
 
 @contextlib.contextmanager
-def told_of(network: Any, stage: str) -> Iterator[None]:
-    """While a half of a VAE runs in `stage`, the profile is told of each of its residual blocks as a step: a large picture takes
-    minutes on a CPU. Another thread's call of the same network passes the same hooks, and tells its own profile.
-    """
+def blocks_as_steps(network: Any, stage: str) -> Iterator[None]:
+    """While a half of a VAE runs in `stage`, each of its residual blocks is a step of the profile: a large picture takes minutes on a CPU.
+    Another thread's call of the same network passes the same hooks, and each call reports to the profile of its own thread."""
     named = [(name, part) for name, part in network.named_modules() if type(part).__name__ == "ResnetBlock2D"]
-    if stage == "decode":  # which begins in the middle; the encoder ends there
+    if stage == "decode":  # a decoder begins with its middle block, where an encoder ends
         named.sort(key=lambda one: not one[0].startswith("mid_block"))
     blocks = [part for _, part in named]
 
@@ -68,39 +67,36 @@ class TorchBackend(TorchModules):
             self.current.prepared = None
 
     def _predict(self, x: Tensor, t: Tensor, prepared: PreparedCondition) -> Tensor:
-        text = prepared.prompt_embeds
+        prompt_embeds = prepared.prompt_embeds
 
         def residuals() -> Iterator[Any]:
             for c in prepared.condition.controls:
                 embedding = prepared.control_embeddings[c.name]
                 with module_call(CONTROLNET_PREFIX + c.name, self.name, len(x), device=x.device):
                     outputs = self.controlnets[c.name](
-                        x, t, text, controlnet_cond=embedding, conditioning_scale=c.scale, return_dict=False
+                        x, t, prompt_embeds, controlnet_cond=embedding, conditioning_scale=c.scale, return_dict=False
                     )
                 yield outputs
 
         added = summed_residuals(residuals())
         with module_call("unet", self.name, len(x), device=x.device):
-            output: Tensor = self.unet(x, t, text, return_dict=False, **added)[0].float()
+            output: Tensor = self.unet(x, t, prompt_embeds, return_dict=False, **added)[0].float()
         return output
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """See `base.Modules`."""
-        blocks = told_of(self.model.vae.encoder, "encode")
-        with blocks, module_call("vae_encoder", self.name, len(images), device=images.device):
+        steps = blocks_as_steps(self.model.vae.encoder, "encode")
+        with steps, module_call("vae_encoder", self.name, len(images), device=images.device):
             return encode_image(self.model.vae, images.to(self.dtype))
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
-        """See `base.Modules`."""
-        blocks = told_of(self.model.vae.decoder, "decode")
-        with blocks, module_call("vae_decoder", self.name, len(latents), device=latents.device):
+        steps = blocks_as_steps(self.model.vae.decoder, "decode")
+        with steps, module_call("vae_decoder", self.name, len(latents), device=latents.device):
             return decode_latent(self.model.vae, latents.to(self.dtype))
 
     @torch.no_grad()
     def encode_tokens(self, ids: Tensor) -> Tensor:
-        """See `base.Modules`."""
         with module_call("text_encoder", self.name, len(ids), device=ids.device):
             prompt_embeds: Tensor = self.model.text_encoder(ids)[0].float()
         return prompt_embeds

@@ -159,18 +159,15 @@ class EngineBackend:
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """See `base.Modules`."""
         return self._run("vae_encoder", [images], *images.shape[-2:])
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
-        """See `base.Modules`."""
         factor = self.model.vae_scale_factor
         return self._run("vae_decoder", [latents], latents.shape[-2] * factor, latents.shape[-1] * factor)
 
     @torch.no_grad()
     def encode_tokens(self, ids: Tensor) -> Tensor:
-        """See `base.Modules`."""
         return self._run("text_encoder", [ids], 0, 0)
 
 

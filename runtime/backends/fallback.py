@@ -70,14 +70,11 @@ class FallbackBackend:
         return self.choose(unet_module(condition), len(x), *size).predict(x, t, condition)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """See `base.Modules`."""
         return self.choose("vae_encoder", len(images), *images.shape[-2:]).encode_image(images)
 
     def decode_latent(self, latents: Tensor) -> Tensor:
-        """See `base.Modules`."""
         size = (latents.shape[-2] * self.vae_scale_factor, latents.shape[-1] * self.vae_scale_factor)
         return self.choose("vae_decoder", len(latents), *size).decode_latent(latents)
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
-        """See `base.Modules`."""
         return self.choose("text_encoder", len(ids), 0, 0).encode_tokens(ids)

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RunError, UsageError
+from ..errors import RunError, UsageError, first_line
 from ..model import module_io
-from ..model.checkpoint import first_line
 from ..model.model import Model
 from ..profile import module_call
 from .base import BackendOptions, missing, refuse
@@ -42,9 +41,8 @@ def load(model: Model, options: BackendOptions) -> OnnxBackend:
 
 
 class OnnxBackend(EngineBackend):
-    """The modules of a model for which a valid engine was found. Arguments as of `EngineBackend`, and:
-
-    Sessions are made when a module is first called. Calls from several threads are safe.
+    """The modules of a model for which a valid ONNX graph was found. A session is made when a module is first called; calls from
+    several threads are safe. Arguments as of `EngineBackend`, and:
 
     Args:
         providers: of ONNX Runtime, best first; None is CUDA on a GPU and the CPU's on a CPU.
@@ -71,7 +69,7 @@ class OnnxBackend(EngineBackend):
         self._sessions: dict[tuple[str, int], Any] = {}  # by module and threads
         self._bytes: dict[str, int] = {}
         self._pool: ThreadPoolExecutor | None = None
-        # Not before there is something to run: see `_onnxruntime`.
+        # Last, so that ONNX Runtime is imported only where there is something to run (see `_onnxruntime`).
         self.providers = _providers(model.device, providers)
 
     def _find(self) -> None:

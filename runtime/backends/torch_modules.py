@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..denoise_step import Condition, IdentityCache
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..model.model import Model
 from .base import missing
 
@@ -165,7 +165,7 @@ def why_not_xformers(device: torch.device) -> list[str]:
         probe = torch.zeros(1, 16, 1, 64, dtype=torch.float16, device=device)
         memory_efficient_attention(probe, probe, probe)
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        return [f"xformers cannot run here ({(str(error).splitlines() or [type(error).__name__])[0]})"]
+        return [f"xformers cannot run here ({first_line(error)})"]
     return []
 
 
@@ -213,9 +213,9 @@ class TorchModules:
 
     def _prepare(self, condition: Condition) -> PreparedCondition:
         embeddings = {c.name: self.control_embedding(c.name, c.image) for c in condition.controls}
-        text = condition.prompt_embeds.to(self.dtype)
-        scales = {c.name: torch.tensor(c.scale, dtype=text.dtype, device=text.device) for c in condition.controls}
-        return PreparedCondition(condition, text, embeddings, scales)
+        prompt_embeds = condition.prompt_embeds.to(self.dtype)
+        scales = {c.name: prompt_embeds.new_tensor(c.scale) for c in condition.controls}
+        return PreparedCondition(condition, prompt_embeds, embeddings, scales)
 
     @torch.no_grad()
     def control_embedding(self, name: str, images: Tensor) -> Tensor:

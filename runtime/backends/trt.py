@@ -123,9 +123,8 @@ def load(model: Model, options: BackendOptions) -> TensorrtBackend:
 
 
 class TensorrtBackend(EngineBackend):
-    """The modules of a model for which a usable engine was found. Arguments as of `EngineBackend`, and:
-
-    Engines are loaded when a module is first called. Calls from several threads are safe, one at a time for each module.
+    """The modules of a model for which a usable TensorRT engine was found. An engine is loaded when a module is first called; calls from
+    several threads are safe, one at a time for each engine. Arguments as of `EngineBackend`, and:
 
     Args:
         graphs: replay each module and shape as a CUDA graph from its second call on; costs its buffers and one execution
@@ -236,16 +235,11 @@ class TensorrtBackend(EngineBackend):
                     name = engine.get_tensor_name(i)
                     side = inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else outputs
                     side[name] = torch_dtype(trt, engine.get_tensor_dtype(name))
-                if set(inputs) != set(module_io.inputs(module)):
-                    raise RunError(
-                        f"{folder}: the engine's inputs are {', '.join(sorted(inputs))}, expected "
-                        f"{', '.join(sorted(module_io.inputs(module)))}; build it again"
-                    )
-                if list(outputs) != [module_io.output(module)]:
-                    raise RunError(
-                        f"{folder}: the engine's outputs are {', '.join(outputs)}, expected {module_io.output(module)}; "
-                        "build it again"
-                    )
+                expected = {"inputs": set(module_io.inputs(module)), "outputs": {module_io.output(module)}}
+                for what, names in (("inputs", set(inputs)), ("outputs", set(outputs))):
+                    if names != expected[what]:
+                        given, wanted = (", ".join(sorted(n)) for n in (names, expected[what]))
+                        raise RunError(f"{folder}: the engine's {what} are {given}, expected {wanted}; build it again")
                 ((output, dtype),) = outputs.items()
                 self._loaded[folder] = _Loaded(engine, inputs, output, dtype)
             return self._loaded[folder]

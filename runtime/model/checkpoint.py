@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..files import parse_json
 from .module_io import CONTROLNET_PREFIX
 
@@ -66,12 +66,6 @@ def find_folder(model: str) -> Path:
             f"model: {model} is not a folder here and could not be fetched from the hub ({first_line(error)}); "
             "check the name, or download it where there is a network and give its folder"
         ) from error
-
-
-def first_line(error: BaseException, longest: int = 160) -> str:
-    """What an error of another library says, short enough for a line; its type where it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= longest else lines[0][: longest - 3] + "..."
 
 
 def weights_of(folder: Path) -> list[Path]:
@@ -250,13 +244,8 @@ def _recommended(path: Path) -> Recommended:
     if not path.is_file():
         return Recommended()
     content, values = read_json(path), dict[str, Any]()
-    for name, largest in (
-        ("guidance_scale", MAX_GUIDANCE),
-        ("mask_strength", 1),
-        ("mask_threshold", 1),
-        ("text_update_share", 1),
-        ("reconstruction_error", 1),
-    ):
+    shares = dict.fromkeys(("mask_strength", "mask_threshold", "text_update_share", "reconstruction_error"), 1)
+    for name, largest in {"guidance_scale": MAX_GUIDANCE, **shares}.items():
         value = values[name] = content.get(name)
         smallest = "above 0" if name == "mask_strength" else "0"
         if value is not None and not (is_number(value) and 0 <= value <= largest and (value > 0 or smallest == "0")):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from .. import machine
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..schedule import Schedule
-from .checkpoint import PICTUREBOOK, find_checkpoint, first_line, read_json, weights_of
+from .checkpoint import PICTUREBOOK, find_checkpoint, read_json, weights_of
 from .module_io import CONTROL_EMBEDDING_PREFIX, CONTROLNET_PREFIX
 from .module_io import layouts as layouts_of
 
@@ -326,16 +326,11 @@ def _check_fit(unet: Any, vae: Any, text_encoder: Any, controlnets: Mapping[str,
         raise UsageError(f"model: the UNet reads text {read} wide, the text encoder's is {written}")
     for name, net in controlnets.items():
         for key in ("block_out_channels", "cross_attention_dim", "in_channels"):
-            mine, theirs = _listed(getattr(net.config, key)), _listed(getattr(unet.config, key))
-            if mine != theirs:
+            mine, theirs = getattr(net.config, key), getattr(unet.config, key)
+            if json.dumps(mine) != json.dumps(theirs):  # a list is a tuple: one was read, the other was made here
                 raise UsageError(
                     f"layouts: the ControlNet of {name} has {key} {mine}, the UNet {theirs}; it is for another model"
                 )
-
-
-def _listed(value: Any) -> Any:
-    """A config that was read has lists where one that was made here has tuples."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def describe(model: str) -> dict[str, str]:
