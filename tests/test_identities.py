@@ -213,7 +213,7 @@ def test_4_no_updates_is_plain_ddim_from_the_inverted_latent(model: Any, picture
     editor = editor_of(model, share=False)
     result = editor.edit(asked)
     network, levels = network_of(model), model.schedule.levels(10)
-    states = {t: Codec(editor.model).encode_text([t]) for t in (SOURCE, PROMPT, "")}
+    states = {t: editor.codec.encode_text([t]) for t in (SOURCE, PROMPT, "")}
     trajectory = network.run(invert(result.source_latent[None], levels.path(), Condition(states[SOURCE])))
     want = network.run(
         masked_sampling(trajectory[0], levels.path(), Condition(states[PROMPT]), Condition(states[""]), 7.5)
