@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from iedit.runtime import machine
 from iedit.runtime.editor import Editor, EditRequest
+from iedit.runtime.model.checkpoint import picturebook_folder
 from iedit.training import embed, world
 
 
@@ -66,20 +67,26 @@ def test_the_command_trains_every_part_and_writes_a_model_that_edits(tmp_path: P
 def test_a_finished_model_is_trained_on_and_what_is_not_trained_stays_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = embed.train_all(tmp_path / "first", lambda _: None, out=tmp_path / "base")
-    monkeypatch.setattr(embed, "CONTINUED", {n: embed.Part(2, 4, 1e-2, seed=1) for n in embed.CONTINUED})
-    out = embed.train_all(tmp_path / "second", lambda _: None, out=tmp_path / "better", base=base)
+    base = picturebook_folder()
+    monkeypatch.setattr(embed, "CONTINUED", {n: embed.Part(1, 2, 1e-2, seed=1) for n in embed.CONTINUED})
+    out = embed.train_all(tmp_path / "work", lambda _: None, out=tmp_path / "better", base=base)
     weights = {p.relative_to(out): p.read_bytes() for p in out.rglob("*.safetensors")}
+    assert set(weights) == {p.relative_to(base) for p in base.rglob("*.safetensors")}
     changed = {str(p.parent) for p, data in weights.items() if (base / p).read_bytes() != data}
     assert changed == {"unet", "text_encoder", "controlnet-pose", "controlnet-scribble"}
     history = json.loads((out / embed.HISTORY_FILE).read_text())
-    assert [r["part"] for r in history] == [*embed.PARTS, *embed.CONTINUED] and history[-1]["seed"] == 1
-    again = embed.train_all(tmp_path / "second", lambda _: None, out=tmp_path / "again")  # the base is known
+    assert history[:-3] == json.loads((base / embed.HISTORY_FILE).read_text())
+    assert [r["part"] for r in history[-3:]] == list(embed.CONTINUED) and history[-1]["seed"] == 1
+    again = embed.train_all(
+        tmp_path / "work", lambda _: None, out=tmp_path / "again"
+    )  # the base is known, the parts are finished
     assert (again / "unet" / embed.UNET_FILE).read_bytes() == weights[Path("unet") / embed.UNET_FILE]
-    with pytest.raises(ValueError, match="holds a run from scratch"):
-        embed.train_all(tmp_path / "first", lambda _: None, base=base)
     with pytest.raises(ValueError, match="goes on from another model"):
-        embed.train_all(tmp_path / "second", lambda _: None, base=out)
+        embed.train_all(tmp_path / "work", lambda _: None, base=out)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "vae.pt").write_bytes(b"begun")
+    with pytest.raises(ValueError, match=r"holds a run from scratch \(vae\)"):
+        embed.train_all(tmp_path / "scratch", lambda _: None, base=base)
 
 
 def test_training_computes_in_bfloat16_only_where_the_processor_has_arithmetic_for_it_and_the_card_says_in_what(

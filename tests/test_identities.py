@@ -366,7 +366,7 @@ def grouped_otherwise(editor: RealEditor, kind: str, count: int, steps: int, alo
     the beginning."""
     asked = [truth.edit_request(c, truth.METHODS["ito"], 7, steps) for c in truth.edit_cases(kind, count, seed=31337)]
     if steps == WORLD_STEPS:  # ten seeds of the mask are most of a short edit
-        asked = [dataclasses.replace(a, options=Options(mask=MaskOptions(seeds=3))) for a in asked]
+        asked = [dataclasses.replace(a, options=Options(mask=MaskOptions(seeds=2))) for a in asked]
     cache = StageCache()
 
     def runs(share: bool = True, held: StageCache | None = None) -> RealEditor:
