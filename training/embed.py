@@ -62,7 +62,7 @@ PARTS = {
 # How a finished model is trained on (`--base`). Lower peaks, because the weights are good already, and smaller batches: more steps from
 # the same samples. The ControlNets follow the UNet, on whose features they were trained.
 CONTINUED = {
-    "denoiser": Part(3500, 32, 4e-4, seed=1),
+    "denoiser": Part(2800, 32, 4e-4, seed=1),
     "controlnet-pose": Part(1500, 32, 3e-4, seed=1),
     "controlnet-scribble": Part(2000, 32, 3e-4, seed=1),
 }
