@@ -128,9 +128,6 @@ def root() -> Path:
 TINY_MODULES = ("unet", "unet+pose", "unet+pose+scribble", "control-embedding-pose", "control-embedding-scribble", "vae_encoder", "vae_decoder",
                 "text_encoder")  # fmt: skip
 
-# The embedded model is one of those that every identity is tested on, as soon as its weights are in the tree.
-EMBEDDED = ["picturebook"]
-
 
 def _build_checkpoint(
     folder: Path,
@@ -251,14 +248,6 @@ def tiny_engines(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = folder.parent
     export_onnx(tiny, folder / "tiny_engines", modules=TINY_MODULES)
     return folder / "tiny_engines"
-
-
-@pytest.fixture(scope="session", params=["tiny", *EMBEDDED])
-def model(request: pytest.FixtureRequest) -> Any:
-    """Every model that the identities must hold on."""
-    from iedit.runtime.model.model import load_model
-
-    return request.getfixturevalue("tiny") if request.param == "tiny" else load_model(request.param, device="cpu")
 
 
 @pytest.fixture
