@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,12 @@ PARTS = {
     "clip": Part(800, 64, 1e-3),
 }
 # How a finished model is trained on (`--base`). Lower peaks, because the weights are good already, and smaller batches: more steps from
-# the same samples. The ControlNets follow the UNet, on whose features they were trained.
+# the same samples. The ControlNets follow the UNet, on whose features they were trained. The seed is the number of times that the part was
+# trained before, so that no round sees the batches of another.
 CONTINUED = {
-    "denoiser": Part(2800, 32, 4e-4, seed=1),
-    "controlnet-pose": Part(1500, 32, 3e-4, seed=1),
-    "controlnet-scribble": Part(2000, 32, 3e-4, seed=1),
+    "denoiser": Part(2800, 32, 4e-4),
+    "controlnet-pose": Part(1500, 32, 3e-4),
+    "controlnet-scribble": Part(2000, 32, 3e-4),
 }
 CONTROLS = ("pose", "scribble")
 SHARDS = 16
@@ -151,7 +152,16 @@ def plan_of(work: Path, base: Path | None = None) -> Plan:
         os.replace(temporary, kept)
     elif base is not None and (base / "unet" / UNET_FILE).read_bytes() != (kept / "unet" / UNET_FILE).read_bytes():
         raise ValueError(f"embed: {work} goes on from another model than {base}; give another --work")
-    return Plan(work, CONTINUED, kept) if kept.exists() else Plan(work, PARTS)
+    if not kept.exists():
+        return Plan(work, PARTS)
+    before = [row["part"] for row in read_history(kept)]
+    return Plan(work, {name: replace(part, seed=before.count(name)) for name, part in CONTINUED.items()}, kept)
+
+
+def read_history(model: Path) -> list[dict[str, Any]]:
+    """The rows of a model's `training.json`, one for each time that a part was trained; [] without one."""
+    path = model / HISTORY_FILE
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -766,9 +776,7 @@ def write_samples(folder: Path) -> None:
 
 def training_history(plan: Plan) -> list[dict[str, Any]]:
     """How the model was trained: the base's rows (its `training.json`), then one of each part trained in `plan.work`."""
-    rows: list[dict[str, Any]] = []
-    if plan.base is not None and (plan.base / HISTORY_FILE).exists():
-        rows += json.loads((plan.base / HISTORY_FILE).read_text())
+    rows = [] if plan.base is None else read_history(plan.base)
     for name, part in plan.parts.items():
         path = plan.work / f"{name}.pt"
         if path.exists():
@@ -785,7 +793,7 @@ HISTORY_FILE = "training.json"
 
 def card(out: Path, figures: str) -> str:
     """The model card (markdown): what the model in `out` is, its training from `training.json`, and the figures."""
-    history = json.loads((out / HISTORY_FILE).read_text())
+    history = read_history(out)
     arithmetic = [a for row in history for a in row["arithmetic"]]
     rows = [
         f"| {r['part']} | {r['steps']} | {r['batch']} | {r['learning_rate']:g} | {r['seed']} | {r['hours']:.2f} |"
