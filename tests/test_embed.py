@@ -76,7 +76,8 @@ def test_a_finished_model_is_trained_on_and_what_is_not_trained_stays_as_it_was(
     assert changed == {"unet", "text_encoder", "controlnet-pose", "controlnet-scribble"}
     history = json.loads((out / embed.HISTORY_FILE).read_text())
     assert history[:-3] == json.loads((base / embed.HISTORY_FILE).read_text())
-    assert [r["part"] for r in history[-3:]] == list(embed.CONTINUED) and history[-1]["seed"] == 1
+    assert [r["part"] for r in history[-3:]] == list(embed.CONTINUED)
+    assert history[-1]["seed"] == sum(r["part"] == history[-1]["part"] for r in history[:-1]) > 0
     again = embed.train_all(
         tmp_path / "work", lambda _: None, out=tmp_path / "again"
     )  # the base is known, the parts are finished
