@@ -34,7 +34,8 @@ GROUPS = ("input", "middle")
 class Pairs(Protocol):
     """What is trained on; `pairs.PairDataset` is one. `digest` changes with everything in it."""
 
-    digest: str
+    @property
+    def digest(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -98,8 +99,8 @@ class Batch:
 
 
 def _latent_mask(mask: Image.Image, cells: int) -> Tensor:
-    """(1, 1, cells, cells): area-averaged, and edited where at least half is (METHOD: CLIPSeg's masks); any cell that the mask
-    touches where that would leave none."""
+    """(1, 1, cells, cells): area-averaged, and 1 from a half on, as the pairs' own; any cell that the mask touches where
+    that would leave none."""
     values = np.asarray(mask, dtype=np.float32) / 255
     share = values.reshape(cells, len(values) // cells, cells, -1).mean(axis=(1, 3))
     half = torch.from_numpy((share >= 0.5).astype(np.float32)).view(1, 1, cells, cells)
@@ -139,7 +140,7 @@ def make_batch(
         source_cells=torch.cat([_latent_mask(m, cells) for m in source_masks]),
         target_cells=torch.cat([_latent_mask(m, cells) for m in target_masks]),
         prompts=[p.edit_prompt for p in chosen],
-        differences=[p.target_difference for p in chosen],
+        differences=[p.difference_prompts[1] for p in chosen],
         timesteps=torch.cat(times),
         noise=torch.cat(noise),
     )
