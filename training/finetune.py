@@ -42,7 +42,7 @@ from ..runtime.errors import RunError, UsageError, first_line
 from ..runtime.files import write_whole
 from ..runtime.images import contact_sheet, png_bytes
 from ..runtime.model.checkpoint import find_folder, weights_of
-from ..runtime.model.model import Model, load_model
+from ..runtime.model.model import Model, load_model, no_progress_bars
 from . import losses
 from .objective import (
     LOSSES,
@@ -115,6 +115,10 @@ class Settings:
             raise UsageError(f"attention is {self.attention!r}, expected auto, sdpa or xformers")
 
 
+def _ignore(_: Any) -> None:
+    """For who listens to nothing."""
+
+
 # --- what is loaded -------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +137,8 @@ def load_clip(where: str | None, model: Model) -> tuple[losses.ClipEmbedder, Any
     name = where or (str(inside) if inside.is_dir() else "openai/clip-vit-large-patch14")
     name = str(find_folder("picturebook") / "clip") if name == "picturebook" else name
     try:
-        clip = CLIPModel.from_pretrained(name)
+        with no_progress_bars():
+            clip = CLIPModel.from_pretrained(name)
         embedder = losses.ClipEmbedder(clip, CLIPImageProcessor.from_pretrained(name))
         lacks_tokenizer = Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file()
         tokenizer = model.tokenizer if lacks_tokenizer else AutoTokenizer.from_pretrained(name)
@@ -242,7 +247,8 @@ class Finetuning:
 
     Attributes:
         step: optimiser steps taken so far.
-        stop: set it to have all processes end after the step that they are in, with a checkpoint.
+        stop: set it, in any process, to have all of them end after the step that they are in, with a checkpoint.
+        stopped: whether that has happened; the processes agree on it.
 
     Raises:
         UsageError: something cannot be loaded, or `out` holds another run; nothing has been written.
@@ -259,7 +265,7 @@ class Finetuning:
         vgg: Path | None = None,
         device: str | None = None,
         command: str = "",
-        say: Callable[[str], None] = lambda _: None,
+        say: Callable[[str], None] = _ignore,
     ):
         from accelerate import Accelerator
 
@@ -302,13 +308,10 @@ class Finetuning:
             self.model, settings.losses, self.clip, tokenizer, self.features, autocast=self.accelerator.autocast
         )
         self.optimiser = self.accelerator.prepare(make_optimiser(self.trained, settings, self.device))
-        self.average = None
-        if settings.ema is not None:
-            from diffusers.training_utils import EMAModel
-
-            self.average = EMAModel(self.trained, decay=settings.ema)
+        # diffusers' EMAModel takes a parameter without a gradient as it is, which half of these are at every step.
+        self.average = None if settings.ema is None else [p.detach().clone() for p in self.trained]
         self.step, self.seconds, self.skipped = 0, 0.0, 0
-        self.stop = False
+        self.stop = self.stopped = False
 
     # --- before it starts
 
@@ -374,7 +377,7 @@ class Finetuning:
                 p.copy_(kept)
         self.optimiser.load_state_dict(state["optimiser"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            self.average = [a.to(self.device) for a in state["average"]]
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["step"], state["seconds"]
@@ -392,7 +395,7 @@ class Finetuning:
         state = {
             "identity": json.dumps(self.identity), "step": self.step, "seconds": self.seconds,
             "trained": [p.detach().cpu() for p in self.trained], "optimiser": self.optimiser.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "average": None if self.average is None else [a.cpu() for a in self.average],
             "scaler": None if scaler is None else scaler.state_dict(),
         }  # fmt: skip
         try:
@@ -433,17 +436,14 @@ class Finetuning:
         if files and files[0].suffix == ".safetensors":
             with safe_open(files[0], "pt") as weights:
                 stored = weights.get_tensor(next(iter(weights.keys()))).dtype
-        if self.average is not None:
-            self.average.store(self.trained)
-            self.average.copy_to(self.trained)
-        try:
-            folder.mkdir(parents=True)
-            shutil.copyfile(self.model.folder / "unet" / "config.json", folder / "config.json")
-            tensors = {k: v.detach().to("cpu", stored).contiguous() for k, v in self.model.unet.state_dict().items()}
-            save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-        finally:
-            if self.average is not None:
-                self.average.restore(self.trained)
+        saved = {id(p): a for p, a in zip(self.trained, self.average or self.trained, strict=True)}
+        tensors = {
+            name: saved.get(id(p), p).detach().to("cpu", stored).contiguous()
+            for name, p in self.model.unet.state_dict(keep_vars=True).items()
+        }
+        folder.mkdir(parents=True)
+        shutil.copyfile(self.model.folder / "unet" / "config.json", folder / "config.json")
+        save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
     # --- steps
 
@@ -487,7 +487,7 @@ class Finetuning:
                 sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value.detach() / s.accumulate
         stop = torch.tensor(float(self.stop), device=self.device)
         *figures, stopped = self.accelerator.reduce(torch.stack([*sums.values(), stop]), reduction="mean").tolist()
-        self.stop = stopped > 0
+        self.stopped = stopped > 0
         values = dict(zip(sums, figures, strict=True))
         bad = [k for k in (*list(values)[1:], "loss") if not math.isfinite(values[k])]
         if bad:
@@ -504,7 +504,8 @@ class Finetuning:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.step(self.trained)
+            decay = min(float(s.ema or 0), (self.step + 1) / (self.step + 10))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.trained], 1 - decay)
         self.step += 1
         return values | {"gradient": norm}
 
@@ -532,7 +533,7 @@ class Finetuning:
             if self.step == 0:
                 self.save([])
                 self.write_samples(board)
-            while self.step < s.steps and not self.stop:
+            while self.step < s.steps and not self.stopped:
                 values = self.take_step()
                 taken = time.perf_counter() - began
                 self.seconds = before + taken
@@ -546,7 +547,7 @@ class Finetuning:
                 yield Step(
                     self.step, s.steps, values, group, (s.steps - self.step) / speed, speed, peak_memory(self.device)
                 )
-                last = self.step == s.steps or self.stop
+                last = self.step == s.steps or self.stopped
                 if last or self.step % s.save_every == 0:
                     self.save(history.rows if history is not None else [])
                     if last or (s.sample_every and self.step % s.sample_every == 0):
@@ -677,8 +678,8 @@ def finetune(
     vgg: Path | None = None,
     device: str | None = None,
     command: str = "",
-    tell: Callable[[Step], None] = lambda _: None,
-    say: Callable[[str], None] = lambda _: None,
+    tell: Callable[[Step], None] = _ignore,
+    say: Callable[[str], None] = _ignore,
 ) -> Path:
     """Fine-tune a model on the pairs of a folder; the same call goes on where a run was stopped. Arguments as of `Finetuning`.
 
@@ -744,7 +745,7 @@ def _train(
     run = Finetuning(out, model, read_pairs(pairs), settings, say=say, **options)
     main = run.accelerator.is_main_process
     if not main:
-        run.say = lambda _: None
+        run.say = _ignore
     run.say(f"{len(run.pairs)} pairs at {run.side}x{run.side}, {run.accelerator.num_processes} process(es) on {run.device.type}, "
             f"precision {run.precision}, attention: {run.attention}")  # fmt: skip
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..runtime.backends.torch_modules import decode_latent, encode_image
 from ..runtime.codec import Codec
-from ..runtime.images import mask_to_latent, to_tensor
+from ..runtime.images import mask_to_latent, shrink_mask, to_tensor
 from ..runtime.model.model import Model
 from ..runtime.schedule import to_epsilon
 from . import losses
@@ -52,12 +52,14 @@ def pair_number(sample: int, count: int, seed: int) -> int:
 
 
 def squared(picture: Image.Image, side: int) -> Image.Image:
-    """A picture with its shorter side at `side` pixels, its middle cut out; a mask ("L") without grey."""
+    """A picture with its shorter side at `side` pixels, its middle cut out; a mask ("L") keeps its thin parts."""
     scale = side / min(picture.size)
     size = (max(side, round(picture.width * scale)), max(side, round(picture.height * scale)))
-    resample = Image.Resampling.NEAREST if picture.mode in ("L", "1") else Image.Resampling.LANCZOS
-    if size != picture.size:
-        picture = picture.resize(size, resample)
+    if picture.mode == "L":
+        smaller = scale < 1
+        picture = shrink_mask(picture, size) if smaller else picture.resize(size, Image.Resampling.NEAREST)
+    elif size != picture.size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     return picture.crop((left, top, left + side, top + side))
 
