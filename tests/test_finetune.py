@@ -85,7 +85,7 @@ def judges(tiny_checkpoint_cli: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def begin(tiny_checkpoint_cli: Path, exact_pairs: Path, judges: dict[str, Any]) -> Callable[..., Finetuning]:
     def make(out: Path, **values: Any) -> Finetuning:
-        settings = Settings(**FAST | {"steps": 6} | values)  # type: ignore[arg-type]
+        settings = Settings(**FAST | {"steps": 6} | values)
         return Finetuning(out, str(tiny_checkpoint_cli), read_pairs(exact_pairs), settings, device="cpu", **judges)
 
     return make
@@ -269,6 +269,19 @@ def test_gradient_checkpointing_changes_memory_and_not_a_loss(tmp_path: Path, be
         assert {k: float(v) for k, v in a.items() if k != "group"} == pytest.approx(
             {k: float(v) for k, v in b.items() if k != "group"}, rel=1e-4, abs=1e-6
         )
+
+
+def test_bfloat16_trains_float32_weights_with_about_the_same_losses(
+    tmp_path: Path, begin: Callable[..., Finetuning]
+) -> None:
+    run = begin(tmp_path / "half", steps=3, precision="bf16")
+    list(run.run())
+    assert {p.dtype for p in run.trained} == {torch.float32}
+    assert {p.dtype for p in run.model.vae.parameters()} == {torch.bfloat16}
+    list(begin(tmp_path / "full", steps=3).run())
+    for half, full in zip(rows(tmp_path / "half"), rows(tmp_path / "full"), strict=True):
+        for name in ("loss", "noise", "global_clip", "local_clip", "perceptual"):
+            assert float(half[name]) == pytest.approx(float(full[name]), rel=0.05, abs=0.005), name
 
 
 def test_the_command_trains_and_says_in_one_line_what_is_wrong(

@@ -138,7 +138,7 @@ def load_clip(where: str | None, model: Model) -> tuple[losses.ClipEmbedder, Any
     name = str(find_folder("picturebook") / "clip") if name == "picturebook" else name
     try:
         with no_progress_bars():
-            clip = CLIPModel.from_pretrained(name)
+            clip = CLIPModel.from_pretrained(name, dtype=torch.float32)
         embedder = losses.ClipEmbedder(clip, CLIPImageProcessor.from_pretrained(name))
         lacks_tokenizer = Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file()
         tokenizer = model.tokenizer if lacks_tokenizer else AutoTokenizer.from_pretrained(name)
@@ -279,9 +279,6 @@ class Finetuning:
         self.accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
         self.device, self.precision = self.accelerator.device, precision
         self.model = load_model(model, [], device=self.device, dtype=torch.float32)
-        if precision != "no":  # what is frozen needs no more than it is computed in
-            for part in (self.model.vae, self.model.text_encoder):
-                part.to(torch.float16 if precision == "fp16" else torch.bfloat16)
         self.side = self._check_side()
         self.features, self.clip, tokenizer, self.clip_name = None, None, None, ""
         if "perceptual" in settings.losses:
@@ -295,6 +292,10 @@ class Finetuning:
         if {"global", "local"} & set(settings.losses):
             self.clip, tokenizer, self.clip_name = load_clip(clip, self.model)
             self.clip.to(self.device)
+        if precision != "no":  # what is frozen needs no more than it is computed in
+            for part in (self.model.vae, self.model.text_encoder, self.clip, self.features):
+                if part is not None:
+                    part.to(torch.float16 if precision == "fp16" else torch.bfloat16)
         self.identity = self._identity(vgg)
         self._check_folder()
         unet = self.model.unet

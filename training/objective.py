@@ -204,6 +204,12 @@ class Objective:
                 tokens.input_ids.to(self.model.device), tokens.attention_mask.to(self.model.device)
             ).float()
 
+    def _epsilon(self, output: Tensor, z_t: Tensor, abar: Tensor) -> Tensor:
+        prediction = self.model.schedule.prediction
+        if prediction == "epsilon":
+            return output
+        return torch.stack([to_epsilon(o, x, float(a), prediction) for o, x, a in zip(output, z_t, abar, strict=True)])
+
     def terms(self, batch: Batch) -> losses.Terms:
         """Each term (B,), with a gradient to the trained weights."""
         named, abar = self.names, self.abar[batch.timesteps]
@@ -212,10 +218,7 @@ class Objective:
         noise2 = losses.target_noise(z_t, z2, abar)
         with self.autocast():
             output = self.model.unet(z_t, batch.timesteps, self._prompt_embeds(batch.prompts)).sample.float()
-        prediction = self.model.schedule.prediction
-        predicted = torch.stack(
-            [to_epsilon(o, x, float(a), prediction) for o, x, a in zip(output, z_t, abar, strict=True)]
-        )
+        predicted = self._epsilon(output, z_t, abar)
         if "mask" in named:
             foreground, background = losses.mask_loss(
                 predicted, batch.noise, noise2, batch.source_cells, batch.target_cells
