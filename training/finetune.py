@@ -268,6 +268,7 @@ class Finetuning:
         say: Callable[[str], None] = _ignore,
     ):
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
         if not len(pairs):
             raise UsageError("pairs: there is none to train on; look at its skipped.csv for the reasons")
@@ -276,6 +277,7 @@ class Finetuning:
         if cpu and device not in (None, "cpu"):
             raise UsageError(f"device: {device} was asked for, but no CUDA device is here; use cpu")
         precision = choose_precision(settings.precision, torch.device("cpu" if cpu else "cuda"))
+        AcceleratorState._reset_state()  # it outlives a run, and a second one in this process may have another precision
         self.accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
         self.device, self.precision = self.accelerator.device, precision
         self.model = load_model(model, [], device=self.device, dtype=torch.float32)
