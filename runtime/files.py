@@ -18,10 +18,10 @@ import stat
 import time
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import RunError, UsageError
 
@@ -102,39 +102,60 @@ def check_outputs(
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file in the same folder, fsync, rename.
-
-    Whatever interrupts it (Ctrl-C included), `path` holds what it held before, and the temporary file is gone. Only
-    regular files are replaced; to a character device or a pipe (`/dev/null`, `/dev/stdout`, a FIFO) the bytes are written.
+    """Write a file whole or not at all; see `open_whole`. To a character device or a pipe (`/dev/null`, `/dev/stdout`, a FIFO) the
+    bytes are written.
 
     Raises:
         UsageError: the folder does not exist, or the path is a folder, a socket or a block device; RunError: the system
             refused (full, read-only), or nobody reads the pipe.
     """
     mode = _mode(path)
-    try:
-        if mode is not None and _is_stream(path, mode):
-            _write_stream(path, data)
-            return
-        target = Path(os.path.realpath(path))  # through a link: replace what it points at, not the link
-        if mode is not None and not stat.S_ISREG(mode):
-            raise UsageError(f"{path}: this is {_kind_of_file(mode)}, expected a file name")
-        if not target.parent.is_dir():
-            raise UsageError(f"{path}: the folder {target.parent} does not exist; make it first")
-        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
+    if mode is not None and _is_stream(path, mode):
         try:
-            # Not tempfile: its files are private (0600), an output should follow the umask.
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
+            _write_stream(path, data)
+        except OSError as error:
+            raise _not_written(path, error) from error
+        return
+    with open_whole(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def open_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file that is written to in the block, and is there whole after it or not at all: a temporary file in the same folder, fsync, rename.
+
+    Whatever interrupts the block (Ctrl-C included), `path` holds what it held before, and the temporary file is gone. Only
+    regular files are replaced.
+
+    Raises:
+        UsageError: the folder does not exist, or the path is anything but a file; RunError: the system refused (full, read-only).
+    """
+    mode = _mode(path)
+    if mode is not None and not stat.S_ISREG(mode):
+        raise UsageError(f"{path}: this is {_kind_of_file(mode)}, expected a file name")
+    target = Path(os.path.realpath(path))  # through a link: replace what it points at, not the link
+    if not target.parent.is_dir():
+        raise UsageError(f"{path}: the folder {target.parent} does not exist; make it first")
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
+    try:
+        # Not tempfile: its files are private (0600), an output should follow the umask.
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise RunError(f"{path}: could not be written ({_reason(error)}); nothing was left behind") from error
+        # A write's error names no file; one that does is of another file that the block had to do with.
+        if isinstance(error, OSError) and error.filename in (None, temporary, str(temporary)):
+            raise _not_written(path, error) from error
+        raise
+
+
+def _not_written(path: str | os.PathLike[str], error: OSError) -> RunError:
+    return RunError(f"{path}: could not be written ({_reason(error)}); nothing was left behind")
 
 
 def write_outputs(outputs: Mapping[Path, bytes]) -> None:
