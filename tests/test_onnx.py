@@ -132,8 +132,9 @@ def test_the_control_embedding_engine_is_a_part_of_the_fused_one(tiny: Any, engi
     _respec(engines / "onnx-fp32" / "control-embedding-scribble", shapes=[small])
     backend = OnnxBackend(tiny, engines)
     assert backend.why_not("unet+pose+scribble", 2, 64, 64) == []
-    assert backend.why_not("unet+pose+scribble", 3, 64, 64) == [
-        "onnx control-embedding-scribble engine was built for batch 1-2, asked for 3"
+    assert backend.why_not("unet+pose+scribble", 3, 64, 64) == []  # in two calls
+    assert backend.why_not("unet+pose+scribble", 2, 80, 64) == [
+        "onnx control-embedding-scribble engine was built for height 16-64, asked for 80"
     ]
     shutil.rmtree(engines / "onnx-fp32" / "control-embedding-scribble")
     fallback = load_backend("auto", tiny, engines)
@@ -346,10 +347,35 @@ def test_an_engine_that_is_too_small_is_refused_with_its_range(tiny: Any, engine
     _respec(engines / "onnx-fp32" / "unet", shapes=[small])
     backend = OnnxBackend(tiny, engines)
     assert backend.why_not("unet", 2, 64, 64) == []
-    x, t, condition = _call(tiny, 3, (64, 64), 7)
-    with pytest.raises(UsageError, match=r"backend 'onnx' cannot run unet: .*built for batch 1-2, asked for 3"):
+    x, t, condition = _call(tiny, 1, (80, 64), 7)
+    with pytest.raises(UsageError, match=r"backend 'onnx' cannot run unet: .*built for height 16-64, asked for 80"):
         backend.predict(x, t, condition)
     assert "height 16-64, asked for 80" in backend.why_not("unet", 1, 80, 64)[0]
+
+
+@pytest.mark.parametrize(
+    ("range_", "batch", "calls"),
+    [([1, 1, 2], 5, [2, 2, 1]), ([1, 1, 3], 7, [2, 2, 2, 1]), ([3, 3, 3], 6, [3, 3]), ([1, 2, 8], 20, [8, 8, 4])],
+)
+def test_a_batch_that_is_too_large_for_an_engine_is_run_in_several_calls(
+    tiny: Any, engines: Path, range_: list[int], batch: int, calls: list[int]
+) -> None:
+    for name in ("unet+pose", "control-embedding-pose"):
+        _respec(engines / "onnx-fp32" / name, shapes=[{"batch": range_, "height": [8, 64, 64], "width": [8, 64, 64]}])
+    backend, profile = OnnxBackend(tiny, engines), Profile()
+    x, t, condition = _call(tiny, batch, (64, 64), 7, ("pose",))
+    with profile.stage("final"):
+        _close(backend.predict(x, t, condition), TorchBackend(tiny).predict(x, t, condition))
+    assert [c.batch for c in profile.modules if c.module == "unet+pose" and c.backend == "onnx"] == calls
+    assert [c.batch for c in profile.modules if c.module == "control-embedding-pose"] == calls
+
+
+def test_a_batch_that_does_not_divide_into_what_an_engine_takes_is_refused(tiny: Any, engines: Path) -> None:
+    _respec(engines / "onnx-fp32" / "unet", shapes=[{"batch": [4, 4, 8], "height": [8, 64, 64], "width": [8, 64, 64]}])
+    backend = OnnxBackend(tiny, engines)
+    assert backend.why_not("unet", 12, 64, 64) == []
+    for batch, left in ((2, 2), (10, 2)):
+        assert backend.why_not("unet", batch, 64, 64) == [f"onnx unet engine was built for batch 4-8, asked for {left}"]
 
 
 def test_sizes_that_the_levels_cannot_halve_are_refused(tiny: Any, backend: OnnxBackend) -> None:
