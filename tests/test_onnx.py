@@ -327,6 +327,16 @@ def test_a_flipped_byte_is_refused_by_name(tiny: Any, engines: Path, name: str) 
     assert backend.why_not("unet", 1, 64, 64) == []
 
 
+def test_flipped_weights_do_not_run_because_the_spec_leaves_them_out(tiny: Any, engines: Path) -> None:
+    folder = engines / "onnx-fp32" / "unet"
+    told = json.loads((folder / SPEC_FILE).read_text())
+    del told["files"]["model.onnx.data"]
+    (folder / SPEC_FILE).write_text(json.dumps(told))
+    _flip(folder / "model.onnx.data")
+    why = OnnxBackend(tiny, engines).why_not("unet", 1, 64, 64)
+    assert "files: model.onnx.data belongs to the graph and is not among them" in why[1]
+
+
 def test_engines_of_another_model_are_refused_by_the_field(
     built: tuple[Path, list[EngineSpec]], build_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
