@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .cli_finetune import finetune
+from .cli_finetune import ablation, finetune
 
 WORK = Path("build/embed")
 _work = click.option(
@@ -251,4 +251,5 @@ def card(output: Path, folder: Path | None, overwrite: bool) -> None:
     click.echo(f"wrote {model / 'README.md'}")
 
 
-train.add_command(finetune)
+for _command in (finetune, ablation):
+    train.add_command(_command)

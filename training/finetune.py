@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..runtime import machine
@@ -315,6 +316,7 @@ class Finetuning:
         self.average = None if settings.ema is None else [p.detach().clone() for p in self.trained]
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         self.stop = self.stopped = False
+        self._before: list[Image.Image] = []
 
     # --- before it starts
 
@@ -564,7 +566,8 @@ class Finetuning:
     # --- what is shown
 
     def write_samples(self, board: Any) -> None:
-        """Edit the first pairs' sources with the checkpoint, as `iedit edit --method iedit` would: `OUT/samples/step-N.png`.
+        """Edit the first pairs' sources with the base and with the checkpoint, as `iedit edit --method iedit` would:
+        `OUT/samples/step-N.png`.
 
         Only the first process does, if the settings ask for it.
         """
@@ -572,7 +575,6 @@ class Finetuning:
             return
         from ..runtime.editor import Editor, EditRequest
 
-        editor = Editor.load(str(self.out / MODEL), [], backend="torch", device=str(self.device))
         some = [self.pairs[i] for i in range(min(self.settings.samples, len(self.pairs)))]
         masks = [as_mask(p.source_mask) for p in some]
         requests = [
@@ -580,11 +582,18 @@ class Finetuning:
                         mask=squared(m, self.side), seed=self.settings.seed)
             for p, m in zip(some, masks, strict=True)
         ]  # fmt: skip
-        results = editor.edit_many(requests)
+
+        def edits(model: str) -> list[Image.Image]:
+            editor = Editor.load(model, [], backend="torch", device=str(self.device))
+            return [r.image for r in editor.edit_many(requests)]
+
+        self._before = self._before or edits(self.model.name)
+        now = edits(str(self.out / MODEL)) if self.step else self._before
         rows = [
-            [("source", p.source), ("mask", m.convert("RGB")), ("edit", r.image), ("pseudo-target", p.target)]
-            for p, m, r in zip(some, masks, results, strict=True)
-        ]
+            [("source", p.source), ("mask", m.convert("RGB")), ("before", before), (f"after {self.step} steps", after),
+             ("pseudo-target", p.target)]
+            for p, m, before, after in zip(some, masks, self._before, now, strict=True)
+        ]  # fmt: skip
         sheet = contact_sheet(rows, titles=[f"{p.source_caption} -> {p.edit_prompt}" for p in some])
         (self.out / "samples").mkdir(exist_ok=True)
         write_whole(self.out / "samples" / f"step-{self.step:06d}.png", png_bytes(sheet))
