@@ -139,7 +139,10 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path: Path) -> None:
         ("[]", "is no manifest"),
         (text.replace('"format": 1', '"format": 2'), "format is 2, expected 1"),
         (text.replace('"pairs": 5', '"pairs": 6'), "contradicts itself"),
-        (text.replace('"name": "pairs-00000"', '"name": "../../secret"'), "shards.0..name is .*expected a name without folders"),
+        (
+            text.replace('"name": "pairs-00000"', '"name": "../../secret"'),
+            "shards.0..name is .*expected a name without folders",
+        ),
     ):
         manifest.write_text(changed)
         refused(says)

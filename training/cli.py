@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from .cli_pairs import pairs, renders
+
 WORK = Path("build/embed")
 _work = click.option(
     "--work", type=click.Path(path_type=Path, file_okay=False), default=WORK, show_default=True,
@@ -247,3 +249,7 @@ def card(output: Path, folder: Path | None, overwrite: bool) -> None:
     check_outputs([], [target], [], overwrite or (target.is_file() and target.read_text().startswith(head)))
     write_whole(target, made.encode())
     click.echo(f"wrote {model / 'README.md'}")
+
+
+for _command in (renders, pairs):
+    train.add_command(_command)
