@@ -78,6 +78,7 @@ def write_vgg(path: Path) -> None:
     for layer in features:
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, generator=rng)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
     write_whole(path, save(features.state_dict(prefix="features.")))
 

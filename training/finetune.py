@@ -638,7 +638,7 @@ def _link(source: str, target: str) -> str:
 
 
 class History:
-    """`losses.csv`: a row for each step, on disk as soon as it is taken; rows after `step` are of a run that was cut off, and go."""
+    """`OUT/losses.csv`: a row for each step, on disk as soon as it is taken; rows after `step` are of a run that was cut off, and go."""
 
     def __init__(self, path: Path, step: int):
         self.rows: list[dict[str, Any]] = []
