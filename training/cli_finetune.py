@@ -39,7 +39,7 @@ class Lines:
 @click.command()
 @click.option("--model", default="picturebook", show_default=True,
               help="What is fine-tuned: the embedded model, a diffusers folder, or a hub id of SD 1.x.")  # fmt: skip
-@click.option("--pairs", required=True, type=click.Path(path_type=Path, exists=True, file_okay=False),
+@click.option("--pairs", required=True, type=click.Path(path_type=Path, file_okay=False),
               help="Folder that `iedit train pairs` wrote.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False),
               help="Folder of the run; its model is OUT/model. A run that was stopped goes on from there.")  # fmt: skip
