@@ -20,7 +20,7 @@ def _small_wordnet(folder: Path) -> Path:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.write(folder)  # type: ignore[no-any-return]
+    return module.write(folder)
 
 
 def test_a_row_of_the_table_is_a_fine_tuned_model_on_held_out_edits(

@@ -47,7 +47,7 @@ class Lines:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Pairs of a process at a time.")
 @click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches before a step.")
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True,
-              help="On this machine, one for each GPU. Leave it at 1 under `accelerate launch`.")  # fmt: skip
+              help="On this machine, one for each GPU. Leave it at 1 under torchrun or `accelerate launch`.")  # fmt: skip
 @click.option("--size", type=click.IntRange(8), default=None,
               help="Side of the pictures, pixels. Default: what the model was trained on; the paper's is 384.")  # fmt: skip
 @click.option("--losses", default="mask,global,local,perceptual", show_default=True, metavar="LIST",
