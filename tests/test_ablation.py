@@ -10,7 +10,7 @@ import pytest
 
 from iedit.runtime.editor import Editor
 from iedit.runtime.errors import UsageError
-from iedit.training import ablation, truth, world
+from iedit.training import ablation, world
 from iedit.training.classifier import Classifier
 from iedit.training.finetune import Settings
 
@@ -26,7 +26,7 @@ def _small_wordnet(folder: Path) -> Path:
 def test_a_row_of_the_table_is_a_fine_tuned_model_on_held_out_edits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ablation, "RATIOS", (0.12,))
+    monkeypatch.setattr(ablation, "RATIOS", {0.12: 1})
     rows = [r for r in ablation.ROWS if r.name in ("base model", "global + paired, raw captions")]
     trained: list[Any] = []
 
@@ -38,7 +38,7 @@ def test_a_row_of_the_table_is_a_fine_tuned_model_on_held_out_edits(
         )  # fmt: skip
 
     done = run()
-    assert [(d["name"], d["ratio"], d["n"]) for d in done] == [(r.name, 0.12, len(truth.TEXT_KINDS)) for r in rows]
+    assert [(d["name"], d["ratio"], d["n"]) for d in done] == [(r.name, 0.12, len(ablation.KINDS)) for r in rows]
     assert done[0]["l1_in"] != done[1]["l1_in"] and len(trained) == 1
     again = run()
     assert len(trained) == 1 and [d["l1_in"] for d in again] == [d["l1_in"] for d in done]
@@ -49,7 +49,7 @@ def test_a_row_of_the_table_is_a_fine_tuned_model_on_held_out_edits(
     assert text.startswith("before\n<!-- ablation -->\n| trained with |") and text.endswith(
         "<!-- /ablation -->\nafter\n"
     )
-    assert "old\n" not in text and text.count("| base model | sdedit | 0.12 | 3 |") == 1
+    assert "old\n" not in text and text.count("| base model | sdedit | 0.12 | 2 |") == 1
     document.write_text("nothing of the kind")
     with pytest.raises(UsageError, match="has no place for the table"):
         ablation.replace_table(document, done)
