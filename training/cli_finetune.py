@@ -113,7 +113,12 @@ def finetune(
               help="Folder of WordNet 3.0's database files (apt-get install wordnet-base).")  # fmt: skip
 @click.option("--pictures", type=click.IntRange(10), default=3000, show_default=True, help="Renders in the corpus.")
 @click.option(
-    "--n", "count", type=click.IntRange(1), default=60, show_default=True, help="Held-out edits of each text kind."
+    "--n",
+    "count",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Held-out edits of things, and of colours.",
 )
 @click.option("--steps", type=click.IntRange(1), default=400, show_default=True, help="Fine-tuning steps of a row.")
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Pairs in a step.")
