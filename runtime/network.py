@@ -14,22 +14,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .backends.base import Denoiser, Stepper
+from .backends.base import Denoiser, Stepper, even, out_of_memory
 from .denoise_step import Condition, DenoiseStep, IdentityCache, Sampler, Transition, joined
 from .errors import RunError
 from .profile import Profile
 from .schedule import Level, ddim_coefficients
 
 T = TypeVar("T")
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _even(samples: int) -> int:
-    """The largest even number up to `samples`; 1 below 2."""
-    return samples - samples % 2 or 1
 
 
 class Network:
@@ -125,7 +116,7 @@ class Network:
             try:
                 answers = self._whole_step(timesteps, condition, [t for t in transitions if t is not None])
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 answers = None  # what follows takes less at a time, and says so
             if answers is not None:
@@ -176,7 +167,7 @@ class Network:
         start = 0
         while start < len(x):
             left = len(x) - start
-            stop = len(x) if left <= self.max_batch else start + _even(self.max_batch)
+            stop = len(x) if left <= self.max_batch else start + even(self.max_batch)
             piece = slice(start, stop)
             cut = condition
             if stop - start < len(x):
@@ -184,14 +175,14 @@ class Network:
             try:
                 parts.append(self.denoiser.predict(x[piece], t[piece], cut))
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if self.max_batch == 1:
                     raise RunError(
                         f"out of memory in {self.profile.where}: one sample of {tuple(x.shape[1:])} does not fit; "
                         "use a smaller image, a smaller dtype or another device"
                     ) from error
-                self.max_batch = _even(len(x[piece]) // 2)
+                self.max_batch = even(len(x[piece]) // 2)
                 self.profile.note(f"out of memory in {self.profile.where}: going on with batches of {self.max_batch}")
                 continue
             self.profile.count(Counter(owners[piece]))

@@ -242,8 +242,9 @@ class Profile:
             self.notes.append(text)
 
     def fallback(self, module: str, backend: str, why: Sequence[str]) -> None:
-        """`backend` did not run `module`, for these reasons."""
-        self.fallbacks.setdefault((module, backend), list(why))
+        """`backend` did not run `module`, for these reasons; what was said of them before is not said again."""
+        told = self.fallbacks.setdefault((module, backend), [])
+        told.extend(reason for reason in why if reason not in told)
 
     def by_module(self) -> list[dict[str, Any]]:
         """A row for every module and backend: calls, samples, seconds, cold calls and their seconds."""

@@ -49,7 +49,7 @@ def test_the_first_that_can_runs_each_module_at_each_shape_and_the_reasons_are_k
             batches.setdefault(call.backend, set()).add(call.batch)
     assert batches == {"picky": {1, 2}, "torch": {3, 20}}
     down = result.profile.fallbacks
-    assert down[("unet", "picky")] == ["batch 1-2, asked for 20"]  # the first call that it could not take
+    assert down[("unet", "picky")] == ["batch 1-2, asked for 20", "batch 1-2, asked for 3"]
     assert down[("vae_encoder", "picky")] == ["no engine for vae_encoder"]
     assert down[("all", "gone")] == ["not installed"]
     assert {"module": "all", "backend": "gone", "reasons": ["not installed"]} in result.receipt["backend"]["fallbacks"]

@@ -455,9 +455,9 @@ def test_the_embedding_of_a_layout_is_made_once_for_a_condition(built: Machine) 
 
 def test_the_control_embedding_engine_is_a_part_of_the_fused_one(machine: Machine) -> None:
     machine.build("unet+pose+scribble")
-    machine.build("control-embedding-pose", (Shapes((1, 1, 1), (64, 64, 64), (64, 64, 64)),))
+    machine.build("control-embedding-pose", (Shapes((1, 1, 1), (128, 128, 128), (64, 64, 64)),))
     why = TensorrtBackend(machine.model, machine.folder).why_not("unet+pose+scribble", 2, 64, 64)
-    assert why[0] == "tensorrt control-embedding-pose engine was built for batch 1-1, asked for 2"
+    assert why[0] == "tensorrt control-embedding-pose engine was built for height 128-128, asked for 64"
     assert why[1].startswith("there is no engine for control-embedding-scribble in ") and len(why) == 2
 
 
@@ -547,10 +547,9 @@ def test_calls_are_in_the_profile_and_the_first_of_a_shape_are_cold(built: Machi
 def test_a_call_that_no_range_takes_is_refused_by_the_field(built: Machine) -> None:
     backend = TensorrtBackend(built.model, built.folder)
     assert backend.why_not("unet", 2, 64, 64) == [] and backend.why_not("text_encoder", 4, 0, 0) == []
-    assert backend.why_not("text_encoder", 5, 0, 0) != []
-    assert backend.why_not("unet", 5, 64, 64) == [
-        "tensorrt unet engine was built for batch 1-4, asked for 5 or batch 1-2, asked for 5"
-    ]
+    assert backend.why_not("text_encoder", 5, 0, 0) == [] == backend.why_not("unet", 5, 64, 64)  # in two calls
+    assert backend.pieces("unet", 5, 64, 64) == [4, 1] and backend.pieces("unet", 5, 128, 128) == [2, 2, 1]
+    assert "height 64-64, asked for 512 or height 64-128, asked for 512" in backend.why_not("unet", 5, 512, 64)[0]
     assert "width 64-192, asked for 256" in backend.why_not("unet", 1, 128, 256)[0]
     before = len(built.executed())
     with pytest.raises(UsageError, match=r"backend 'tensorrt' cannot run vae_encoder: .*height 64-128, asked for 512"):
@@ -647,11 +646,11 @@ def test_auto_steps_down_and_says_why(machine: Machine, tiny: Any) -> None:
     running = Profile()
     side = 64 // tiny.vae_scale_factor
     with running.stage("final"):
-        for batch in (2, 6):
-            x, t = torch.randn(batch, tiny.channels, side, side), torch.full((batch,), 5)
-            fallback.predict(x, t, machine.condition(batch))
-    assert [c.backend for c in running.modules] == ["tensorrt", "torch"]
-    assert running.fallbacks[("unet", "tensorrt")] == ["tensorrt unet engine was built for batch 1-4, asked for 6"]
+        for height in (1, 2):
+            x, t = torch.randn(6, tiny.channels, height * side, side), torch.full((6,), 5)
+            fallback.predict(x, t, machine.condition(6))
+    assert [(c.backend, c.batch) for c in running.modules] == [("tensorrt", 4), ("tensorrt", 2), ("torch", 6)]
+    assert running.fallbacks[("unet", "tensorrt")] == ["tensorrt unet engine was built for height 64-64, asked for 128"]
 
 
 def test_where_tensorrt_cannot_run_all_reasons_are_given(

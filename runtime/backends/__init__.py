@@ -13,7 +13,7 @@ from typing import Any
 from .. import BACKENDS
 from ..errors import UsageError
 from ..model.model import Model
-from .base import Backend, BackendOptions
+from .base import Backend, BackendOptions, UnavailableError, described
 from .engine import EngineBackend
 from .fallback import FallbackBackend
 
@@ -28,7 +28,8 @@ def _module(name: str) -> Any:
 
 
 def why_unavailable(name: str) -> list[str]:
-    """Reasons why backend `name` cannot run on this machine at all; empty if it can (given engines, where it needs them)."""
+    """Reasons why backend `name` cannot run on this machine at all; empty if it can (given engines, where it needs them). What it
+    needs is imported to know that."""
     if name not in REGISTRY:
         return [f"there is no such backend; known are auto, {', '.join(BACKENDS)}"]
     reasons: list[str] = _module(name).why_unavailable()
@@ -39,7 +40,7 @@ def check_backend(name: str) -> None:
     """Raises UsageError where `name` was asked for and cannot run on this machine; before a model is loaded for it."""
     why = [] if name == "auto" else why_unavailable(name)
     if why:
-        raise UsageError(f"backend {name!r} was requested but cannot run: {'; '.join(why)}")
+        raise UnavailableError(name, why)
 
 
 def reasons() -> dict[str, list[str]]:
@@ -63,16 +64,17 @@ def load_backend(name: str, model: Model, engines: Path | None = None, **options
     usable: list[Backend] = []
     unusable: dict[str, list[str]] = {}
     for candidate in BACKENDS:
-        why = [NOT_IN_AUTO[candidate]] if candidate in NOT_IN_AUTO else why_unavailable(candidate)
-        if not why:
-            try:
-                usable.append(load_backend(candidate, model, engines, **options))
-                continue
-            except UsageError as error:
-                if candidate == BACKENDS[-1]:  # eager torch runs everywhere, so this is a mistake in its options
-                    raise
-                why = [str(error)]
-        unusable[candidate] = why
+        if candidate in NOT_IN_AUTO:
+            unusable[candidate] = [NOT_IN_AUTO[candidate]]
+            continue
+        try:
+            usable.append(_module(candidate).load(model, BackendOptions(engines, **options)))
+        except UnavailableError as error:
+            unusable[candidate] = error.reasons
+        except Exception as error:  # of a library that is broken in whatever way: a reason, and not the end of an edit
+            if candidate == BACKENDS[-1]:  # eager torch runs everywhere, so this is a mistake in its options
+                raise
+            unusable[candidate] = [described(error)]
     return FallbackBackend(usable, model.vae_scale_factor, unusable)
 
 

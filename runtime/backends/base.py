@@ -7,16 +7,16 @@ one cannot run is a list of reasons.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..denoise_step import Condition, Transition
-from ..errors import UsageError
+from ..errors import IeditError, UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,56 @@ def unet_module(condition: Condition) -> str:
     return "+".join(["unet", *sorted(c.name for c in condition.controls)])
 
 
+class UnavailableError(UsageError):
+    """A backend cannot run on this machine; `reasons` says why."""
+
+    def __init__(self, name: str, reasons: Sequence[str]):
+        super().__init__(f"backend {name!r} was requested but cannot run: {'; '.join(reasons)}")
+        self.reasons = list(reasons)
+
+
 def missing(*modules: str, extra: str) -> list[str]:
-    """A reason for each package that is not installed."""
-    return [
-        f'{m} is not installed (pip install "iedit[{extra}]")' for m in modules if importlib.util.find_spec(m) is None
-    ]
+    """A reason for each package that is not installed. One that is may still be broken: see `import_failure`."""
+    return [f'{m} is not installed (pip install "iedit[{extra}]")' for m in modules if not _is_installed(m)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # imported already, by something that is no usual import
+        return True
+
+
+def import_failure(package: str, load: Callable[[], Any]) -> list[str]:
+    """A reason if an installed package cannot be imported: a library of its own or of CUDA that is not there, another Python's
+    build. Whatever it raises is a reason, as a broken package may raise anything.
+
+    Args:
+        load: imports it.
+    """
+    try:
+        load()
+    except Exception as error:
+        return [f"{package} is installed but cannot be imported ({described(error)}); install it again"]
+    return []
+
+
+def described(error: BaseException) -> str:
+    """An error in a line: one of iedit's own words, another one by its type and its first line."""
+    if isinstance(error, IeditError):
+        return str(error)
+    line = first_line(error, 300)
+    return line if line == type(error).__name__ else f"{type(error).__name__}: {line}"
+
+
+def even(samples: int) -> int:
+    """The largest even number up to `samples`; 1 below 2."""
+    return samples - samples % 2 or 1
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of a backend's call is one that a smaller batch may get around."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def refuse(backend: Backend, module: str, batch: int, height: int, width: int) -> None:

@@ -17,7 +17,7 @@ from ..denoise_step import Condition, IdentityCache
 from ..errors import UsageError
 from ..model import module_io
 from ..model.model import Model
-from .base import refuse, unet_module
+from .base import even, refuse, unet_module
 from .engine_spec import EngineSpec, damaged, engines_folder, find_engines, writable_by_all
 
 Engine = tuple[Path, EngineSpec]  # the folder and what is in its spec
@@ -103,7 +103,8 @@ class EngineBackend:
         return sorted(self._found)
 
     def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
-        """See `base.Backend`. A fused UNet needs the engines of its control embeddings too."""
+        """See `base.Backend`. A fused UNet needs the engines of its control embeddings too. A batch that is too large for the engines is run
+        in several calls (`pieces`)."""
         parts = (module, *module_io.control_embedding_modules(module))
         return [why for part in parts for why in self._why_not(part, batch, height, width)]
 
@@ -111,25 +112,51 @@ class EngineBackend:
         engines = self.engines(module)
         if not engines:
             return [f"there is no engine for {module} in {self.folder} ({self.fix})", *self.refused.get(module, [])]
-        misses = [spec.out_of_range(batch, *pixels(spec, height, width)) for _, spec in engines]
-        why = [reason for reasons in misses for reason in reasons] if all(misses) else []
+        why: list[str] = []
+        for size in sorted(set(self.pieces(module, batch, height, width))):
+            misses = [spec.out_of_range(size, *pixels(spec, height, width)) for _, spec in engines]
+            why += [reason for reasons in misses for reason in reasons if reason not in why] if all(misses) else []
         # The VAE's halves take multiples of its own factor; a UNet's levels halve the latent further.
         multiple = self.model.multiple if module.startswith("unet") else self.model.vae_scale_factor
         if module != "text_encoder" and (height % multiple or width % multiple):
             why.append(f"{module} takes width and height in multiples of {multiple}, asked for {width}x{height}")
         return why
 
+    def pieces(self, module: str, batch: int, height: int, width: int) -> list[int]:
+        """The numbers of samples of the calls that a batch is run in: one call where an engine takes it whole, else as many as
+        the largest batch of an engine asks for. Pieces are even, so that two samples that are compared (see
+        `sampling.estimate_mask`) are in one call and rounded alike."""
+        every = [(spec, s) for _, spec in self.engines(module) for s in spec.shapes]
+        fitting = [s for spec, s in every if not s.out_of_range(s.batch[0], *pixels(spec, height, width))]
+        ranges = [s.batch for s in fitting or [s for _, s in every]]
+        if any(not most or most >= batch for _, _, most in ranges) or not ranges:
+            return [batch]
+        least, _, most = max(ranges, key=lambda r: r[2])
+        step = even(most) if even(most) >= least else most
+        return [step] * (batch // step) + ([batch % step] if batch % step else [])
+
     # --- modules ------------------------------------------------------------------------------------------------
 
+    def _batch(self, module: str, inputs: Sequence[Tensor], height: int, width: int) -> Tensor:
+        """A module on a batch of any size, in calls that its engines take. Arguments as of `_run`.
+
+        Raises:
+            UsageError: no engine takes it, with the reasons.
+        """
+        batch = len(inputs[0])
+        refuse(self, module, batch, height, width)
+        sizes = self.pieces(module, batch, height, width)
+        if len(sizes) == 1:
+            return self._run(module, inputs, height, width)
+        pieces = zip(*(i.split(sizes) for i in inputs), strict=True)
+        return torch.cat([self._run(module, piece, height, width) for piece in pieces])
+
     def _run(self, module: str, inputs: Sequence[Tensor], height: int, width: int) -> Tensor:
-        """One call of a module, float32 and the caller's own.
+        """One call of a module at a shape that one of its engines takes, float32 and the caller's own.
 
         Args:
             inputs: in the order of `module_io.inputs`.
             height, width: pixels; 0 for the text encoder.
-
-        Raises:
-            UsageError: no engine takes it, with the reasons.
         """
         raise NotImplementedError
 
@@ -144,7 +171,7 @@ class EngineBackend:
             embeddings = self._control_embeddings(condition)
             for control in sorted(condition.controls, key=lambda c: c.name):
                 inputs += [embeddings[control.name], torch.full((len(x),), control.scale, device=x.device)]
-        return self._run(module, inputs, height, width)
+        return self._batch(module, inputs, height, width)
 
     def _control_embeddings(self, condition: Condition) -> dict[str, Tensor]:
         """By layout; made once for each condition."""
@@ -155,20 +182,20 @@ class EngineBackend:
     @torch.no_grad()
     def control_embedding(self, name: str, images: Tensor) -> Tensor:
         """(B, 3, H, W) layout maps in [0, 1] -> (B, C0, h, w) float32 embedding."""
-        return self._run(module_io.CONTROL_EMBEDDING_PREFIX + name, [images], *images.shape[-2:])
+        return self._batch(module_io.CONTROL_EMBEDDING_PREFIX + name, [images], *images.shape[-2:])
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        return self._run("vae_encoder", [images], *images.shape[-2:])
+        return self._batch("vae_encoder", [images], *images.shape[-2:])
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
         factor = self.model.vae_scale_factor
-        return self._run("vae_decoder", [latents], latents.shape[-2] * factor, latents.shape[-1] * factor)
+        return self._batch("vae_decoder", [latents], latents.shape[-2] * factor, latents.shape[-1] * factor)
 
     @torch.no_grad()
     def encode_tokens(self, ids: Tensor) -> Tensor:
-        return self._run("text_encoder", [ids], 0, 0)
+        return self._batch("text_encoder", [ids], 0, 0)
 
 
 def pixels(spec: EngineSpec, height: int, width: int) -> tuple[int, int]:

@@ -1,22 +1,27 @@
-"""`auto`: per module and per shape the first backend that can run it.
+"""`auto`: per module and per shape the first backend that can run it, and the next one where that fails.
 
 Why the backends before it could not goes to the running profile, once, and from there to the result, the receipt and the command line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from .. import profile
 from ..denoise_step import Condition
+from ..errors import Cancelled, UsageError
 from ..model.module_io import CONTROLNET_PREFIX
-from .base import Backend, unet_module
+from .base import Backend, described, out_of_memory, unet_module
 
 
 class FallbackBackend:
     """The first backend of several that can run a module at a shape. The last one must be able to run everything.
+
+    A backend that can and then fails (its engine cannot be loaded, a provider is not there, the device refuses) steps down too: the
+    next one answers that call, and the module is not given to it again. Where memory runs out the caller makes smaller
+    batches first; only one sample that does not fit is a failure.
 
     Args:
         usable: best first.
@@ -36,25 +41,36 @@ class FallbackBackend:
     ):
         self.usable, self.vae_scale_factor = list(usable), vae_scale_factor
         self.unusable, self.ran = unusable or {}, ran or {}
+        self.failed: dict[tuple[str, str], list[str]] = {}  # (module, backend) -> how it failed
 
     def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
         """See `base.Backend`."""
         return self.usable[-1].why_not(module, batch, height, width)
 
-    def choose(self, module: str, batch: int, height: int, width: int) -> Backend:
-        """The backend for one call; the reasons why those before it cannot take it go to the running profile."""
+    def _run(self, module: str, batch: int, height: int, width: int, call: Callable[[Backend], Tensor]) -> Tensor:
+        """`call` on the first backend that can take it; why those before it did not goes to the running profile."""
         running = profile.current()
         if running is not None:
             for name, why in self.unusable.items():
                 running.fallback("all", name, why)
         allowed = self._allowed(module)
         for backend in allowed[:-1]:
-            reasons = backend.why_not(module, batch, height, width)
-            if not reasons:
-                return backend
+            reasons = self.failed.get((module, backend.name), [])
+            try:
+                reasons = reasons or backend.why_not(module, batch, height, width)
+                if not reasons:
+                    return call(backend)
+            except Cancelled:
+                raise
+            except UsageError as error:  # refused at a closer look: of this call only
+                reasons = [str(error)]
+            except Exception as error:
+                if batch > 1 and out_of_memory(error):
+                    raise
+                reasons = self.failed[module, backend.name] = [f"it failed: {described(error)}"]
             if running is not None:
                 running.fallback(module, backend.name, reasons)
-        return allowed[-1]
+        return call(allowed[-1])
 
     def _allowed(self, module: str) -> list[Backend]:
         """The backends that may run a module. Torch runs a UNet and its ControlNets one after the other and engines are of both
@@ -67,14 +83,15 @@ class FallbackBackend:
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `base.Denoiser`."""
         size = (x.shape[-2] * self.vae_scale_factor, x.shape[-1] * self.vae_scale_factor)
-        return self.choose(unet_module(condition), len(x), *size).predict(x, t, condition)
+        return self._run(unet_module(condition), len(x), *size, lambda b: b.predict(x, t, condition))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        return self.choose("vae_encoder", len(images), *images.shape[-2:]).encode_image(images)
+        height, width = images.shape[-2:]
+        return self._run("vae_encoder", len(images), height, width, lambda b: b.encode_image(images))
 
     def decode_latent(self, latents: Tensor) -> Tensor:
         size = (latents.shape[-2] * self.vae_scale_factor, latents.shape[-1] * self.vae_scale_factor)
-        return self.choose("vae_decoder", len(latents), *size).decode_latent(latents)
+        return self._run("vae_decoder", len(latents), *size, lambda b: b.decode_latent(latents))
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
-        return self.choose("text_encoder", len(ids), 0, 0).encode_tokens(ids)
+        return self._run("text_encoder", len(ids), 0, 0, lambda b: b.encode_tokens(ids))

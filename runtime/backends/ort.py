@@ -21,7 +21,7 @@ from ..errors import RunError, UsageError, first_line
 from ..model import module_io
 from ..model.model import Model
 from ..profile import module_call
-from .base import BackendOptions, missing, refuse
+from .base import BackendOptions, UnavailableError, import_failure, missing
 from .engine import Engine, EngineBackend
 from .engine_spec import EngineSpec
 
@@ -31,8 +31,8 @@ _PRECISION = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf1
 
 
 def why_unavailable() -> list[str]:
-    """Reasons why ONNX Runtime cannot run here; empty if it can."""
-    return missing("onnxruntime", extra="onnx")
+    """Reasons why ONNX Runtime cannot run here; empty if it can. It is imported to know that."""
+    return missing("onnxruntime", extra="onnx") or import_failure("onnxruntime", _onnxruntime)
 
 
 def load(model: Model, options: BackendOptions) -> OnnxBackend:
@@ -62,6 +62,9 @@ class OnnxBackend(EngineBackend):
         threads: int | None = None,
         trust_engines: bool = False,
     ):
+        absent = missing("onnxruntime", extra="onnx")
+        if absent:
+            raise UnavailableError(self.name, absent)
         own = _PRECISION[model.dtype]
         self._precisions = [own] if own == "fp32" else [own, "fp32"]  # that are used, best first
         super().__init__(model, engines, trust_engines)
@@ -70,6 +73,9 @@ class OnnxBackend(EngineBackend):
         self._bytes: dict[str, int] = {}
         self._pool: ThreadPoolExecutor | None = None
         # Last, so that ONNX Runtime is imported only where there is something to run (see `_onnxruntime`).
+        why = why_unavailable()
+        if why:
+            raise UnavailableError(self.name, why)
         self.providers = _providers(model.device, providers)
 
     def _find(self) -> None:
@@ -113,7 +119,6 @@ class OnnxBackend(EngineBackend):
     def _run(self, module: str, inputs: Sequence[Tensor], height: int, width: int) -> Tensor:
         first = inputs[0]
         batch = len(first)
-        refuse(self, module, batch, height, width)
         threads = torch.get_num_threads() if self.threads is None else self.threads
         alone = self._one_thread_each(module, batch, threads)
         key = (module, 1 if alone else threads)

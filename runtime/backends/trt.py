@@ -25,7 +25,7 @@ from ..errors import RunError, UsageError
 from ..model import module_io
 from ..model.model import Model
 from ..profile import module_call
-from .base import BackendOptions, cuda_missing, missing, refuse
+from .base import BackendOptions, UnavailableError, cuda_missing, import_failure, missing
 from .cuda_graphs import CudaGraphCache, capture
 from .engine import Engine, EngineBackend, pixels
 from .engine_spec import EngineSpec
@@ -34,8 +34,15 @@ PLAN = "engine.plan"
 
 
 def why_unavailable() -> list[str]:
-    """Reasons why TensorRT cannot run on this machine; empty if it can."""
-    return missing("tensorrt", extra="gpu") + cuda_missing()
+    """Reasons why TensorRT cannot run on this machine; empty if it can. Where there is a GPU it is imported to know that."""
+    why = missing("tensorrt", extra="gpu") + cuda_missing()
+    return why or import_failure("tensorrt", _tensorrt)
+
+
+def _tensorrt() -> Any:
+    import tensorrt
+
+    return tensorrt.__version__  # a package without its bindings can be imported and is empty
 
 
 # --- replaced by the tests, which have no GPU --------------------------------------------------------------------
@@ -141,7 +148,7 @@ class TensorrtBackend(EngineBackend):
     def __init__(self, model: Model, engines: Path | None = None, *, graphs: bool = True, trust_engines: bool = False):
         why = why_unavailable() or not_cuda(model.device)
         if why:
-            raise UsageError(f"tensorrt was requested but cannot run: {'; '.join(why)}")
+            raise UnavailableError(self.name, why)
         import tensorrt as trt
 
         self._trt, self._log = trt, new_logger(trt)
@@ -165,7 +172,6 @@ class TensorrtBackend(EngineBackend):
 
     def _run(self, module: str, inputs: Sequence[Tensor], height: int, width: int) -> Tensor:
         first, batch = inputs[0], len(inputs[0])
-        refuse(self, module, batch, height, width)
         folder, spec = self._nearest(module, batch, height, width)
         known = self._loaded.get(folder)
         given = None if known is None else self._given(known, module, inputs)
