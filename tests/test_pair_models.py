@@ -71,7 +71,8 @@ def test_captions_are_the_likeliest_words_and_those_of_a_picture_alone(models: P
 
     captioner = Captioner(models / "blip", "cpu")
     captions = captioner.captions(PICTURES)
-    net, processor = (c.from_pretrained(models / "blip") for c in (BlipForConditionalGeneration, BlipProcessor))
+    net: Any = BlipForConditionalGeneration.from_pretrained(models / "blip")
+    processor: Any = BlipProcessor.from_pretrained(models / "blip")
     for picture, caption in zip(PICTURES, captions, strict=True):
         pixels = processor(images=picture, return_tensors="pt").pixel_values
         with torch.no_grad():

@@ -238,7 +238,7 @@ def _kind_of(reason: str) -> str:
 
 
 def _most_common(skipped: Sequence[Sequence[str]]) -> str:
-    counts = Counter(_kind_of(row[2]) for row in skipped).most_common(3)
+    counts = Counter(_kind_of(row[2]) for row in skipped).most_common(2)
     return "; ".join(f"{count} times: {reason}" for reason, count in counts) or "the corpus has no samples"
 
 
@@ -434,7 +434,7 @@ def _own_mask(label: str, data: bytes, size: tuple[int, int]) -> Image.Image:
     except UsageError:
         raise
     except Exception as error:  # Pillow's plugins raise what they like on damaged files
-        raise UsageError(f"mask {label} cannot be read ({first_line(error, 100)})") from error
+        raise UsageError(f"mask {label} cannot be read ({type(error).__name__})") from error
 
 
 def _kept(data: bytes, square: Image.Image) -> bytes:
@@ -470,10 +470,9 @@ def make_index(settings: Settings, number: int = 0, tell: Callable[[float], obje
     total = sum(r["rows"] for r in read)
     if total < 2:
         skipped = [row for r in read for row in r["skipped"]]
-        hint = "; describe them with --captions CHECKPOINT" if any(row[2] == "no caption" for row in skipped) else ""
-        raise UsageError(
-            f"corpus: {total} of {total + len(skipped)} pictures can be used; {_most_common(skipped)}{hint}; see {settings.work}"
-        )
+        why = _most_common(skipped)
+        hint = "; describe them with --captions CHECKPOINT" if "no caption" in why else ""
+        raise UsageError(f"corpus: {total} of {total + len(skipped)} pictures can be used; {why}{hint}")
     captions: list[str] = []
     embeddings: list[np.ndarray] = []
     for i in range(count):
