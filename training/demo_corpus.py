@@ -42,13 +42,18 @@ def masks(of: world.Scene) -> dict[str, Image.Image]:
 
 
 def write_renders(
-    folder: Path, count: int, seed: int = 0, tell: Callable[[int, int], object] = lambda done, of: None
+    folder: Path,
+    count: int,
+    seed: int = 0,
+    tell: Callable[[int, int], object] = lambda done, of: None,
+    caption: Callable[[world.Scene], str] = world.caption,
 ) -> None:
     """Write a corpus of `count` renders; the same bytes for the same count and seed.
 
     Args:
         folder: is made; tars in it are written anew.
         tell: called with how many renders are written, and of how many.
+        caption: what is said of a scene.
 
     Raises:
         UsageError: the folder holds something else; RunError: it could not be written.
@@ -66,7 +71,7 @@ def write_renders(
                 truth[key] = dataclasses.asdict(one)
                 pictures = {"png": world.render(one)} | {f"{k}.mask.png": m for k, m in masks(one).items()}
                 members = {ending: _png(picture) for ending, picture in pictures.items()}
-                for ending, data in (members | {"txt": world.caption(one).encode()}).items():
+                for ending, data in (members | {"txt": caption(one).encode()}).items():
                     member = tarfile.TarInfo(f"{key}.{ending}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))

@@ -160,6 +160,11 @@ class ClipEmbedder(nn.Module):
         self.register_buffer("mean", torch.tensor(processor.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std).view(1, 3, 1, 1), persistent=False)
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the text model knows."""
+        return int(self.clip.config.text_config.vocab_size)
+
     def prepare(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 3, crop, crop): bicubic to the shortest edge, middle cut out, normalised."""
         height, width = images.shape[-2:]
@@ -196,7 +201,7 @@ class VggFeatures(nn.Module):
 
     Args:
         weights: by torchvision's names (`features.0.weight`, ...), of the whole network or of this part. None leaves random ones.
-        widths: as `VGG_WIDTHS`; a test makes a narrow one.
+        widths: as `VGG_WIDTHS`; another network of this form may be narrower.
 
     Raises:
         ValueError: a weight is missing or has another shape.
@@ -235,7 +240,7 @@ class VggFeatures(nn.Module):
 
         Raises:
             FileNotFoundError: nothing is there.
-            ValueError: it cannot be read, or is no VGG-16.
+            ValueError: it cannot be read, or is no VGG-16 (or a narrower network of its form).
         """
         if not path.is_file():
             raise FileNotFoundError(f"vgg: {path} is not there; give a VGG-16 with torchvision's names of weights")
@@ -252,9 +257,15 @@ class VggFeatures(nn.Module):
             ) from error
         if not isinstance(weights, Mapping):
             raise ValueError(f"vgg: {path} holds a {type(weights).__name__}, expected weights by name")
-        return cls(weights)
+        widths, layer = list(VGG_WIDTHS), 0
+        for i, width in enumerate(VGG_WIDTHS):
+            weight = weights.get(f"features.{layer}.weight")
+            if width and isinstance(weight, Tensor) and weight.ndim == 4:
+                widths[i] = len(weight)
+            layer += 2 if width else 1  # a convolution has its activation behind it
+        return cls(weights, tuple(widths))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 256, H / 4, W / 4)."""
+        """(B, 3, H, W) in [-1, 1] -> (B, D, H / 4, W / 4), D the last width, VGG-16's 256."""
         output: Tensor = self.features(((images + 1) / 2 - self.mean) / self.std)
         return output

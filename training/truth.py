@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -75,6 +76,7 @@ METHODS = {
         Method("ito lambda=1", "ito", TEXT_KINDS, {LAMBDA_FIELD: 1.0}),
         Method("diffedit", "diffedit", TEXT_KINDS),
         Method("sdedit", "sdedit", TEXT_KINDS),
+        Method("iedit", "iedit", TEXT_KINDS),
         Method("controlnet", "controlnet", LAYOUT_KINDS),
         Method("controlnet-diffedit", "controlnet-diffedit", LAYOUT_KINDS),
         Method("round trip of the target", "", KINDS),
@@ -119,6 +121,17 @@ class Case:
         """Where they differ, grown by 4 px: "L", 0 and 255."""
         return world.exact_region(self.before, self.after)
 
+    @cached_property
+    def term(self) -> Image.Image:
+        """Where the word that a text edit replaces is seen in the source, exactly, which CLIPSeg would have to find: "L", 0 and 255."""
+        things = np.asarray(world.object_mask(self.before)) > 127
+        sky = np.repeat((np.arange(world.SIZE) < self.before.horizon)[:, None], world.SIZE, 1)
+        if self.change.kind in ("ground", "sky"):
+            mask = (sky if self.change.kind == "sky" else ~sky) & ~things
+        else:
+            mask = np.asarray(world.object_mask(self.before, self.change.index)) > 127
+        return Image.fromarray(mask.astype(np.uint8) * 255)
+
     @property
     def layouts(self) -> dict[str, Image.Image]:
         """The asked layout by name; empty for a text edit."""
@@ -152,7 +165,7 @@ def edit_cases(kind: str, n: int = 100, seed: int = 0) -> list[Case]:
 
 
 def edit_request(case: Case, method: Method, seed: int, steps: int) -> Any:
-    """The `EditRequest` of a case."""
+    """The `EditRequest` of a case. iEdit is given its mask, of the term that is edited; the others find theirs or have none."""
     from ..runtime.editor import EditRequest, Options
 
     source_prompt, prompt = case.prompts
@@ -163,6 +176,7 @@ def edit_request(case: Case, method: Method, seed: int, steps: int) -> Any:
         method=method.method,
         layouts=case.layouts,
         source_layouts=case.source_layouts,
+        mask=case.term if method.method == "iedit" else None,
         seed=seed,
         steps=steps,
         options=Options(**method.options),

@@ -121,7 +121,7 @@ def read_digests(model: str) -> Digests:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """transformers draws one for each part, diffusers one for each part in shards."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
@@ -144,7 +144,7 @@ def _read(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
         variant = "fp16"
     keyword = "dtype" if loader.__module__.startswith("transformers") else "torch_dtype"
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             part, report = loader.from_pretrained(
                 folder, local_files_only=True, variant=variant, output_loading_info=True, **{keyword: dtype}
             )
