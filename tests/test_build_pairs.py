@@ -136,6 +136,19 @@ def test_every_pair_is_what_the_paper_says_found_by_brute_force(world: Path) -> 
         assert abs(row.target_latent_share - pair.target_latent_mask.mean()) < 1e-6
 
 
+def test_a_build_leaves_its_process_as_it_was(world: Path, tmp_path: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        build(settings(world, out=str(tmp_path / "pairs")))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert pair_models.load.cache_info().currsize == 0  # networks are gone
+
+
 def test_the_manifest_accounts_for_every_sample(world: Path) -> None:
     manifest = read_manifest(world / "pairs")
     assert manifest.samples == RENDERS and manifest.pairs + sum(manifest.skipped.values()) == RENDERS + 6

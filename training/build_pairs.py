@@ -114,8 +114,6 @@ def build(settings: Settings, ray: str | None = None, tell: Tell = lambda stage,
         UsageError: something that was named is missing or is not what it has to be, or the folder holds something else.
         RunError: no pair could be made, or something could not be written. What was done stays, and the same call goes on from there.
     """
-    for cached in (_corpus, _words, _samples):  # of another build in this process
-        cached.cache_clear()
     if settings.size % FACTOR or settings.size < 8 * FACTOR:
         raise UsageError(f"size: {settings.size} is no multiple of {FACTOR} from {8 * FACTOR} on")
     shards = open_corpus(Path(settings.corpus), settings.shard)
@@ -254,6 +252,10 @@ def _runner(settings: Settings, ray: str | None) -> contextlib.AbstractContextMa
 
 @contextlib.contextmanager
 def _here(settings: Settings) -> Iterator[Run]:
+    import torch
+
+    threads = torch.get_num_threads()
+
     def run(stage: Stage, name: str, count: int, done: set[int], tell: Tell) -> None:
         tell(name, len(done), count)
         for i in sorted(set(range(count)) - done):
@@ -262,7 +264,12 @@ def _here(settings: Settings) -> Iterator[Run]:
             done.add(i)
             tell(name, len(done), count)
 
-    yield run
+    try:
+        yield run
+    finally:  # this process may have other work to do
+        torch.set_num_threads(threads)
+        for held in (_corpus, _words, _samples, pair_models.load):
+            held.cache_clear()
 
 
 @contextlib.contextmanager
