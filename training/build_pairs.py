@@ -274,16 +274,19 @@ def _here(settings: Settings) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def _on_ray(settings: Settings, address: str) -> Iterator[Run]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is sent anywhere
     try:
         import ray
     except ImportError:
         raise UsageError('ray: is not installed; pip install "iedit[train]", or leave --ray out') from None
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     where: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
     try:
         ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        raise UsageError(f"ray: {address} cannot be reached ({first_line(error)}); is the cluster running?") from error
+        raise UsageError(
+            f"ray: {address} cannot be reached ({first_line(error)}); is the cluster running? "
+            "One with token authentication wants RAY_AUTH_MODE=token"
+        ) from error
     gpus = 1 if settings.device.startswith("cuda") else 0
 
     def run(stage: Stage, name: str, count: int, done: set[int], tell: Tell) -> None:
