@@ -25,7 +25,12 @@ from .finetune import Settings, finetune
 PICTURES = 3000
 CANDIDATES = 16  # neighbours that are tried for the new word: in a small corpus the nearest often does not show it
 VGG_WIDTHS = (16, 16, 0, 32, 32, 0, 64, 64, 64)
-NAMES = {"new": "as new", "old": "as old", "rest": "rest kept", "l1_in": "L1 inside", "l1_out": "L1 outside"}
+# Edits whose words stand in WordNet beside each other: a corpus of renders has next to no pairs that ask for another ground or sky.
+KINDS = ("thing", "colour")
+# Share of the steps that the picture is noised by -> one of how many edits is made with it. 4 steps of 25 are so little noise that the
+# embedded model does what it is told only half of the time; at the paper's 0.7 it nearly always does, fine-tuned or not.
+RATIOS = {0.16: 1, 0.7: 4}
+NAMES = {"new": "as new", "rest": "rest kept", "l1_in": "L1 inside", "l1_out": "L1 outside"}
 
 
 @dataclass(frozen=True)
@@ -108,11 +113,12 @@ def run(
         settings: of the fine-tuning but for the losses.
         wordnet: folder of WordNet's database.
         pictures: renders in the corpus.
-        count: held-out edits of each text kind.
+        count: held-out edits of each of `KINDS`.
         steps: of sampling.
 
     Returns:
-        A dict for each row: `name`, `method`, `pairs`, `n`, and of all text edits together each of `NAMES` with its interval.
+        A dict for each row and each of `RATIOS`: `name`, `method`, `ratio`, `n`, and of all edits together each of `NAMES` with
+        its interval.
 
     Raises:
         UsageError, RunError: as what it calls does.
@@ -122,7 +128,6 @@ def run(
     vgg = work / "vgg.safetensors"
     work.mkdir(parents=True, exist_ok=True)
     write_vgg(vgg)
-    pairs = dict[str, int]()
     for captions in {r.captions: None for r in rows if r.captions}:
         corpus, folder = work / f"renders-{captions}", work / f"pairs-{captions}"
         if not (corpus / demo_corpus.TRUTH).is_file():
@@ -134,7 +139,7 @@ def run(
             corpus=str(corpus), out=str(folder), clip="picturebook", masks="own", size=world.SIZE, wordnet=str(wordnet),
             candidates=CANDIDATES, device="cpu",
         )  # fmt: skip
-        pairs[captions] = build_pairs.build(chosen).pairs
+        say(f"{build_pairs.build(chosen).pairs} pairs")
     done = []
     for row in rows:
         tuned = model
@@ -144,13 +149,15 @@ def run(
             tuned = str(finetune(work / row.model, model, work / f"pairs-{row.captions}", own, clip="picturebook", vgg=vgg,
                                  tell=tell, say=say))  # fmt: skip
         editor = editor_of(tuned)
-        say(f"measuring: {row.name}")
-        scored = truth.run(
-            editor, reader, [row.method], truth.TEXT_KINDS, count, settings=f"{editor.model.digest}", seed=seed, steps=steps,
-            output=work / "truth" / (row.model or "base") / row.method, log=say,
-        )  # fmt: skip
-        (summary,) = [s for s in truth.summarise(scored) if s["kind"] == "text"]
-        done.append({"name": row.name, "method": row.method, "pairs": pairs.get(row.captions, 0), **summary})
+        for ratio, share in RATIOS.items():
+            say(f"measuring: {row.name} at ratio {ratio:g}")
+            method = truth.Method(f"{row.method} {ratio:g}", row.method, KINDS, {"ratio": ratio})
+            scored = truth.run(
+                editor, reader, [method], KINDS, max(1, count // share), settings=f"{editor.model.digest}", seed=seed, steps=steps,
+                output=work / "truth" / (row.model if row.losses else "base") / f"{row.method}-{ratio:g}", log=say,
+            )  # fmt: skip
+            (summary,) = [s for s in truth.summarise(scored) if s["kind"] == "text"]
+            done.append({**summary, "name": row.name, "method": row.method, "ratio": ratio})
     return done
 
 
@@ -162,9 +169,11 @@ def table(done: Sequence[Mapping[str, Any]]) -> str:
         low, value, high = (one[name + suffix] * (100 if share else 1) for suffix in ("_low", "", "_high"))
         return f"{value:.0f} % ({low:.0f}-{high:.0f})" if share else f"{value:.4f} ({low:.4f}-{high:.4f})"
 
-    head = ("trained with", "inference", "edits", *NAMES.values())
+    head = ["trained with", "inference", "ratio", "edits", *NAMES.values()]
     lines = [head, ["---"] * len(head)]
-    lines += [[str(d["name"]), str(d["method"]), str(d["n"]), *(figure(d, n) for n in NAMES)] for d in done]
+    for one in done:
+        words = [str(one[name]) for name in ("name", "method")]
+        lines.append([*words, f"{one['ratio']:g}", str(one["n"]), *(figure(one, n) for n in NAMES)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -696,7 +696,7 @@ def finetune(
     """Fine-tune a model on the pairs of a folder; the same call goes on where a run was stopped. Arguments as of `Finetuning`.
 
     Args:
-        processes: on this machine. Under `accelerate launch` leave it at 1: its processes are used.
+        processes: on this machine. Under torchrun or `accelerate launch` leave it at 1: its processes are used.
         tell, say: told of every step, and of what happens, by the first process; with several they have to be picklable.
 
     Returns:

@@ -332,7 +332,7 @@ class _Shown:
 def run(
     editor: Any,
     reader: Reader,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str | Method] = tuple(METHODS),
     kinds: Sequence[str] = KINDS,
     n: int = 100,
     *,
@@ -349,7 +349,7 @@ def run(
 
     Args:
         editor: a `runtime.editor.Editor`; `edit_many` and `reconstruct` are used.
-        methods: names of `METHODS`; a method skips the kinds that it is not for.
+        methods: names of `METHODS`, or methods; each skips the kinds that it is not for.
         settings: what the rows depend on besides method and case (digest of the model); rows with other settings are
             thrown away, equal ones in `output/cases.csv` are not run again.
         batch: cases per call of `edit_many`; seconds are the call's, shared equally.
@@ -363,9 +363,10 @@ def run(
     Raises:
         ValueError: an unknown method or kind.
     """
-    unknown = [m for m in methods if m not in METHODS] + [k for k in kinds if k not in KINDS]
+    unknown = [m for m in methods if isinstance(m, str) and m not in METHODS] + [k for k in kinds if k not in KINDS]
     if unknown:
         raise ValueError(f"run: {unknown[0]!r} is neither one of {', '.join(METHODS)} nor of {', '.join(KINDS)}")
+    chosen = [METHODS[m] if isinstance(m, str) else m for m in methods]
     settings = f"{settings} seed={seed} steps={steps}".strip()
     path = output / "cases.csv" if output else None
     fields = {*_KEY, "things", *SHARES, *MEANS}  # a row of an earlier version may lack one, and is run again
@@ -373,7 +374,7 @@ def run(
     done = {tuple(r[k] for k in _KEY): r for r in kept}
     for kind in kinds:
         cases = edit_cases(kind, n, seed)
-        for method in (METHODS[m] for m in methods if kind in METHODS[m].kinds):
+        for method in (m for m in chosen if kind in m.kinds):
             todo = [c for c in cases if (settings, method.name, kind, c.number) not in done or c.number < sheet]
             shown: list[_Shown] = []
             for at in range(0, len(todo), batch):
@@ -397,7 +398,7 @@ def run(
                 log(f"truth: {method.name}: {kind} {at + len(some)}/{len(todo)}, {seconds:.1f} s each")
             if shown and output:
                 write_image(output / f"{method.name.replace(' ', '_')}-{kind}.png", contact_sheet(shown))
-    wanted = [(m, k, i) for k in kinds for m in methods if k in METHODS[m].kinds for i in range(n)]
+    wanted = [(m.name, k, i) for k in kinds for m in chosen if k in m.kinds for i in range(n)]
     return [done[(settings, *key)] for key in wanted]
 
 
