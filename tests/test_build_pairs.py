@@ -361,7 +361,7 @@ def refuse(world: Path, models: Path, tmp_path: Path) -> Iterator[Callable[..., 
         lines = [
             line
             for line in result.stderr.splitlines()
-            if not line.startswith(("reading", "indexing", "pairing", "Usage", "Try"))
+            if not line.startswith(("loading", "reading", "indexing", "pairing", "Usage", "Try"))
         ]
         assert result.exit_code == code and len([*filter(None, lines)]) == 1 and says in lines[-1], result.output
 
