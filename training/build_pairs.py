@@ -114,8 +114,6 @@ def build(settings: Settings, ray: str | None = None, tell: Tell = lambda stage,
         UsageError: something that was named is missing or is not what it has to be, or the folder holds something else.
         RunError: no pair could be made, or something could not be written. What was done stays, and the same call goes on from there.
     """
-    for cached in (_corpus, _words, _samples):  # of another build in this process
-        cached.cache_clear()
     if settings.size % FACTOR or settings.size < 8 * FACTOR:
         raise UsageError(f"size: {settings.size} is no multiple of {FACTOR} from {8 * FACTOR} on")
     shards = open_corpus(Path(settings.corpus), settings.shard)
@@ -238,7 +236,7 @@ def _kind_of(reason: str) -> str:
 
 
 def _most_common(skipped: Sequence[Sequence[str]]) -> str:
-    counts = Counter(_kind_of(row[2]) for row in skipped).most_common(3)
+    counts = Counter(_kind_of(row[2]) for row in skipped).most_common(2)
     return "; ".join(f"{count} times: {reason}" for reason, count in counts) or "the corpus has no samples"
 
 
@@ -254,6 +252,10 @@ def _runner(settings: Settings, ray: str | None) -> contextlib.AbstractContextMa
 
 @contextlib.contextmanager
 def _here(settings: Settings) -> Iterator[Run]:
+    import torch
+
+    threads = torch.get_num_threads()
+
     def run(stage: Stage, name: str, count: int, done: set[int], tell: Tell) -> None:
         tell(name, len(done), count)
         for i in sorted(set(range(count)) - done):
@@ -262,21 +264,29 @@ def _here(settings: Settings) -> Iterator[Run]:
             done.add(i)
             tell(name, len(done), count)
 
-    yield run
+    try:
+        yield run
+    finally:  # this process may have other work to do
+        torch.set_num_threads(threads)
+        for held in (_corpus, _words, _samples, pair_models.load):
+            held.cache_clear()
 
 
 @contextlib.contextmanager
 def _on_ray(settings: Settings, address: str) -> Iterator[Run]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is sent anywhere
     try:
         import ray
     except ImportError:
         raise UsageError('ray: is not installed; pip install "iedit[train]", or leave --ray out') from None
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     where: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
     try:
         ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        raise UsageError(f"ray: {address} cannot be reached ({first_line(error)}); is the cluster running?") from error
+        raise UsageError(
+            f"ray: {address} cannot be reached ({first_line(error)}); is the cluster running? "
+            "One with token authentication wants RAY_AUTH_MODE=token"
+        ) from error
     gpus = 1 if settings.device.startswith("cuda") else 0
 
     def run(stage: Stage, name: str, count: int, done: set[int], tell: Tell) -> None:
@@ -434,7 +444,7 @@ def _own_mask(label: str, data: bytes, size: tuple[int, int]) -> Image.Image:
     except UsageError:
         raise
     except Exception as error:  # Pillow's plugins raise what they like on damaged files
-        raise UsageError(f"mask {label} cannot be read ({first_line(error, 100)})") from error
+        raise UsageError(f"mask {label} cannot be read ({type(error).__name__})") from error
 
 
 def _kept(data: bytes, square: Image.Image) -> bytes:
@@ -470,10 +480,9 @@ def make_index(settings: Settings, number: int = 0, tell: Callable[[float], obje
     total = sum(r["rows"] for r in read)
     if total < 2:
         skipped = [row for r in read for row in r["skipped"]]
-        hint = "; describe them with --captions CHECKPOINT" if any(row[2] == "no caption" for row in skipped) else ""
-        raise UsageError(
-            f"corpus: {total} of {total + len(skipped)} pictures can be used; {_most_common(skipped)}{hint}; see {settings.work}"
-        )
+        why = _most_common(skipped)
+        hint = "; describe them with --captions CHECKPOINT" if "no caption" in why else ""
+        raise UsageError(f"corpus: {total} of {total + len(skipped)} pictures can be used; {why}{hint}")
     captions: list[str] = []
     embeddings: list[np.ndarray] = []
     for i in range(count):

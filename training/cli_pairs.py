@@ -19,17 +19,25 @@ _STAGES = {"read": "reading", "index": "indexing", "pair": "pairing"}
 
 
 @contextlib.contextmanager
-def _progress(unit: str) -> Iterator[Callable[[str, float, int], None]]:
-    """A bar on stderr for each stage, with the time left; where stderr is no terminal, a line when one begins."""
+def _progress(unit: str, first: str = "") -> Iterator[Callable[[str, float, int], None]]:
+    """A bar on stderr for each stage, with the time left; where stderr is no terminal, a line when one begins.
+
+    Args:
+        first: what is done before the first stage.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     shown: dict[str, TaskID] = {}
     columns = (TextColumn("{task.description:<9}"), BarColumn(), TextColumn("{task.fields[of]}"), TimeRemainingColumn())
+    if first and not console.is_terminal:
+        click.echo(first, err=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        loading = bar.add_task(first, total=None, of="", visible=bool(first))
 
         def tell(stage: str, done: float, of: int) -> None:
+            bar.update(loading, visible=False)
             if stage not in shown:
                 shown[stage] = bar.add_task(_STAGES.get(stage, stage), total=of, of="")
                 if not console.is_terminal:
@@ -186,13 +194,13 @@ def pairs(corpus: str, out: str | None, show: int | None, ray: str | None, devic
         raise UsageError("--out is missing: name the folder that the pairs go to")
     from . import build_pairs
 
-    if device is None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = build_pairs.Settings(corpus=corpus, out=out, device=device, **values)
     try:
-        with _progress("shards") as tell:
+        with _progress("shards", "loading") as tell:
+            if device is None:
+                import torch
+
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            settings = build_pairs.Settings(corpus=corpus, out=out, device=device, **values)
             manifest = build_pairs.build(settings, ray, tell)
     except KeyboardInterrupt:
         click.echo("stopped; the same command goes on from the last finished shard", err=True)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..runtime.errors import UsageError
 from ..runtime.images import as_rgb, check_size
@@ -115,6 +115,8 @@ def decode(data: bytes) -> Image.Image:
         image = as_rgb(ImageOps.exif_transpose(file), "picture")
     except UsageError:
         raise
+    except UnidentifiedImageError:  # its message holds an address in memory, another one each time
+        raise UsageError("not a picture that can be read (of no known format)") from None
     except Exception as error:  # Pillow's plugins raise what they like on damaged files
         raise UsageError(
             f"not a picture that can be read ({(str(error).splitlines() or [type(error).__name__])[0][:120]})"
