@@ -187,7 +187,7 @@ def make_optimiser(parameters: list[nn.Parameter], settings: Settings, device: t
     chosen: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if not settings.adam8bit:
         return torch.optim.AdamW(parameters, **chosen)
-    reasons = missing("bitsandbytes", extra="train") or ([] if device.type == "cuda" else ["it needs a CUDA GPU"])
+    reasons = missing("bitsandbytes", extra="gpu") or ([] if device.type == "cuda" else ["it needs a CUDA GPU"])
     if reasons:
         raise UsageError(f"adam8bit: {reasons[0]}; leave --adam8bit out")
     from bitsandbytes.optim import AdamW8bit
