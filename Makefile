@@ -1,9 +1,11 @@
-# make demo | test | slow | lint | format | clean
+# make demo | train-demo | test | slow | lint | format | clean
 #
 # PYTHON       the interpreter that makes .venv (3.11 or newer)
+# WORDNET      for train-demo: folder of WordNet's database files (apt-get install wordnet-base)
 # TORCH_INDEX  an index with CPU-only wheels, e.g. https://download.pytorch.org/whl/cpu: saves gigabytes without a GPU
 PYTHON ?= python3
 TORCH_INDEX ?=
+WORDNET ?= /usr/share/wordnet
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
@@ -13,11 +15,19 @@ OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test slow lint format clean
+.PHONY: demo train-demo test slow lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/iedit demo
+
+train-demo: $(VENV)/.installed-train
+	$(BIN)/iedit train renders --out train-demo/renders --n 2000
+	$(BIN)/iedit train pairs train-demo/renders --out train-demo/pairs --clip picturebook --masks own --size 128 \
+		--candidates 16 --wordnet $(WORDNET) --show 8
+	$(BIN)/iedit train finetune --pairs train-demo/pairs --out train-demo/run --losses mask,global,local \
+		--steps 100 --batch 4 --processes 2 --no-gradient-checkpointing --save-every 50 --sample-every 50
+	@echo "edits before and after: train-demo/run/samples/step-000100.png"
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" -q -n 2 --dist worksteal
@@ -46,10 +56,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .
 	@touch $@
 
+$(VENV)/.installed-train: $(VENV)/.installed
+	$(PIP) -e ".[train]"
+	@touch $@
+
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e ".[test]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache demo
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache demo train-demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

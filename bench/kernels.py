@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
         dtypes, sizes = [torch.float32], [(1, 16)]
     else:
         dtypes, sizes = [torch.float32, torch.float16, torch.bfloat16], [(1, 64), (8, 64), (1, 128), (8, 128)]
-    rows = []
+    rows = 0
     for dtype in dtypes:
         for batch, side in sizes:
             for case in cases(device, dtype, batch, side):
@@ -247,11 +247,12 @@ def main(arguments: list[str] | None = None) -> None:
                         *(f"{row[c]}" for c in ("name", "variant", "shape", "dtype", "p50", "unit", "quality")),
                         sep="  ",
                     )
-                    rows.append(row)
+                    rows += 1
+                    if not options.no_table:
+                        write_rows(options.table, [row])  # as it is measured: a run that is cut off keeps what it has
     os.environ.pop(VARIABLE, None)
     if not options.no_table:
-        write_rows(options.table, rows)
-        print(f"{options.table}: {len(rows)} rows added")
+        print(f"{options.table}: {rows} rows added")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import datetime
 import io
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from iedit.runtime.editor import Editor
 from iedit.runtime.errors import UsageError
 from iedit.runtime.files import write_whole
 from iedit.runtime.receipt import versions
+
+if TYPE_CHECKING:
+    from iedit.runtime.editor import Editor
 
 COLUMNS = ("name", "variant", "shape", "dtype", "p20", "p50", "p80", "unit", "peak_mib", "evaluations", "quality", "device",
            "versions", "commit", "date")  # fmt: skip

@@ -40,6 +40,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+# `bench/gpu.sh` runs tests where not everything is installed, and says so with this. Anywhere else what is missing is a failure.
+_SKIP_MISSING = "IEDIT_SKIP_MISSING"
+
+
+def _missing(error: BaseException | None) -> str:
+    """What is not installed, of an error that comes of that; "" if it does not, or if that is not to be skipped here."""
+    while error is not None and os.environ.get(_SKIP_MISSING):
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+            return f"{package} is not installed" if importlib.util.find_spec(package) is None else ""
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    report = yield
+    call = getattr(report, "call", None)
+    if report.failed and call is not None and call.excinfo is not None and (why := _missing(call.excinfo.value)):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {why}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.failed and call.excinfo is not None and (why := _missing(call.excinfo.value)):
+        report.outcome, report.longrepr = "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {why}")
+    return report
+
+
 def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"iedit_tests_{path.stem}", path)
     assert spec is not None and spec.loader is not None

@@ -44,19 +44,84 @@ def test_the_kernel_benchmark_runs_on_a_cpu_and_writes_whole_rows(
         assert quality and int(quality[3]) >= 10
 
 
-def test_the_gpu_script_is_sound_and_names_files_that_are_there(root: Path) -> None:
-    script = root / "bench" / "gpu.sh"
-    assert _run(root, "bash", "-n", str(script)).returncode == 0
+@pytest.fixture
+def bare(root: Path, tmp_path: Path) -> dict[str, str]:
+    """An environment in which packages that a bare machine lacks cannot be found."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "GONE = {'diffusers', 'rich', 'tensorrt', 'xformers', 'importlib_metadata', 'onnxruntime'}\n"
+        "class Finder(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        return None if name.partition('.')[0] in GONE else super().find_spec(name, path, target)\n"
+        "sys.meta_path[:] = [Finder if f is PathFinder else f for f in sys.meta_path]\n"
+    )
+    return os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{root / '.types'}"}
+
+
+def test_the_gpu_script_ends_well_on_a_bare_machine_and_says_what_was_not_run_and_why(
+    root: Path, tmp_path: Path, bare: dict[str, str], bench: Callable[[str], Any]
+) -> None:
+    script, work = root / "bench" / "gpu.sh", tmp_path / "work"
     assert os.access(script, os.X_OK)
-    text = script.read_text()
-    named = set(re.findall(r"\b(?:bench|tests)/[\w./]+\.\w+", text)) - {"bench/gpu.sh", "bench/results.csv"}
-    assert {"bench/kernels.py", "bench/edit.py"} <= named
-    assert all((root / name).is_file() for name in named), named
-    assert text.count("timeout 600") == 3  # each step
-    wrong = _run(root, "bash", str(script), "everything")
-    assert wrong.returncode == 2 and "give tests, kernels, edit or all" in wrong.stderr
-    any_gpu = any("pytest.mark.gpu" in path.read_text() for path in (root / "tests").glob("test_*.py"))
-    assert any_gpu
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        program = "import sys; sys.path.insert(0, 'bench'); import gpu; sys.exit(gpu.main(sys.argv[1:]))"
+        command = [sys.executable, "-c", program, "--work", str(work), *words]
+        return subprocess.run(command, cwd=root, env=bare, capture_output=True, text=True, timeout=250)
+
+    plain = run()
+    assert plain.returncode == 0, plain.stderr
+    lines = dict(line.split(": ", 1) for line in plain.stdout.splitlines()[-4:])
+    assert lines["ran"] == lines["failed"] == lines["fell short"] == "nothing"
+    assert all(f"{s.name} (no CUDA device)" in lines["not run"] for s in bench("gpu").STEPS)
+
+    # On a CPU what can start is started: the benchmark, and the collection of all tests, whose modules miss diffusers.
+    rehearsed = run("--rehearse", "kernels", "tests", "edit", "tensorrt")
+    assert rehearsed.returncode == 0, rehearsed.stdout + rehearsed.stderr
+    lines = dict(line.split(": ", 1) for line in rehearsed.stdout.splitlines()[-4:])
+    assert re.fullmatch(r"tests \(\d+ s\); kernels \(\d+ s\)", lines["ran"])
+    assert "edit (diffusers, rich not installed)" in lines["not run"] and "tensorrt (diffusers, " in lines["not run"]
+    assert len(bench("gpu").rows_of(work / "rehearsal.csv")) >= 5
+    again = run("--rehearse", "kernels")
+    assert "ran: kernels (before)" in again.stdout and "---" not in again.stdout
+    assert run("everything").returncode == 2
+
+
+def test_a_step_that_fails_or_is_late_does_not_keep_the_next_from_running_and_what_falls_short_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bench: Callable[[str], Any]
+) -> None:
+    gpu = bench("gpu")
+    row = dict.fromkeys(bench("results").COLUMNS, "") | {
+        "name": "kernels/x", "variant": "Triton", "shape": "8x4x64x64", "p50": "9", "quality": "9 GB/s needed bytes, 0.3 of copy",
+    }  # fmt: skip
+    program = tmp_path / "write.py"
+    program.write_text(
+        f"import csv, sys\nw = csv.DictWriter(open(sys.argv[1], 'w', newline=''), {list(row)!r})\nw.writeheader()\nw.writerow({row!r})\n"
+    )
+    late = tmp_path / "late.py"
+    late.write_text("import time\ntime.sleep(60)\n")
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("raise SystemExit(3)\n")
+    steps = (
+        gpu.Step("wrong", (), (), (str(wrong),), 1),
+        gpu.Step("late", (), (), (str(late),), 0.01),
+        gpu.Step("writes", (), (), (f"{program} {{table}}",), 1, gpu.kernel_aim),
+    )
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    assert gpu.main(["--rehearse", "--work", str(tmp_path / "work")]) == 1
+    said = capsys.readouterr().out
+    assert "failed: wrong failed with exit code 3" in said and "; late took longer than its 0.01 minutes" in said
+    assert "ran: writes (0 s)" in said
+    assert "fell short: kernels/x Triton 8x4x64x64 : 0.3 of a copy, aim 0.8" in said
+    edit = row | {"name": "edit/x", "variant": "compile, 1 threads", "shape": "512x512", "p50": "1.25",
+                  "quality": "naive / this 3.10, mask IoU 1.000 and L1 0.0001 to naive, 4.5% outside the networks"}  # fmt: skip
+    assert gpu.edit_aim(edit) == "1.25 s, aim 0.8; 3.1 times naive, aim 4; 4.5 % outside the networks, aim 3"
+    assert gpu.edit_aim(edit | {"p50": "0.5", "quality": "naive / this 4.10, 2.9% outside the networks"}) == ""
+    memory = row | {"variant": "checkpointing, memory-efficient attention", "peak_mib": "17000"}
+    assert "aim 15258" in gpu.memory_aim(memory) and gpu.memory_aim(memory | {"peak_mib": "9000"}) == ""
 
 
 def test_the_edit_benchmark_runs_and_its_plain_composition_makes_the_same_edit(root: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from iedit.runtime.errors import UsageError
-from iedit.training.corpus import Sample, Shard, Skipped, open_corpus
+from iedit.training.corpus import Sample, Shard, Skipped, fingerprint, open_corpus
 
 COUNT = 7
 
@@ -122,6 +122,7 @@ def test_bad_pictures_are_skipped_with_their_reasons(tmp_path: Path) -> None:
     reasons = {s.key: s.reason for s in skipped}
     assert set(reasons) == {"000.png", "002.png", "004.png"}
     assert "not a picture that can be read" in reasons["000.png"] and "not a picture" in reasons["002.png"]
+    assert not any(" at 0x" in r for r in reasons.values())  # an address in memory is another one each time
     assert reasons["004.png"] == "picture is 20x200, smaller than 64 pixels"
 
 
@@ -209,3 +210,63 @@ def test_two_lists_and_a_parquet_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "c.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UsageError, match="cannot be read as Parquet"):
         open_corpus(tmp_path / "c.parquet")
+
+
+def as_files(folder: Path) -> Path:
+    """Parquet that names files."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    as_folder(folder)
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png") if not p.name.endswith(".mask.png"))
+    parquet.write_table(pa.table({"file": names, "caption": ["x"] * COUNT}), folder / "list.parquet")
+    return folder / "list.parquet"
+
+
+@pytest.mark.parametrize("make", [as_folder, as_csv, as_files])
+def test_masks_beside_a_picture_are_its_own_and_no_pictures(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    where = make(tmp_path / "corpus")
+    folder = tmp_path / "corpus"
+    for name, content in (
+        ("002.red-car.mask.png", b"one"),
+        ("002.grass.mask.png", b"two"),
+        ("00.car.mask.png", b"of nothing"),
+    ):
+        (folder / name).write_bytes(content)
+    samples, skipped = read(open_corpus(where, 3))
+    assert skipped == [] and len(samples) == COUNT
+    held = {s.key: dict(s.masks) for s in samples if s.masks}
+    (key,) = held
+    assert "002" in key or make is as_files
+    assert held[key] == {"grass": b"two", "red-car": b"one"}
+    assert all(picture(i).tobytes() in {s.image.tobytes() for s in samples} for i in range(COUNT))
+
+
+def test_masks_in_a_tar_and_about_how_many_samples_it_has(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(30):
+            add(tar, f"x/{i:03d}.png", data(i % COUNT))
+            add(tar, f"x/{i:03d}.txt", b"words")
+            add(tar, f"x/{i:03d}.red-car.mask.png", b"mask %d" % i)
+    (shard,) = open_corpus(tmp_path / "a.tar")
+    samples, skipped = read([shard])
+    assert skipped == [] and [dict(s.masks) for s in samples] == [{"red-car": b"mask %d" % i} for i in range(30)]
+    assert samples[3].data == data(3)
+    assert 20 <= shard.size <= 40
+    (tmp_path / "b.tar").write_bytes(b"no tar")
+    assert open_corpus(tmp_path / "b.tar")[0].size == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fingerprint_is_of_the_files_wherever_they_lie(tmp_path: Path, form: str) -> None:
+    one, other = FORMS[form](tmp_path / "one"), FORMS[form](tmp_path / "other")
+    before = fingerprint(one)
+    assert before == fingerprint(other) and len(before) == 64
+    victim = sorted(p for p in one.rglob("*") if p.is_file())[0]
+    content = victim.read_bytes()
+    victim.write_bytes(content + b"x")
+    assert fingerprint(one) != before
+    victim.write_bytes(content)
+    assert fingerprint(one) == before
+    victim.rename(victim.with_name("renamed" + victim.suffix))
+    assert fingerprint(one) != before

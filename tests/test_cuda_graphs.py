@@ -229,3 +229,34 @@ def test_on_a_gpu_the_third_edit_is_replays_alone(tiny_checkpoint_cli: Any, pict
     calls = result.profile.modules
     assert not any(c.cold for c in calls)
     assert sum(row.count for row in seen.key_averages() if "GraphLaunch" in row.key) == len(calls)
+
+
+def test_a_caller_may_be_in_inference_mode_at_one_call_and_not_at_the_next(taped: Any) -> None:
+    captures = taped.Captures()
+    cache = CudaGraphCache(CPU, capture=captures)
+
+    def twice(x: Tensor) -> Tensor:
+        (made,) = cache("twice", lambda inputs: [inputs[0] * 2], [x])
+        return made
+
+    with torch.inference_mode():
+        x = torch.ones(4)
+        assert [float(twice(x).sum()) for _ in range(3)] == [8.0] * 3
+        x += 1  # it has no version that would tell
+        assert float(twice(x).sum()) == 16.0
+    assert float(twice(torch.full((4,), 5.0)).sum()) == 40.0  # the same recording
+    with torch.inference_mode():
+        assert float(twice(torch.full((4,), 7.0)).sum()) == 56.0
+    assert captures.replays == 5 and len(captures.operators) == 1
+
+
+def test_an_edit_in_inference_mode_is_the_edit(tiny: Any, taped: Any, picture: Callable[..., Image.Image]) -> None:
+    request = EditRequest(picture(0), "a blue house on sand", "a red car on grass", steps=4)
+    plain = Editor(tiny, TorchBackend(tiny), cache=StageCache(memory=0)).edit(request)
+    captures = taped.Captures()
+    backend = taped.Recorded(tiny, captures)
+    editor = Editor(tiny, backend, cache=StageCache(memory=0))
+    for inference in (True, True, True, False, True):
+        with torch.inference_mode(inference):
+            assert torch.equal(editor.edit(request).latent, plain.latent)
+    assert captures.replays > 0 and not backend.graphs.failed

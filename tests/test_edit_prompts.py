@@ -65,6 +65,20 @@ def test_plurals_stay_plural_and_capitals_stay(wordnet: WordNet) -> None:
     assert plural_of("bus", {}) == "buses" and plural_of("city", {}) == "cities" and plural_of("toy", {}) == "toys"
 
 
+def test_what_the_caption_says_already_is_nothing_new(wordnet: WordNet) -> None:
+    made = set(all_of(EditPrompts(wordnet, frozenset(("car", "boat", "bus"))), "a car near a bus"))
+    assert made == {"a boat near a bus", "a car near a boat"}
+    vehicles = EditPrompts(wordnet, frozenset(("car", "bus")))
+    assert vehicles.make("a car near a bus") is None and vehicles.make("cars near buses") is None
+    colours = EditPrompts(wordnet, frozenset(("red", "blue")))
+    assert colours.make("a red dog and a blue dog") is None
+    # Another thing's colour is new for this one.
+    assert set(all_of(colours, "a red dog and a blue mouse")) == {
+        "a blue dog and a blue mouse",
+        "a red dog and a red mouse",
+    }
+
+
 def test_what_names_nothing_that_can_be_seen_stays(wordnet: WordNet) -> None:
     prompts = EditPrompts(wordnet)
     # "a" is a vitamin there, "ride" a verb more often than a noun, "famous" no look, "orange" an adjective before a noun and else a fruit.

@@ -15,8 +15,13 @@ from iedit.runtime import METHODS
 from iedit.runtime.cli.main import main
 
 
-def blocks(root: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (root / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+def blocks(root: Path, language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (root / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def command_lines(root: Path, page: str) -> list[str]:
+    text = "\n".join(blocks(root, "sh", page)).replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.startswith("iedit ")]
 
 
 def parse(line: str) -> click.Command:
@@ -38,10 +43,25 @@ def parse(line: str) -> click.Command:
 
 
 def test_every_command_line_parses(root: Path) -> None:
-    lines = [line for block in blocks(root, "sh") for line in block.splitlines() if line.startswith("iedit ")]
+    lines = command_lines(root, "README.md")
     assert len(lines) >= 8
     shown = {parse(line).name for line in lines}
     assert shown >= {"edit", "mask", "layouts", "replay", "info", "demo", "train", "profile", "onnx", "verify", "list"}
+
+
+def test_every_command_line_of_the_training_page_parses_and_its_make_targets_exist(root: Path) -> None:
+    assert {parse(line).name for line in command_lines(root, "docs/training.md")} >= {"pairs", "finetune", "edit"}
+    shown = re.findall(r"^make ([a-z-]+)", "\n".join(blocks(root, "sh", "docs/training.md")), re.MULTILINE)
+    makefile = (root / "Makefile").read_text()
+    assert shown == ["train-demo"] and "\ntrain-demo:" in makefile
+    recipe = (
+        makefile.partition("\ntrain-demo:")[2]
+        .partition("\n\n")[0]
+        .replace("\\\n", " ")
+        .replace("$(WORDNET)", "wordnet")
+    )
+    lines = [line.strip().removeprefix("$(BIN)/") for line in recipe.splitlines()[1:] if "$(BIN)/iedit" in line]
+    assert [parse(line).name for line in lines] == ["renders", "pairs", "finetune"]
 
 
 @pytest.mark.parametrize("line", ["iedit edlt a.png", "iedit edit a.png --promt x", "iedit edit a.png", "iedit train"])

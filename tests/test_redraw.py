@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from iedit.training import world
 from iedit.training.classifier import Reading
-from iedit.training.redraw import redraw
+from iedit.training.redraw import _search, redraw
 
 
 def reading_of(scene: world.Scene, wrong_colour: bool = False) -> Reading:
@@ -76,3 +76,17 @@ def test_a_picture_in_which_nothing_is_seen_still_has_a_figure() -> None:
     scene = world.random_scene(random.Random("redraw-none"), 1)
     blank = replace(reading_of(scene), mask=torch.zeros(world.SIZE, world.SIZE))
     assert redraw(Image.new("RGB", (world.SIZE, world.SIZE)), blank).psnr[0] < 15
+
+
+def test_a_thing_that_is_nearly_gone_is_never_turned_upside_down() -> None:
+    """What a reader makes of noise can be a pixel high, and the search moves bases by two."""
+    seen: list[world.Thing] = []
+
+    def error(thing: world.Thing) -> float:
+        world.render(world.Scene((thing,), "grass", "noon", 78))
+        seen.append(thing)
+        return 0.0
+
+    for kind in ("umbrella", "mushroom", "car"):
+        _search(world.Thing(kind, "red", 60, 90, 1.0), error)
+    assert len(seen) > 100 and all(t.size > 0 and t.stretch > 0 for t in seen)

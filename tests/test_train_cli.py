@@ -82,6 +82,7 @@ class EditRequest:
     method: str
     layouts: dict[str, Image.Image]
     source_layouts: dict[str, Image.Image]
+    mask: Image.Image | None
     seed: int
     steps: int
     options: Options = field(default_factory=Options)

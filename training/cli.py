@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .cli_finetune import finetune
+from .cli_finetune import ablation, finetune
+from .cli_pairs import pairs, renders
 
 WORK = Path("build/embed")
 _work = click.option(
@@ -58,10 +59,14 @@ def _load(model: str, reader: Path, backend: str) -> tuple[Any, Any]:
 
 @click.group()
 def train() -> None:
-    """Make the embedded picture-book model and measure it.
+    """Train models: iEdit on pairs, and the embedded picture-book model; measure them.
 
-    In this order: `embed` trains the model, `classifier` the reader of pictures that judges it (10 minutes on one
-    core), `figures` measures the model, `truth` the edits. The last two write figures.json, and card.md for the card.
+    iEdit: `pairs` builds training pairs of captioned pictures, `finetune` fine-tunes a Stable Diffusion 1.x checkpoint
+    on them, `ablation` shows what each loss does on `renders` of the picture-book world.
+
+    The embedded model, in this order: `embed` trains it, `classifier` the reader of pictures that judges it (10 minutes
+    on one core), `figures` measures the model, `truth` the edits. The last two write figures.json, and card.md for the
+    card.
     """
 
 
@@ -251,4 +256,5 @@ def card(output: Path, folder: Path | None, overwrite: bool) -> None:
     click.echo(f"wrote {model / 'README.md'}")
 
 
-train.add_command(finetune)
+for _command in (renders, pairs, finetune, ablation):
+    train.add_command(_command)

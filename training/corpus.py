@@ -3,6 +3,9 @@
 Three kinds of corpora are read: a folder of pictures with a `.txt` beside each or one CSV for all of them; Parquet files with pictures or
 their paths in a column; and tar shards as img2dataset writes them in webdataset's format (`000000012.jpg`, `.txt`, `.json`).
 
+A picture may bring masks of what it shows, each a PNG of the picture's size in which white is inside: NAME.LABEL.mask.png beside the
+picture NAME.png, or such a member of its sample in a tar. The label is the words that say what it is, joined by hyphens: `car`, `red-car`.
+
 Shards are the unit of work: the same corpus has the same shards in the same order on every machine. A picture that cannot be used is no
 error: it is skipped with its reason.
 """
@@ -10,16 +13,17 @@ error: it is skipped with its reason.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..runtime.errors import UsageError
 from ..runtime.images import as_rgb, check_size
@@ -27,6 +31,7 @@ from ..runtime.images import as_rgb, check_size
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SHARD = 1000  # samples of a folder, a CSV or a Parquet file; a tar is one shard
 MIN_SIDE = 64  # pixels; a smaller picture shows too little
+MASK = ".mask.png"  # how the names of masks end
 _PATH_COLUMNS = ("file", "filename", "file_name", "path", "image_path", "image")
 _CAPTION_COLUMNS = ("caption", "text", "prompt")
 _BYTES_COLUMNS = ("jpg", "png", "webp", "image", "image_bytes", "bytes")
@@ -40,11 +45,15 @@ class Sample:
         key: its name in the corpus, the same on every machine.
         image: RGB.
         caption: the corpus' own, stripped; "" if it has none.
+        data: the picture's bytes, as the corpus holds them.
+        masks: label -> the bytes of a mask that the corpus brings.
     """
 
     key: str
     image: Image.Image
     caption: str
+    data: bytes
+    masks: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -55,28 +64,40 @@ class Skipped:
     reason: str
 
 
+class Raw(NamedTuple):
+    """A sample before its picture is decoded."""
+
+    key: str
+    data: bytes
+    caption: str
+    masks: Mapping[str, bytes]
+
+
 @dataclass(frozen=True)
 class Shard:
     """A part of a corpus. Its samples are read when they are iterated over, one at a time.
 
     Attributes:
         name: unique in the corpus, fit for a file name.
-        read: yields key, the picture's bytes and the caption, or a `Skipped`.
+        size: how many samples it has; of a tar, about how many.
+        read: yields each as a `Raw` or a `Skipped`.
     """
 
     name: str
-    read: Callable[[], Iterator[tuple[str, bytes, str] | Skipped]]
+    size: int
+    read: Callable[[], Iterator[Raw | Skipped]]
 
     def __iter__(self) -> Iterator[Sample | Skipped]:
         for one in self.read():
             if isinstance(one, Skipped):
                 yield one
                 continue
-            key, data, caption = one
             try:
-                yield Sample(key, decode(data), " ".join(caption.split()))
+                image = decode(one.data)
             except UsageError as error:
-                yield Skipped(key, str(error))
+                yield Skipped(one.key, str(error))
+                continue
+            yield Sample(one.key, image, " ".join(one.caption.split()), one.data, one.masks)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -94,6 +115,8 @@ def decode(data: bytes) -> Image.Image:
         image = as_rgb(ImageOps.exif_transpose(file), "picture")
     except UsageError:
         raise
+    except UnidentifiedImageError:  # its message holds an address in memory, another one each time
+        raise UsageError("not a picture that can be read (of no known format)") from None
     except Exception as error:  # Pillow's plugins raise what they like on damaged files
         raise UsageError(
             f"not a picture that can be read ({(str(error).splitlines() or [type(error).__name__])[0][:120]})"
@@ -150,8 +173,18 @@ def _cut(stem: str, items: Sequence[Any], size: int, read: Callable[[Sequence[An
     made = []
     for number, start in enumerate(range(0, len(items), size)):
         some = items[start : start + size]
-        made.append(Shard(f"{stem}-{number:05d}", lambda some=some: read(some)))  # type: ignore[misc]
+        made.append(Shard(f"{stem}-{number:05d}", len(some), lambda some=some: read(some)))  # type: ignore[misc]
     return made
+
+
+def fingerprint(path: Path) -> str:
+    """Which corpus it is, without reading it: sha256 over the names and sizes of its files, 64 hex digits."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    whole = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(path).as_posix() if file != path else file.name
+        whole.update(f"{name!a} {file.stat().st_size}\n".encode())
+    return whole.hexdigest()
 
 
 def _safe(name: str) -> str:
@@ -160,18 +193,20 @@ def _safe(name: str) -> str:
 
 def _of_folder(folder: Path, size: int) -> list[Shard]:
     pictures = sorted(
-        (p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file()),
+        (p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and not p.name.endswith(MASK) and p.is_file()),
         key=lambda p: p.relative_to(folder).as_posix(),
     )
 
-    def read(some: Sequence[Path]) -> Iterator[tuple[str, bytes, str] | Skipped]:
+    def read(some: Sequence[Path]) -> Iterator[Raw | Skipped]:
+        masks = _Masks()
         for picture in some:
             key, text = picture.relative_to(folder).as_posix(), picture.with_suffix(".txt")
             try:
-                yield (
+                yield Raw(
                     key,
                     picture.read_bytes(),
                     text.read_text(encoding="utf-8", errors="replace") if text.is_file() else "",
+                    masks.read(picture),
                 )
             except OSError as error:
                 yield Skipped(key, f"cannot be read ({error.strerror})")
@@ -202,20 +237,36 @@ def _of_csv(path: Path, size: int) -> list[Shard]:
         _column(columns, _CAPTION_COLUMNS, path, "captions"),
     )
 
-    def read(some: Sequence[dict[str, str | None]]) -> Iterator[tuple[str, bytes, str] | Skipped]:
+    def read(some: Sequence[dict[str, str | None]]) -> Iterator[Raw | Skipped]:
+        masks = _Masks()
         for row in some:
-            yield _file_beside(path, row[where] or "", row[caption] or "")
+            yield _file_beside(path, row[where] or "", row[caption] or "", masks)
 
     return _cut(_safe(path.stem), rows, size, read)
 
 
-def _file_beside(table: Path, name: str, caption: str) -> tuple[str, bytes, str] | Skipped:
+class _Masks(dict[Path, dict[str, dict[str, Path]]]):
+    """Folder -> name of a picture in it, without its ending -> label -> mask; a folder is looked through when it is first asked for."""
+
+    def __missing__(self, folder: Path) -> dict[str, dict[str, Path]]:
+        self[folder] = {}
+        for file in sorted(folder.glob(f"*{MASK}")):
+            name, _, label = file.name.removesuffix(MASK).rpartition(".")
+            self[folder].setdefault(name, {})[label] = file
+        return self[folder]
+
+    def read(self, picture: Path) -> dict[str, bytes]:
+        """Label -> mask of a picture."""
+        return {label: file.read_bytes() for label, file in self[picture.parent].get(picture.stem, {}).items()}
+
+
+def _file_beside(table: Path, name: str, caption: str, masks: _Masks) -> Raw | Skipped:
     """A picture that a table names: it lies in the table's folder, or below it."""
     file = (table.parent / name).resolve()
     if not name or not file.is_relative_to(table.parent.resolve()):
         return Skipped(name or "(no name)", f"{table.name} names no file in its own folder")
     try:
-        return name, file.read_bytes(), caption
+        return Raw(name, file.read_bytes(), caption, masks.read(file))
     except OSError as error:
         return Skipped(name, f"cannot be read ({error.strerror})")
 
@@ -233,25 +284,25 @@ def _of_parquet(path: Path, size: int) -> list[Shard]:
     picture = _column(columns, (*_BYTES_COLUMNS, *_PATH_COLUMNS), path, "pictures or files")
     key = next((c for c in ("key", "id", "__key__") if c in columns), None)
 
-    def sample(number: int, row: dict[str, Any]) -> tuple[str, bytes, str] | Skipped:
+    def sample(number: int, row: dict[str, Any], masks: _Masks) -> Raw | Skipped:
         name, value, text = str(row[key]) if key else f"{path.stem}-{number:09d}", row[picture], row[caption] or ""
         value = value.get("bytes") if isinstance(value, dict) else value  # as `datasets` stores pictures
         if isinstance(value, bytes):
-            return name, value, text
+            return Raw(name, value, text, {})
         if isinstance(value, str):
-            found = _file_beside(path, value, text)
-            return found if isinstance(found, Skipped) else (name, *found[1:])
+            found = _file_beside(path, value, text, masks)
+            return found if isinstance(found, Skipped) else found._replace(key=name)
         return Skipped(name, f"column {picture} holds no picture")
 
-    def read(some: Sequence[int]) -> Iterator[tuple[str, bytes, str] | Skipped]:
-        first, last = some[0], some[-1]
+    def read(some: Sequence[int]) -> Iterator[Raw | Skipped]:
+        first, last, masks = some[0], some[-1], _Masks()
         with ParquetFile(path) as table:
             begin = 0
             for batch in table.iter_batches(64, columns=[c for c in (key, picture, caption) if c]):
                 low, high = max(first - begin, 0), min(last + 1 - begin, len(batch))
                 if low < high:
                     for i, row in enumerate(batch.slice(low, high - low).to_pylist(), begin + low):
-                        yield sample(i, row)
+                        yield sample(i, row, masks)
                 begin += len(batch)
                 if begin > last:
                     return
@@ -260,7 +311,7 @@ def _of_parquet(path: Path, size: int) -> list[Shard]:
 
 
 def _of_tar(path: Path, size: int) -> list[Shard]:
-    def read() -> Iterator[tuple[str, bytes, str] | Skipped]:
+    def read() -> Iterator[Raw | Skipped]:
         held: dict[str, bytes] = {}
         last = ""
         try:
@@ -284,11 +335,27 @@ def _of_tar(path: Path, size: int) -> list[Shard]:
         if held:
             yield _of_members(last, held)
 
-    return [Shard(_safe(path.stem), read)]
+    return [Shard(_safe(path.stem), _about_how_many(path), read)]
 
 
-def _of_members(key: str, held: dict[str, bytes]) -> tuple[str, bytes, str] | Skipped:
+def _about_how_many(tar: Path) -> int:
+    """How many samples a tar has, if all are as large as its first."""
+    whole, first = tar.stat().st_size, ""
+    try:
+        with tarfile.open(tar) as opened:
+            for member in opened:
+                key = member.name.rpartition("/")[2].partition(".")[0]
+                if first not in ("", key):
+                    return max(1, whole // member.offset)
+                first = key
+    except (tarfile.TarError, OSError, EOFError):
+        pass  # whoever reads it will say so
+    return 1
+
+
+def _of_members(key: str, held: dict[str, bytes]) -> Raw | Skipped:
+    masks = {e.removesuffix(MASK).strip("."): data for e, data in sorted(held.items()) if e.endswith(MASK)}
     for ending in PICTURES:
         if ending in held:
-            return key, held[ending], held.get(".txt", b"").decode("utf-8", "replace")
+            return Raw(key, held[ending], held.get(".txt", b"").decode("utf-8", "replace"), masks)
     return Skipped(key, f"no picture among {', '.join(sorted(held))}")

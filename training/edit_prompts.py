@@ -117,20 +117,33 @@ class EditPrompts:
     def make(self, caption: str, seed: int = 0) -> EditPrompt | None:
         """The edit prompt of a caption; None if nothing in it can be replaced. The same for the same caption and seed."""
         rng = random.Random(f"edit-prompt-{seed}-{caption}")
-        choices = [(c, r) for c in self.candidates(caption) if (r := self._replacements(c.lemma, c.part))]
+        words = f" {' '.join(re.findall(r'[a-z-]+', caption.lower()))} "
+        choices = []
+        for candidate in self.candidates(caption):
+            found = {}
+            for relation, some in self._replacements(candidate.lemma, candidate.part).items():
+                # What the caption says already is nothing new: "a tree on grass" does not become "a grass on grass".
+                unsaid = [w for w in some if f" {self._as_there(candidate, w)[1]} " not in words]
+                if unsaid:
+                    found[relation] = unsaid
+            if found:
+                choices.append((candidate, found))
         if not choices:
             return None
         candidate, replacements = rng.choice(choices)
         relation = rng.choice(sorted(replacements))
-        new = rng.choice(replacements[relation])
-        if candidate.plural:
-            new = plural_of(new, self._irregular)
+        new, difference = self._as_there(candidate, rng.choice(replacements[relation]))
         old = caption[candidate.start : candidate.end]
         if old[0].isupper():
             new = new[0].upper() + new[1:]
         prompt = with_article(caption[: candidate.start], new) + new + caption[candidate.end :]
         noun = f" {candidate.noun}" if candidate.noun else ""
-        return EditPrompt(caption, prompt, old, new, relation, (f"{old.lower()}{noun}", f"{new.lower()}{noun}"))
+        return EditPrompt(caption, prompt, old, new, relation, (f"{old.lower()}{noun}", difference))
+
+    def _as_there(self, candidate: _Candidate, word: str) -> tuple[str, str]:
+        """A replacement as it stands in the candidate's place, and with the noun that it describes."""
+        word = plural_of(word, self._irregular) if candidate.plural else word
+        return word, f"{word} {candidate.noun}" if candidate.noun else word
 
     def candidates(self, caption: str) -> list[_Candidate]:
         """The words of a caption that name a visible thing or a look of one, in order."""

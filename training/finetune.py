@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..runtime import machine
@@ -186,7 +187,7 @@ def make_optimiser(parameters: list[nn.Parameter], settings: Settings, device: t
     chosen: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if not settings.adam8bit:
         return torch.optim.AdamW(parameters, **chosen)
-    reasons = missing("bitsandbytes", extra="train") or ([] if device.type == "cuda" else ["it needs a CUDA GPU"])
+    reasons = missing("bitsandbytes", extra="gpu") or ([] if device.type == "cuda" else ["it needs a CUDA GPU"])
     if reasons:
         raise UsageError(f"adam8bit: {reasons[0]}; leave --adam8bit out")
     from bitsandbytes.optim import AdamW8bit
@@ -315,6 +316,7 @@ class Finetuning:
         self.average = None if settings.ema is None else [p.detach().clone() for p in self.trained]
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         self.stop = self.stopped = False
+        self._before: list[Image.Image] = []
 
     # --- before it starts
 
@@ -564,7 +566,8 @@ class Finetuning:
     # --- what is shown
 
     def write_samples(self, board: Any) -> None:
-        """Edit the first pairs' sources with the checkpoint, as `iedit edit --method iedit` would: `OUT/samples/step-N.png`.
+        """Edit the first pairs' sources with the base and with the checkpoint, as `iedit edit --method iedit` would:
+        `OUT/samples/step-N.png`.
 
         Only the first process does, if the settings ask for it.
         """
@@ -572,7 +575,6 @@ class Finetuning:
             return
         from ..runtime.editor import Editor, EditRequest
 
-        editor = Editor.load(str(self.out / MODEL), [], backend="torch", device=str(self.device))
         some = [self.pairs[i] for i in range(min(self.settings.samples, len(self.pairs)))]
         masks = [as_mask(p.source_mask) for p in some]
         requests = [
@@ -580,11 +582,18 @@ class Finetuning:
                         mask=squared(m, self.side), seed=self.settings.seed)
             for p, m in zip(some, masks, strict=True)
         ]  # fmt: skip
-        results = editor.edit_many(requests)
+
+        def edits(model: str) -> list[Image.Image]:
+            editor = Editor.load(model, [], backend="torch", device=str(self.device))
+            return [r.image for r in editor.edit_many(requests)]
+
+        self._before = self._before or edits(self.model.name)
+        now = edits(str(self.out / MODEL)) if self.step else self._before
         rows = [
-            [("source", p.source), ("mask", m.convert("RGB")), ("edit", r.image), ("pseudo-target", p.target)]
-            for p, m, r in zip(some, masks, results, strict=True)
-        ]
+            [("source", p.source), ("mask", m.convert("RGB")), ("before", before), (f"after {self.step} steps", after),
+             ("pseudo-target", p.target)]
+            for p, m, before, after in zip(some, masks, self._before, now, strict=True)
+        ]  # fmt: skip
         sheet = contact_sheet(rows, titles=[f"{p.source_caption} -> {p.edit_prompt}" for p in some])
         (self.out / "samples").mkdir(exist_ok=True)
         write_whole(self.out / "samples" / f"step-{self.step:06d}.png", png_bytes(sheet))
@@ -629,7 +638,7 @@ def _link(source: str, target: str) -> str:
 
 
 class History:
-    """`losses.csv`: a row for each step, on disk as soon as it is taken; rows after `step` are of a run that was cut off, and go."""
+    """`OUT/losses.csv`: a row for each step, on disk as soon as it is taken; rows after `step` are of a run that was cut off, and go."""
 
     def __init__(self, path: Path, step: int):
         self.rows: list[dict[str, Any]] = []
@@ -687,7 +696,7 @@ def finetune(
     """Fine-tune a model on the pairs of a folder; the same call goes on where a run was stopped. Arguments as of `Finetuning`.
 
     Args:
-        processes: on this machine. Under `accelerate launch` leave it at 1: its processes are used.
+        processes: on this machine. Under torchrun or `accelerate launch` leave it at 1: its processes are used.
         tell, say: told of every step, and of what happens, by the first process; with several they have to be picklable.
 
     Returns:
@@ -695,6 +704,7 @@ def finetune(
 
     Raises:
         UsageError, RunError: as `Finetuning` does.
+        KeyboardInterrupt: Ctrl-C ended it before its last step; there is a checkpoint of what was reached.
     """
     options = {"clip": clip, "vgg": vgg, "device": device, "command": command}
     if processes == 1:
@@ -709,13 +719,15 @@ def finetune(
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes get it themselves, and end after their step
     try:
         spawn(_process, (processes, port, error, out, model, pairs, settings, options, tell, say), nprocs=processes)
+        if error.is_file():
+            raise KeyboardInterrupt
     except (ProcessRaisedException, ProcessExitedException) as raised:
         if not error.is_file():
             raise RunError(
                 f"a process ended ({first_line(raised)}); the same command goes on from the last checkpoint"
             ) from raised
-        kind, _, text = error.read_text().partition(":")
-        raise (UsageError if kind == "UsageError" else RunError)(text) from raised
+        name, _, text = error.read_text().partition(":")
+        raise (UsageError if name == "UsageError" else RunError)(text) from raised
     finally:
         signal.signal(signal.SIGINT, before)
         error.unlink(missing_ok=True)
@@ -730,6 +742,8 @@ def _process(rank: int, processes: int, port: int, error: Path, *arguments: Any)
         torch.set_num_threads(max(1, len(machine.processors()) // processes))
     try:
         _train(*arguments)
+    except KeyboardInterrupt:
+        write_whole(error, b"KeyboardInterrupt")
     except (UsageError, RunError) as raised:
         write_whole(error, f"{type(raised).__name__}:{raised}".encode())
         raise
@@ -767,7 +781,8 @@ def _train(
     finally:
         if in_main_thread:
             signal.signal(signal.SIGINT, before)
-    run.say(
-        f"{'stopped' if run.step < settings.steps else 'finished'} after step {run.step}; the model is in {out / MODEL}"
-    )
+    if run.step < settings.steps:
+        run.say(f"stopped after step {run.step}; the same command goes on from there")
+        raise KeyboardInterrupt
+    run.say(f"finished after step {run.step}; the model is in {out / MODEL}")
     return out / MODEL

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter
 
 from ..runtime.errors import UsageError, first_line
 from ..runtime.files import Match, open_whole, parse_json, typed
+from ..runtime.images import contact_sheet
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -403,3 +404,47 @@ class PairDataset(Sequence[Pair]):
                 f"pairs: {name} of {path} is {picture.width}x{picture.height}, expected {self.manifest.size}x{self.manifest.size}"
             )
         return picture
+
+
+# --- looking at them ----------------------------------------------------------------------------------------------
+
+
+def contact_sheet_of(data: PairDataset, count: int, cell: int = 192) -> Image.Image:
+    """A sheet of `count` pairs, evenly over all: source, its mask on it, pseudo-target, its mask on it; prompts above.
+
+    Args:
+        cell: pixels of each picture.
+
+    Raises:
+        UsageError: there is no pair.
+    """
+    numbers = sorted({i * len(data) // count for i in range(count)}) if len(data) else []
+    rows, titles = [], []
+    for pair in (data[n] for n in numbers):
+        row = pair.row
+        titles.append(f"{row.source_caption}  ->  {row.edit_prompt}")
+        rows.append([
+            (f"source {row.source_key}", pair.source),
+            (f"“{row.source_difference}”, {row.source_share:.0%}", _overlay(pair.source, pair.source_mask)),
+            (f"pseudo-target {row.target_key}", pair.target),
+            (f"“{row.target_difference}”, {row.target_share:.0%}", _overlay(pair.target, pair.target_mask)),
+            (f"{row.relation}; cosines: combined {row.similarity:.2f}, pictures {row.image_similarity:.2f}, text {row.text_similarity:.2f}",
+             _side_by_side(pair.source_latent_mask, pair.target_latent_mask)),
+        ])  # fmt: skip
+    return contact_sheet(rows, cell, titles)
+
+
+def _side_by_side(one: np.ndarray, other: np.ndarray) -> Image.Image:
+    """Two latent masks, 8 pixels a cell, with grey between them."""
+    between = np.full((len(one), 1), 0.5)
+    values = np.concatenate([one, between, other], axis=1).repeat(FACTOR, 0).repeat(FACTOR, 1)
+    return Image.fromarray((values * 255).astype(np.uint8))
+
+
+def _overlay(picture: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The picture, dimmed outside the mask, which is outlined in red."""
+    inside = Image.fromarray(mask.astype(np.uint8) * 255)
+    shown = Image.composite(picture, Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.7), inside)
+    edge = ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(3)), inside.filter(ImageFilter.MinFilter(3)))
+    shown.paste((255, 0, 0), mask=edge)
+    return shown

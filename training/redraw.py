@@ -111,7 +111,9 @@ def _search(thing: world.Thing, error: Callable[[world.Thing], float]) -> tuple[
         if axis == 3:
             return replace(t, stretch=t.stretch * factor)
         if axis == 4:  # the base alone: the top and the width stay
-            taller = 1 + pixels / (t.size * world.proportions(t.kind)[1])
+            taller = max(
+                0.5, 1 + pixels / (t.size * world.proportions(t.kind)[1])
+            )  # a thing of a pixel is not turned upside down
             return replace(t, base=t.base + pixels, size=t.size * taller, stretch=t.stretch / taller)
         if axis == 5:  # the height alone: the base and the width stay
             return replace(t, size=t.size * factor, stretch=t.stretch / factor)

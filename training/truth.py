@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -75,6 +76,7 @@ METHODS = {
         Method("ito lambda=1", "ito", TEXT_KINDS, {LAMBDA_FIELD: 1.0}),
         Method("diffedit", "diffedit", TEXT_KINDS),
         Method("sdedit", "sdedit", TEXT_KINDS),
+        Method("iedit", "iedit", TEXT_KINDS),
         Method("controlnet", "controlnet", LAYOUT_KINDS),
         Method("controlnet-diffedit", "controlnet-diffedit", LAYOUT_KINDS),
         Method("round trip of the target", "", KINDS),
@@ -119,6 +121,17 @@ class Case:
         """Where they differ, grown by 4 px: "L", 0 and 255."""
         return world.exact_region(self.before, self.after)
 
+    @cached_property
+    def term(self) -> Image.Image:
+        """Where the word that a text edit replaces is seen in the source, exactly, which CLIPSeg would have to find: "L", 0 and 255."""
+        things = np.asarray(world.object_mask(self.before)) > 127
+        sky = np.repeat((np.arange(world.SIZE) < self.before.horizon)[:, None], world.SIZE, 1)
+        if self.change.kind in ("ground", "sky"):
+            mask = (sky if self.change.kind == "sky" else ~sky) & ~things
+        else:
+            mask = np.asarray(world.object_mask(self.before, self.change.index)) > 127
+        return Image.fromarray(mask.astype(np.uint8) * 255)
+
     @property
     def layouts(self) -> dict[str, Image.Image]:
         """The asked layout by name; empty for a text edit."""
@@ -152,7 +165,7 @@ def edit_cases(kind: str, n: int = 100, seed: int = 0) -> list[Case]:
 
 
 def edit_request(case: Case, method: Method, seed: int, steps: int) -> Any:
-    """The `EditRequest` of a case."""
+    """The `EditRequest` of a case. iEdit is given its mask, of the term that is edited; the others find theirs or have none."""
     from ..runtime.editor import EditRequest, Options
 
     source_prompt, prompt = case.prompts
@@ -163,6 +176,7 @@ def edit_request(case: Case, method: Method, seed: int, steps: int) -> Any:
         method=method.method,
         layouts=case.layouts,
         source_layouts=case.source_layouts,
+        mask=case.term if method.method == "iedit" else None,
         seed=seed,
         steps=steps,
         options=Options(**method.options),
@@ -318,7 +332,7 @@ class _Shown:
 def run(
     editor: Any,
     reader: Reader,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str | Method] = tuple(METHODS),
     kinds: Sequence[str] = KINDS,
     n: int = 100,
     *,
@@ -335,7 +349,7 @@ def run(
 
     Args:
         editor: a `runtime.editor.Editor`; `edit_many` and `reconstruct` are used.
-        methods: names of `METHODS`; a method skips the kinds that it is not for.
+        methods: names of `METHODS`, or methods; each skips the kinds that it is not for.
         settings: what the rows depend on besides method and case (digest of the model); rows with other settings are
             thrown away, equal ones in `output/cases.csv` are not run again.
         batch: cases per call of `edit_many`; seconds are the call's, shared equally.
@@ -349,9 +363,10 @@ def run(
     Raises:
         ValueError: an unknown method or kind.
     """
-    unknown = [m for m in methods if m not in METHODS] + [k for k in kinds if k not in KINDS]
+    unknown = [m for m in methods if isinstance(m, str) and m not in METHODS] + [k for k in kinds if k not in KINDS]
     if unknown:
         raise ValueError(f"run: {unknown[0]!r} is neither one of {', '.join(METHODS)} nor of {', '.join(KINDS)}")
+    chosen = [METHODS[m] if isinstance(m, str) else m for m in methods]
     settings = f"{settings} seed={seed} steps={steps}".strip()
     path = output / "cases.csv" if output else None
     fields = {*_KEY, "things", *SHARES, *MEANS}  # a row of an earlier version may lack one, and is run again
@@ -359,7 +374,7 @@ def run(
     done = {tuple(r[k] for k in _KEY): r for r in kept}
     for kind in kinds:
         cases = edit_cases(kind, n, seed)
-        for method in (METHODS[m] for m in methods if kind in METHODS[m].kinds):
+        for method in (m for m in chosen if kind in m.kinds):
             todo = [c for c in cases if (settings, method.name, kind, c.number) not in done or c.number < sheet]
             shown: list[_Shown] = []
             for at in range(0, len(todo), batch):
@@ -383,7 +398,7 @@ def run(
                 log(f"truth: {method.name}: {kind} {at + len(some)}/{len(todo)}, {seconds:.1f} s each")
             if shown and output:
                 write_image(output / f"{method.name.replace(' ', '_')}-{kind}.png", contact_sheet(shown))
-    wanted = [(m, k, i) for k in kinds for m in methods if k in METHODS[m].kinds for i in range(n)]
+    wanted = [(m.name, k, i) for k in kinds for m in chosen if k in m.kinds for i in range(n)]
     return [done[(settings, *key)] for key in wanted]
 
 

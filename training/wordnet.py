@@ -6,12 +6,14 @@ Written for edit prompts: what a word's most frequent sense is, what it is a kin
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 NOUN, ADJECTIVE = "n", "a"
 _FILES = {NOUN: "noun", ADJECTIVE: "adj"}
+_NAMES = ("index.noun", "data.noun", "noun.exc", "index.adj", "data.adj", "cntlist.rev")
 # Endings of plurals and what they stand for, by length (morphy(7WN)).
 _ENDINGS = (
     ("ches", "ch"),
@@ -64,12 +66,18 @@ class WordNet:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        for name in ("index.noun", "data.noun", "noun.exc", "index.adj", "data.adj", "cntlist.rev"):
+        for name in _NAMES:
             if not (folder / name).is_file():
                 raise FileNotFoundError(
                     f"wordnet: {folder / name} is not there; name a folder of WordNet 3.0's database files "
                     "(apt-get install wordnet-base puts them into /usr/share/wordnet)"
                 )
+
+    def digest(self) -> str:
+        """sha256 over the files: 64 hex digits."""
+        return hashlib.sha256(
+            b"".join(hashlib.sha256((self.folder / n).read_bytes()).digest() for n in _NAMES)
+        ).hexdigest()
 
     def _lines(self, name: str) -> Iterator[str]:
         with (self.folder / name).open(encoding="utf-8", errors="replace") as file:

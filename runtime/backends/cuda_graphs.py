@@ -103,7 +103,8 @@ class _Recording:
     Attributes:
         function: kept, because the graph may use memory that it holds.
         buffers: the inputs that it was recorded with.
-        copied: for each buffer the tensor whose values it holds, and that tensor's version when they were copied.
+        copied: for each buffer the tensor whose values it holds, and that tensor's version when they were copied. A tensor of inference
+            mode has no version, and is copied each time.
     """
 
     function: Callable[[Any], list[Tensor]]
@@ -172,16 +173,18 @@ class CudaGraphCache:
             if self.failed or key not in self._seen:  # another thread's recording may have failed by now
                 return self._run(key, function, inputs)
             recording = self._made.get(key)
-            if recording is None:
-                recording = self._record(new_function() if new_function else function, inputs)
+            # A caller may be in inference mode at one call and not at the next, and buffers that were made in it cannot be filled outside.
+            with torch.inference_mode(False), torch.no_grad():
                 if recording is None:
-                    return function(inputs)
-                self._made[key] = recording
-                while len(self._made) > self.held:
-                    self._made.popitem(last=False)
-            self._made.move_to_end(key)
-            self._fill(recording, inputs)
-            recording.replay()
+                    recording = self._record(new_function() if new_function else function, inputs)
+                    if recording is None:
+                        return function(inputs)
+                    self._made[key] = recording
+                    while len(self._made) > self.held:
+                        self._made.popitem(last=False)
+                self._made.move_to_end(key)
+                self._fill(recording, inputs)
+                recording.replay()
             return [o.clone() for o in recording.outputs]
 
     def _run(self, key: Any, function: Callable[[Any], list[Tensor]], inputs: Any) -> list[Tensor]:
@@ -214,12 +217,13 @@ class CudaGraphCache:
         """Copy what the buffers do not hold already, in one launch for each dtype."""
         stale: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for i, tensor in enumerate(tensors_of(inputs)):
+            version = -1 if tensor.is_inference() else tensor._version
             copied = recording.copied[i]
-            if copied is not None and copied[0] is tensor and copied[1] == tensor._version:
+            if copied is not None and copied[0] is tensor and copied[1] == version >= 0:
                 continue
             buffers, values = stale.setdefault(tensor.dtype, ([], []))
             buffers.append(recording.buffers[i])
             values.append(tensor)
-            recording.copied[i] = (tensor, tensor._version)
+            recording.copied[i] = (tensor, version)
         for buffers, values in stale.values():
             torch._foreach_copy_(buffers, values)

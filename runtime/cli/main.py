@@ -137,3 +137,6 @@ def main() -> None:
 
 for command in (edit, mask_command, layouts_command, replay, profile_command, info, demo):
     main.add_command(command)
+
+if __name__ == "__main__":  # python -m iedit.runtime.cli.main, where nothing is installed
+    main()
