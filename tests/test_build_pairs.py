@@ -258,9 +258,12 @@ def test_kill_9_loses_the_shard_in_flight_and_the_bytes_are_the_same(world: Path
 def test_ray_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
     build(settings(world, out=str(tmp_path / "pairs")), ray="local")
     assert content(tmp_path / "pairs") == content(world / "pairs")
-    asked = settings(world, out=str(tmp_path / "none"), clip=str(tmp_path))
-    with pytest.raises(UsageError, match=r"holds no config\.json with weights"):
-        build(asked, ray="local")
+    (tmp_path / "bad").mkdir()
+    shutil.copy(world / "renders" / "00003.tar", tmp_path / "bad")
+    with pytest.raises(UsageError, match="0 of 6 pictures can be used; 2 times: "):  # raised in a worker
+        build(settings(world, corpus=str(tmp_path / "bad"), out=str(tmp_path / "none")), ray="local")
+    with pytest.raises(UsageError, match="a shard wants 4096 cores, this machine has"):
+        build(settings(world, out=str(tmp_path / "none2"), threads=4096), ray="local")
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------
@@ -380,6 +383,20 @@ def test_bad_input_is_one_line(refuse: Any, world: Path, models: Path, photos: P
     refuse(renders, "--out", photos, says="holds 000.png, which is not of pairs; choose an empty folder")
     refuse(renders, "--out", photos / "000.png", says="000.png")
     refuse(renders, "--out", world / "pairs", says="holds pairs of clip (picturebook, now clip); candidates (8, now 1)")
+    refuse(renders, "--out", renders / "pairs", says="lies in the corpus, which it would become a part of")
+    refuse(renders, "--out", tmp_path / "gpu", "--device", "cuda:97", says="device: cuda:97 cannot be used")
+    damaged = shutil.copytree(tmp_path / "gpu", tmp_path / "damaged")
+    (damaged / "work" / "settings.json").write_text("{")
+    refuse(renders, "--out", damaged, says="settings.json is damaged")
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(photos / "000.png", one)
+    shutil.copy(photos / "000.txt", one)
+    refuse(one, "--out", tmp_path / "of-one", says="1 of 1 pictures can be used; a pseudo-target needs another picture")
+    words = shutil.copytree(world / "wordnet", tmp_path / "words")
+    (words / "index.noun").write_text("nonsense\n")
+    result = call(renders, "--out", out, "--wordnet", words, "--clip", "picturebook", "--masks", "own")
+    assert result.exit_code == 2 and "index.noun holds a line of another format: 'nonsense" in result.stderr
     for file in photos.glob("*.txt"):
         file.unlink()
     refuse(
