@@ -414,7 +414,15 @@ def read_shard(settings: Settings, number: int, tell: Callable[[float], object] 
     ])  # fmt: skip
     with open_whole(settings.work / f"read-{number:05d}.parquet") as file:
         parquet.write_table(pa.Table.from_pylist(rows, schema), file)
-    _write_result(settings, "read", number, rows=len(rows), skipped=skipped, digest=whole.hexdigest())
+    _write_result(
+        settings,
+        "read",
+        number,
+        rows=len(rows),
+        masks=sum(len(r["labels"]) - 1 for r in rows),
+        skipped=skipped,
+        digest=whole.hexdigest(),
+    )
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -501,6 +509,10 @@ def make_index(settings: Settings, number: int = 0, tell: Callable[[float], obje
         why = _most_common(skipped) if skipped or not total else "a pseudo-target needs another picture"
         hint = "; describe them with --captions CHECKPOINT" if "no caption" in why else ""
         raise UsageError(f"corpus: {total} of {total + len(skipped)} pictures can be used; {why}{hint}")
+    if settings.masks == OWN and not any(r["masks"] for r in read):
+        raise UsageError(
+            f"masks: {settings.corpus} brings none (NAME.LABEL.mask.png beside its pictures); give --masks a CLIPSeg checkpoint"
+        )
     captions: list[str] = []
     embeddings: list[np.ndarray] = []
     for i in range(count):
