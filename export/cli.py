@@ -120,44 +120,62 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
 @export.command()
 @click.argument("model", default="picturebook")
 @click.option("--layouts", default=None, help="ControlNets, comma-separated. Default: each that the model has, alone.")
-@click.option("--sizes", default="512x512", show_default=True,
-              help="WIDTHxHEIGHT in pixels, comma-separated, one profile each; a side may be MIN-OPT-MAX.")  # fmt: skip
-@click.option("--batch", default="1-2-8", show_default=True, help="Samples in a call, a number or MIN-OPT-MAX; guidance doubles them.")  # fmt: skip
+@click.option("--sizes", default=None,
+              help="WIDTHxHEIGHT in pixels, comma-separated, one profile each; a side may be MIN-OPT-MAX. Default: what MODEL was trained "
+                   "on, 512x512 for Stable Diffusion 1.5.")  # fmt: skip
+@click.option("--batch", default="1-2-20", show_default=True, help="Samples in a call, a number or MIN-OPT-MAX: a default edit's mask takes 20, its "
+              "other steps 1 to 4. A larger batch is run in several calls.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True,
               help="What the ONNX graph computes in.")  # fmt: skip
+@click.option("--opset", type=click.Choice(["22", "23"]), default=None,
+              help="Of the ONNX graph. Default: 23, which has an Attention operator, from TensorRT 10.14 on; 22 before.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=None, help=_OUT_HELP)
-@click.option("--refit", is_flag=True, help="Weights can be exchanged later; costs some speed.")
+@click.option("--workspace", type=click.FloatRange(0, 1024, min_open=True), default=None, metavar="GIB",
+              help="Most scratch memory of a layer while building. Default: all that the GPU has.")  # fmt: skip
 @click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False), default=None,
               help="File of tactic timings, read and written: makes a second build fast.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Build anew even what is there.")
 def tensorrt(
     model: str,
     layouts: str | None,
-    sizes: str,
+    sizes: str | None,
     batch: str,
     precision: str,
+    opset: str | None,
     out: Path | None,
-    refit: bool,
+    workspace: float | None,
     timing_cache: Path | None,
     force: bool,
 ) -> None:
-    """Build TensorRT engines of MODEL for this machine's GPU, from ONNX graphs that are exported where they are missing."""
+    """Build TensorRT engines of MODEL for this machine's GPU, from ONNX graphs that are exported where they are missing.
+
+    \b
+    For MODEL's own size        iedit export tensorrt MODEL
+    For two more                iedit export tensorrt MODEL --sizes 512x512,768x512,512-512-1024x512
+    What they cost and gain     iedit profile photo.png --prompt "..." --model MODEL --backend tensorrt
+
+    Ctrl-C stops a build at TensorRT's next step, and leaves what was there before.
+    """
     from ..runtime.backends import check_backend
     from .shapes import parse_shapes
 
-    parse_shapes(sizes, batch, 1)  # what is mistyped is said before anything heavy
+    parse_shapes(sizes or "8x8", batch, 1)  # what is mistyped is said before anything heavy
     check_backend("tensorrt")
 
     from ..runtime.backends.engine_spec import engines_folder
     from ..runtime.model.model import load_model
 
     loaded = load_model(model)
-    shapes = parse_shapes(sizes, batch, loaded.multiple)
+    if sizes is None and loaded.side is None:
+        raise UsageError(
+            "sizes: the model's config does not say what it was trained on; give --sizes, for example 512x512"
+        )
+    shapes = parse_shapes(sizes or f"{loaded.side}x{loaded.side}", batch, loaded.multiple)
     folder = engines_folder(loaded.weights_digest) if out is None else out
     from .tensorrt import build_all
 
-    for spec in build_all(loaded, folder, shapes, _names(layouts), precision, refit=refit, timing_cache=timing_cache, force=force,
-                          tell=click.echo):  # fmt: skip
+    for spec in build_all(loaded, folder, shapes, _names(layouts), precision, opset=None if opset is None else int(opset), timing_cache=timing_cache,
+                          workspace=None if workspace is None else int(workspace * 2**30), force=force, tell=click.echo):  # fmt: skip
         click.echo(f"{spec.module}: {spec}")
 
 

@@ -371,6 +371,12 @@ def check_dynamic(proto: Any, dims: Mapping[str, Sequence[str | int]]) -> None:
                 )
 
 
+def attention_of(proto: Any) -> str:
+    """See `engine_spec.EngineSpec.attention`."""
+    operators = {node.op_type for node in proto.graph.node}
+    return "operator" if "Attention" in operators else "decomposed" if "Softmax" in operators else ""
+
+
 def unsupported_operators(proto: Any) -> list[str]:
     """Operators of a graph that TensorRT's parser does not know, sorted; ONNX Runtime takes them all the same."""
     operators = {f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in proto.graph.node}
@@ -480,7 +486,12 @@ def _export(
         if unknown:
             say(f"warning: TensorRT's parser does not know {', '.join(unknown)}")
         return EngineSpec(
-            model=model.name, graph=graph_digest(proto), shapes=shapes, versions=tool_versions(), **wanted
+            model=model.name,
+            graph=graph_digest(proto),
+            shapes=shapes,
+            versions=tool_versions(),
+            attention=attention_of(proto),
+            **wanted,
         )
 
     target = engine_folder(out, module, precision)

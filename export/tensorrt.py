@@ -8,6 +8,8 @@ Nothing of this file has run on hardware yet: it was driven by a recording fake 
 
 from __future__ import annotations
 
+import re
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from ..runtime.backends import trt as backend_tensorrt
+from ..runtime.backends.base import missing
 from ..runtime.backends.engine_spec import EngineSpec, Shapes, damaged, read_spec
 from ..runtime.backends.trt import PLAN, last_errors, new_logger
 from ..runtime.errors import RunError, UsageError
@@ -26,6 +29,8 @@ from .build_folder import build_once
 
 GRAPH = "model.onnx"
 INSPECTOR = "inspector.json"
+BATCH = "1-2-20"  # a default edit's mask asks for 20 samples in a call, all its other steps for 1 to 4
+ATTENTION_SINCE = (10, 14)  # the version of TensorRT from which on its parser knows the operator Attention, of opset 23
 TEXT = (1, 77, 308)  # tokens: CLIP's length is the optimum, prompts of up to four chunks fit
 Tell = Callable[[str], None]
 
@@ -36,7 +41,6 @@ def build_tensorrt(
     shapes: Sequence[Shapes],
     *,
     timing_cache: Path | None = None,
-    refit: bool = False,
     tell: Tell = lambda text: None,
     vae_scale_factor: int = 8,
     text: tuple[int, int, int] = TEXT,
@@ -50,7 +54,6 @@ def build_tensorrt(
         onnx_folder: an engine of format onnx: `engine.json` and `model.onnx`.
         shapes: ranges without "any", pixels; one optimisation profile each.
         timing_cache: file of tactic timings, read and written: a second build takes a fraction of the first.
-        refit: the weights can be exchanged later; costs some speed.
         tell: is given a line for every phase of the build.
         vae_scale_factor: pixels per latent cell.
         text: (min, opt, max) of the text's length in tokens, where the graph leaves it open.
@@ -59,14 +62,21 @@ def build_tensorrt(
     Raises:
         UsageError: TensorRT cannot run here, or the ONNX folder or a range cannot be used; nothing was written.
         RunError: the parser or the builder failed; nothing was written.
+        KeyboardInterrupt: Ctrl-C, as soon as TensorRT comes to a next step; nothing was written.
     """
-    why = backend_tensorrt.why_unavailable()
+    why = backend_tensorrt.why_unavailable() or missing("onnx", extra="gpu")
     if why:
         raise UsageError(f"tensorrt was requested but cannot run: {'; '.join(why)}")
     import tensorrt as trt
 
     source = _source(onnx_folder)
     where = device or torch.device("cuda")
+    newest = newest_opset(str(trt.__version__))
+    if source.opset > newest:
+        raise UsageError(
+            f"{onnx_folder}: its graph is of opset {source.opset}, and TensorRT {trt.__version__} reads up to {newest}; "
+            f"`iedit export tensorrt {source.model} --opset {newest}` exports it anew"
+        )
     spec = EngineSpec(
         format="tensorrt",
         module=source.module,
@@ -77,24 +87,76 @@ def build_tensorrt(
         shapes=module_shapes(source.module, shapes),
         opset=source.opset,
         versions={**source.versions, "tensorrt": str(trt.__version__)},
-        gpu=backend_tensorrt.arch(where),
-        refit=refit,
+        gpu=backend_tensorrt.gpu_kind(where),
+        attention="decomposable" if source.attention == "operator" else source.attention,
         inputs=source.inputs,
     )
 
     def fits(there: EngineSpec) -> bool:
-        fields = ("format", "module", "weights", "graph", "precision", "shapes", "gpu", "refit", "inputs")
+        fields = ("format", "module", "weights", "graph", "precision", "shapes", "gpu", "attention", "inputs")
         same = not there.differs(**{name: getattr(spec, name) for name in fields})
         return same and there.versions.get("tensorrt") == spec.versions["tensorrt"]
 
     def build(folder: Path) -> EngineSpec:
-        with backend_tensorrt.on(where):
-            _Build(trt, onnx_folder / GRAPH, spec, tell).write(folder, timing_cache, vae_scale_factor, text, workspace)
+        one = _Build(trt, onnx_folder / GRAPH, spec, tell)
+
+        def write() -> None:
+            with backend_tensorrt.on(where):  # the device that is current is the thread's own
+                one.write(folder, timing_cache, vae_scale_factor, text, workspace)
+
+        interruptible(write, one.stop, one.tell)
         return spec
 
     spec, kept = build_once(out, fits, build, tell, force)
     tell(f"{spec.module}: {'kept, the engine is there' if kept else 'done'}")
     return spec
+
+
+def newest_opset(version: str) -> int:
+    """The newest opset of those that `export.onnx` writes that TensorRT of a version reads."""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    return 23 if numbers >= ATTENTION_SINCE else 22
+
+
+def with_decomposable_attention(graph: bytes) -> bytes:
+    """An ONNX file whose Attention operators TensorRT may take apart. Unless it is told that it may, a build fails at the
+    first that no fused kernel fits: every one in float32, and the heads of size 512 of Stable Diffusion 1.5's VAE. ONNX Runtime
+    refuses the attribute that says so, which is why it is not in the exported file."""
+    import onnx as format_
+
+    proto = format_.load_model_from_string(graph)
+    for node in proto.graph.node:
+        if node.op_type == "Attention":
+            node.attribute.append(format_.helper.make_attribute("TRT_decomposable", 1))
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def interruptible(work: Callable[[], None], stop: threading.Event, tell: Tell) -> None:
+    """`work` in a thread of its own, while this one waits for Ctrl-C: in TensorRT's own code Python does not see it, and what is raised in
+    its callbacks never arrives. Ctrl-C sets `stop` and is raised once the work has come back; a second one is raised at once."""
+    failed: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name="iedit-tensorrt", daemon=True).start()
+    try:
+        while not done.wait(0.1):
+            pass
+    except KeyboardInterrupt:
+        stop.set()
+        tell("stopping at TensorRT's next step; Ctrl-C again does not wait for it")
+        done.wait()  # not the thread's `join`, which takes a thread for ended once it was interrupted
+        raise
+    if failed:
+        raise failed[0]
 
 
 def _source(onnx_folder: Path) -> EngineSpec:
@@ -134,7 +196,7 @@ class _Build:
     def __init__(self, trt: Any, graph: Path, spec: EngineSpec, tell: Tell):
         self.trt, self.graph, self.spec = trt, graph, spec
         self.tell: Tell = lambda line: tell(f"{spec.module}: {line}")
-        self.log = new_logger(trt)
+        self.log, self.stop = new_logger(trt), threading.Event()
 
     def write(
         self,
@@ -151,15 +213,20 @@ class _Build:
         config = builder.create_builder_config()
         if workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-        if self.spec.refit:
-            config.set_flag(trt.BuilderFlag.REFIT)
+        config.clear_flag(
+            trt.BuilderFlag.TF32
+        )  # which is on unless told otherwise, with 10 bits of what is called float32
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        config.progress_monitor = new_monitor(trt, self.tell)
+        monitor = config.progress_monitor = new_monitor(trt, self.tell, self.stop)
         self.add_profiles(builder, config, network, vae_scale_factor, text)
         if timing_cache is not None:
             self.read_timings(config, timing_cache)
         plan = builder.build_serialized_network(network, config)
+        if monitor.error is not None:
+            raise monitor.error
         if plan is None:
+            if self.stop.is_set():
+                return
             raise self.error(f"TensorRT could not build {self.spec.module} for {self.spec}")
         if timing_cache is not None:
             cache = config.get_timing_cache()
@@ -186,15 +253,14 @@ class _Build:
         self.tell(f"reading {self.graph.name}")
         trt, network = self.trt, builder.create_network(network_flags(self.trt))
         parser = trt.OnnxParser(network, self.log)
-        if not parser.parse_from_file(str(self.graph)):
+        # The path is for the weights beside it.
+        if not parser.parse(with_decomposable_attention(self.graph.read_bytes()), str(self.graph)):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             why = "; ".join(
                 f"{error.node_name() or 'a node'} ({error.node_operator() or '?'}): {error.desc()}" for error in errors
             )
-            raise RunError(
-                f"{self.graph}: TensorRT's parser refused it: {why or last_errors(self.log)}; "
-                "try another opset (`iedit export onnx --opset 22`)"
-            )
+            other = f"; try `iedit export tensorrt {self.spec.model} --opset 22`" if self.spec.opset > 22 else ""
+            raise RunError(f"{self.graph}: TensorRT's parser refused it: {why or last_errors(self.log)}{other}")
         return network
 
     def add_profiles(
@@ -230,7 +296,7 @@ class _Build:
 
 
 def network_flags(trt: Any) -> int:
-    """For `create_network`: strongly typed. TensorRT 11 knows nothing else, and has renumbered the flags."""
+    """For `create_network`: strongly typed. TensorRT 11 knows nothing else, and has renumbered the flags: this one is ignored there."""
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if typed is None else 1 << int(typed)
 
@@ -260,31 +326,40 @@ def input_ranges(
     return tuple(tuple(row[i] for row in filled) for i in range(3))
 
 
-def new_monitor(trt: Any, tell: Tell) -> Any:
-    """Tells of the build's outer phases, with their share. Ctrl-C is Python's: it arrives when a phase's step ends."""
+def new_monitor(trt: Any, tell: Tell, stop: threading.Event) -> Any:
+    """Tells of the build's outer phases, with their share, and ends the build at the next step once `stop` is set. An exception in a
+    callback would be swallowed by the bindings: it is kept as `error`, and ends the build too."""
+
+    def say(monitor: Any, line: str) -> None:
+        try:
+            tell(line)
+        except BaseException as error:
+            monitor.error = error
+            stop.set()
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
             self.tenths: dict[str, int] = {}
+            self.error: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if parent_phase is None:  # inner ones come by the thousand
                 self.steps[phase_name], self.tenths[phase_name] = num_steps, 0
-                tell(f"{phase_name} begins")
+                say(self, f"{phase_name} begins")
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self.steps:
                 tenth = 10 * (step + 1) // max(self.steps[phase_name], 1)
                 if tenth > self.tenths[phase_name]:
                     self.tenths[phase_name] = tenth
-                    tell(f"{phase_name} {10 * min(tenth, 10)} %")
-            return True
+                    say(self, f"{phase_name} {10 * min(tenth, 10)} %")
+            return not stop.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             if self.steps.pop(phase_name, None) is not None:
-                tell(f"{phase_name} is done")
+                say(self, f"{phase_name} is done")
 
     return Monitor()
 
@@ -296,8 +371,9 @@ def build_all(
     layouts: Sequence[str] | None = None,
     precision: str = "fp16",
     *,
+    opset: int | None = None,
     timing_cache: Path | None = None,
-    refit: bool = False,
+    workspace: int | None = None,
     tell: Tell = lambda text: None,
     force: bool = False,
 ) -> list[EngineSpec]:
@@ -305,14 +381,22 @@ def build_all(
 
     Args:
         layouts: ControlNets to fuse; None is each that the model has, alone.
+        opset: of the graphs; None is the newest that the installed TensorRT reads.
+        timing_cache, workspace: as of `build_tensorrt`.
     """
+    why = backend_tensorrt.why_unavailable()
+    if why:
+        raise UsageError(f"tensorrt was requested but cannot run: {'; '.join(why)}")
+    import tensorrt as trt
+
+    opset = opset or newest_opset(str(trt.__version__))
     tokens = model.text_length
 
     def tell_export(progress: onnx.ExportProgress) -> None:
         tell(f"{progress.module}: ONNX: {progress.text}")
 
     specs = []
-    for source in onnx.export_onnx(model, out, layouts, precision, tell=tell_export):
+    for source in onnx.export_onnx(model, out, layouts, precision, opset, tell=tell_export):
         # The encoder reads one chunk at a time; the UNet reads the embeddings of up to four.
         longest = tokens if source.module == "text_encoder" else 4 * tokens
         specs.append(
@@ -321,7 +405,7 @@ def build_all(
                 out / f"tensorrt-{precision}" / source.module,
                 shapes,
                 timing_cache=timing_cache,
-                refit=refit,
+                workspace=workspace,
                 tell=tell,
                 vae_scale_factor=model.vae_scale_factor,
                 text=(tokens, tokens, longest),

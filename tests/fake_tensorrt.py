@@ -1,8 +1,10 @@
 """A stand-in for TensorRT that records what it is asked and runs on the CPU: it knows the names of `tensorrt_manifest` only.
 
-`model.onnx` is a JSON here (`write_graph`), a plan is that JSON with its profiles, and an engine calls the Python function
-registered for its module on tensors made of the addresses it was given. It is as strict as the documentation: shapes out of
-range, tensors without an address and inputs without a shape are errors, and 10 and 11 want different network flags.
+`model.onnx` holds a JSON here (`write_graph`), a plan is that JSON with its profiles, and an engine calls the Python function
+registered for its module on tensors made of the addresses it was given. It is as strict as the documentation and the bindings: shapes out
+of range, tensors without an address, inputs without a shape and contexts without memory are errors; addresses that are not
+multiples of 256 are refused by a return value; exceptions in callbacks are swallowed; the operator Attention is read from 10.14 on, and
+in float32 not built unless it may be decomposed; 11 has STRONGLY_TYPED still, as 0.
 """
 
 from __future__ import annotations
@@ -11,15 +13,20 @@ import ctypes
 import enum
 import json
 import math
+import os
+import signal
+import time
 from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor
 
+ALIGNMENT = 256
 KINDS = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
@@ -29,10 +36,15 @@ KINDS = {
 }
 
 
-def write_graph(path: Path, module: str, inputs: Mapping[str, Any], output: Mapping[str, Any], **more: Any) -> None:
+def write_graph(
+    path: Path, module: str, inputs: Mapping[str, Any], output: Mapping[str, Any], attention: int = 0, **more: Any
+) -> None:
     """`inputs`: name -> (dims, kind), open ones -1. `output`: name, kind and dims: (input, dimension, times, over) each, or a
-    size. `more`: errors, the parser's; fail, the builder's; and so on."""
-    path.write_text(json.dumps({"module": module, "inputs": inputs, "output": output, **more}))
+    size. `attention`: operators of that name. `more`: errors, the parser's; fail, the builder's; and so on."""
+    nodes = [onnx.helper.make_node("Attention", ["q", "k", "v"], [f"y{i}"]) for i in range(attention)]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, module, [], []))
+    model.doc_string = json.dumps({"module": module, "inputs": inputs, "output": output, **more})
+    path.write_bytes(model.SerializeToString())
 
 
 def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[..., Tensor]]) -> ModuleType:
@@ -41,7 +53,7 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
     Args:
         functions: name of a module -> (inputs by name) -> output.
     """
-    major = int(version.split(".")[0])
+    major, minor = (int(n) for n in version.split(".")[:2])
     calls: list[tuple[Any, ...]] = []
 
     class Checked:
@@ -57,6 +69,7 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
         class Severity(enum.IntEnum):
             INTERNAL_ERROR = 0
             ERROR = 1
+            WARNING = 2
 
         def __init__(self) -> None:
             self._ready = True
@@ -70,8 +83,16 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
         assert isinstance(log, ILogger) and log._ready
         return log
 
+    def swallowed(callback: Callable[..., Any], *arguments: Any) -> Any:
+        """A callback as the bindings call it: what it raises is printed and gone."""
+        try:
+            return callback(*arguments)
+        except BaseException:
+            calls.append(("swallowed", callback.__name__))
+            return None
+
     def fail(log: Any, text: str) -> None:
-        log.log(ILogger.Severity.ERROR, text)
+        swallowed(log.log, ILogger.Severity.ERROR, text)
 
     class ITensor(Checked):
         def __init__(self, name: str, shape: list[int]):
@@ -106,10 +127,18 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
         def __init__(self, network: INetworkDefinition, log: Any):
             self._network, self._log, self._errors = network, logger_of(log), []  # type: ignore[var-annotated]
 
-        def parse_from_file(self, path: str) -> bool:
-            assert isinstance(path, str)
-            graph = json.loads(Path(path).read_text())
-            self._errors = graph.get("errors", [])
+        def parse(self, model: bytes, path: str) -> bool:
+            assert isinstance(model, bytes) and isinstance(path, str) and Path(path).is_file()
+            proto = onnx.load_model_from_string(model)
+            graph = json.loads(proto.doc_string)
+            nodes = [node for node in proto.graph.node if node.op_type == "Attention"]
+            self._errors = list(graph.get("errors", []))
+            if nodes and (major, minor) < (10, 14):
+                self._errors.append(
+                    {"node": "", "operator": "Attention", "desc": "No importer registered for op: Attention"}
+                )
+            decomposable = [any(a.name == "TRT_decomposable" and a.i == 1 for a in node.attribute) for node in nodes]
+            graph["fused only"] = decomposable.count(False)
             if not self._errors:
                 self._network._graph = graph
             return not self._errors
@@ -140,13 +169,13 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
     class IBuilderConfig(Checked):
         def __init__(self) -> None:
             self._profiles: list[dict[str, Any]] = []
-            self._flags: list[str] = []
+            self._flags = ["TF32"]
             self._cache: ITimingCache | None = None
             self.progress_monitor: Any = None
             self.profiling_verbosity: Any = None
 
-        def set_flag(self, flag: Any) -> None:
-            self._flags.append(flag.name)
+        def clear_flag(self, flag: Any) -> None:
+            self._flags.remove(flag.name)
 
         def set_memory_pool_limit(self, pool: Any, size: int) -> None:
             calls.append(("memory", pool.name, size))
@@ -173,8 +202,8 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
             self._log = logger_of(log)
 
         def create_network(self, flags: int) -> INetworkDefinition:
-            # 10: STRONGLY_TYPED is bit 1. 11: there is no flag, and bit 1 means something else.
-            assert flags == (1 << 1 if major == 10 else 0), flags
+            # 10: STRONGLY_TYPED is bit 1. 11: it is bit 0 and ignored, and bit 1 means something else.
+            assert flags == 1 << 1 if major == 10 else flags in (0, 1), flags
             return INetworkDefinition()
 
         def create_builder_config(self) -> IBuilderConfig:
@@ -188,6 +217,10 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
             calls.append(("build", graph["module"], list(config._flags), config.profiling_verbosity))
             if graph.get("fail"):
                 fail(self._log, graph["fail"])
+                return None
+            kinds = {kind for _, kind in graph["inputs"].values()}
+            if graph["fused only"] and "FLOAT" in kinds:
+                fail(self._log, "IAttention: no fused kernel, and it is not decomposable")
                 return None
             for shapes in config._profiles:
                 missing = [n for n, (dims, _) in graph["inputs"].items() if -1 in dims and n not in shapes]
@@ -205,15 +238,23 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
             monitor = config.progress_monitor
             if monitor is not None:
                 assert IProgressMonitor in type(monitor).__mro__ and monitor._ready
-                monitor.phase_start("Building Engine", None, 4)
-                monitor.phase_start("Tactics", "Building Engine", 1000)
+                swallowed(monitor.phase_start, "Building Engine", None, 4)
+                swallowed(monitor.phase_start, "Tactics", "Building Engine", 1000)
                 for i in range(4):
-                    assert monitor.step_complete("Building Engine", i) is True
-                    monitor.step_complete("Tactics", i)
-                monitor.phase_finish("Tactics")
-                monitor.phase_finish("Building Engine")
-            if graph.get("killed"):
-                raise KeyboardInterrupt
+                    if graph.get("interrupted") == i:
+                        os.kill(os.getpid(), signal.SIGINT)
+                        for n in range(600):  # TensorRT goes on until it asks the next time
+                            time.sleep(0.05)
+                            if swallowed(monitor.step_complete, "Tactics", n) is not True:
+                                return None
+                    calls.append(("step", i))
+                    if swallowed(monitor.step_complete, "Building Engine", i) is not True:
+                        return None
+                    swallowed(monitor.step_complete, "Tactics", i)
+                swallowed(monitor.phase_finish, "Tactics")
+                swallowed(monitor.phase_finish, "Building Engine")
+            if graph.get("warning"):
+                swallowed(self._log.log, ILogger.Severity.WARNING, graph["warning"])
             plan = graph | {"profiles": config._profiles, "version": version}
             return memoryview(json.dumps(plan).encode())
 
@@ -227,6 +268,7 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
             self._engine, self._profile = engine, -1
             self._shapes: dict[str, tuple[int, ...]] = {}
             self._at: dict[str, int] = {}
+            self._memory = 0
             engine._contexts.append(self)
 
         def set_optimization_profile_async(self, index: int, stream: int) -> bool:
@@ -246,8 +288,16 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
 
         def set_tensor_address(self, name: str, address: int) -> bool:
             assert name in self._engine._names and address != 0
+            if address % ALIGNMENT:
+                fail(self._engine._log, f"{name}: address is not aligned to {ALIGNMENT}")
+                return False
             self._at[name] = address
             return True
+
+        def set_device_memory(self, memory: int, size: int) -> None:
+            assert memory % ALIGNMENT == 0 and size >= self._engine.device_memory_size_v2
+            calls.append(("memory of context", memory, size))
+            self._memory = memory
 
         def infer_shapes(self) -> list[str]:
             return [n for n in self._engine._graph["inputs"] if n not in self._shapes]
@@ -261,10 +311,17 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
         def execute_async_v3(self, stream: int) -> bool:
             graph = self._engine._graph
             unset = [n for n in self._engine._names if n not in self._at] + self.infer_shapes()
+            unset += [] if self._memory else ["device memory"]
             if unset or self._profile < 0:
                 fail(self._engine._log, f"not set: {', '.join(unset) or 'profile'}")
                 return False
             calls.append(("execute", graph["module"], self._profile, dict(self._shapes), stream))
+            graph["executed"] = graph.get("executed", 0) + 1
+            if graph.get("warning"):
+                swallowed(self._engine._log.log, ILogger.Severity.WARNING, graph["warning"])
+            if graph["executed"] >= graph.get("fails at", math.inf):
+                fail(self._engine._log, "CUDA error 700: an illegal memory access")
+                return False
             if graph.get("broken"):
                 fail(self._engine._log, graph["broken"])
                 return False
@@ -304,7 +361,12 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
         def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
             return [tuple(row) for row in self._graph["profiles"][index][name]]
 
-        def create_execution_context(self) -> IExecutionContext | None:
+        @property
+        def device_memory_size_v2(self) -> int:
+            return int(self._graph.get("scratch", 1000))
+
+        def create_execution_context(self, strategy: Any) -> IExecutionContext | None:
+            assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
             if len(self._contexts) >= self._graph.get("memory", 100):
                 fail(self._log, "out of memory")
                 return None
@@ -330,13 +392,17 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
     DataType = enum.Enum("DataType", {n: n for n in KINDS} | {"BOOL": "BOOL"})  # type: ignore[misc]
     TensorIOMode = enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
     LayerInformationFormat = enum.Enum("LayerInformationFormat", ["ONELINE", "JSON"])
-    typed = {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1} if major == 10 else {"PREFER_JIT": 0, "AOT_PLUGINS": 1}
+    ExecutionContextAllocationStrategy = enum.Enum(
+        "ExecutionContextAllocationStrategy", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"]
+    )
+    typed = {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1} if major == 10 else {"STRONGLY_TYPED": 0, "PREFER_AOT": 1}
     made = ModuleType("tensorrt")
     made.__spec__ = ModuleSpec("tensorrt", None)
     parts: dict[str, Any] = {
         "Builder": Builder,
         "BuilderFlag": enum.Enum("BuilderFlag", ["TF32", "REFIT", "STRIP_PLAN"]),
         "DataType": DataType,
+        "ExecutionContextAllocationStrategy": ExecutionContextAllocationStrategy,
         "ILogger": ILogger,
         "IProgressMonitor": IProgressMonitor,
         "LayerInformationFormat": LayerInformationFormat,

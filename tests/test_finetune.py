@@ -284,6 +284,33 @@ def test_bfloat16_trains_float32_weights_with_about_the_same_losses(
             assert float(half[name]) == pytest.approx(float(full[name]), rel=0.05, abs=0.005), name
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(
+    tmp_path: Path, tiny_checkpoint_cli: Path, exact_pairs: Path, root: Path, processes: int
+) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from iedit.runtime.cli.main import main\n"
+        "main(['train', 'finetune', *sys.argv[1:]])\n"
+    )
+    words = ["--model", tiny_checkpoint_cli, "--pairs", exact_pairs, "--out", tmp_path / "run", "--steps", 100_000, "--device", "cpu",
+             "--losses", "mask", "--sample-every", 0, "--save-every", 50_000, "--processes", processes]  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", program, *map(str, words)], env=os.environ | {"PYTHONPATH": str(root / ".types")},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        said, wrong = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 1 and "Aborted" in wrong, (said, wrong)
+    (stopped,) = [line for line in said.splitlines() if line.startswith("stopped after step ")]
+    step = int(stopped.split()[3].rstrip(";"))
+    assert len(rows(tmp_path / "run")) == step == torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
 def test_the_command_trains_and_says_in_one_line_what_is_wrong(
     tmp_path: Path, tiny_checkpoint_cli: Path, exact_pairs: Path, judges: dict[str, Any]
 ) -> None:

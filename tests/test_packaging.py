@@ -146,3 +146,29 @@ def test_constraints_pin_every_base_requirement_inside_its_range(root: Path) -> 
         requirement = Requirement(line)
         assert requirement.name in pins, f"{requirement.name} is not pinned"
         assert requirement.specifier.contains(pins[requirement.name]), f"{line} against {pins[requirement.name]}"
+
+
+def test_what_an_error_says_to_install_is_in_that_extra_and_no_extra_has_both_onnxruntimes(root: Path) -> None:
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = {extra: {re.split(r"[<>=; \[]", line)[0] for line in lines} for extra, lines in extras.items()}
+    assert packages["gpu"] >= packages["onnx"] - {"onnxruntime"} | {"onnxruntime-gpu"}
+    assert not any(names >= {"onnxruntime", "onnxruntime-gpu"} for names in packages.values())
+    told = []
+    for folder in ("runtime", "export", "training"):
+        for path in sorted((root / folder).rglob("*.py")):
+            for call in re.findall(r"missing\(((?:\s*\"[\w-]+\",)+)\s*extra=\"(\w+)\"", path.read_text()):
+                told += [(name, call[1]) for name in re.findall(r"[\w-]+", call[0])]
+    assert {"tensorrt", "xformers", "onnx", "onnxscript", "tensorboard", "bitsandbytes"} <= {name for name, _ in told}
+    assert [t for t in told if t[0] not in packages[t[1]]] == []
+
+
+def test_on_a_machine_with_a_gpu_nobody_is_told_to_put_onnxruntime_beside_onnxruntime_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from iedit.runtime.backends.base import missing
+
+    assert missing("no_such_package", extra="onnx") == ['no_such_package is not installed (pip install "iedit[onnx]")']
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert missing("no_such_package", extra="onnx") == ['no_such_package is not installed (pip install "iedit[gpu]")']

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -39,6 +40,7 @@ from iedit.runtime.backends.fallback import FallbackBackend
 from iedit.runtime.backends.torch_modules import PreparedCondition
 from iedit.runtime.backends.trt import TensorrtBackend
 from iedit.runtime.denoise_step import Condition, ControlInput
+from iedit.runtime.editor import Editor, EditRequest
 from iedit.runtime.errors import RunError, UsageError
 from iedit.runtime.model import module_io
 from iedit.runtime.profile import Profile
@@ -86,7 +88,7 @@ class Machine:
     def executed(self) -> list[tuple[Any, ...]]:
         return [c for c in self.calls if c[0] == "execute"]
 
-    def graph(self, module: str, kind: str = "FLOAT", **more: Any) -> Path:
+    def graph(self, module: str, kind: str = "FLOAT", opset: int = 22, **more: Any) -> Path:
         """The engine folder of an ONNX graph."""
         channels, width = self.model.channels, int(self.model.unet.config.cross_attention_dim)
         latents, images = [-1, channels, -1, -1], [-1, 3, -1, -1]
@@ -111,7 +113,8 @@ class Machine:
         fake.write_graph(folder / "model.onnx", module, inputs, output, **more)
         precision = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}[kind]
         write_spec(folder, EngineSpec("onnx", module, self.model.name, self.model.module_digest(module), "g", precision,
-                                      (Shapes(),), 23, {"torch": "2"}, inputs=module_io.inputs(module)), ["model.onnx"])  # fmt: skip
+                                      (Shapes(),), opset, {"torch": "2"}, inputs=module_io.inputs(module),
+                                      attention="operator" if more.get("attention") else ""), ["model.onnx"])  # fmt: skip
         return folder
 
     def build(
@@ -174,7 +177,7 @@ def machine(version: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setattr(backend_tensorrt, "cuda_missing", lambda: [])
     monkeypatch.setattr(backend_tensorrt, "not_cuda", lambda device: [])
-    monkeypatch.setattr(backend_tensorrt, "arch", lambda device: "sm_90")
+    monkeypatch.setattr(backend_tensorrt, "gpu_kind", lambda device: "sm_90 GPU")
     monkeypatch.setattr(backend_tensorrt, "on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(backend_tensorrt, "current_stream", lambda device: 77)
     monkeypatch.setattr(backend_tensorrt, "capture", lambda run, device, pool: run)
@@ -208,7 +211,7 @@ def _used(root: Path) -> set[tuple[str, str]]:
 
 def test_every_name_of_tensorrt_is_in_the_manifest_and_the_other_way_round(root: Path) -> None:
     known = {("", n) for n in manifest.MODULE}
-    for group in (manifest.ENUMS, manifest.CLASSES, manifest.ONLY_10):
+    for group in (manifest.ENUMS, manifest.CLASSES, manifest.ASKED_FOR):
         known |= {(owner, name) for owner, names in group.items() for name in names}
     used = _used(root)
     assert used - known == set()
@@ -251,9 +254,9 @@ def test_the_fake_knows_what_the_manifest_lists_and_nothing_else(machine: Machin
 
 def test_networks_are_strongly_typed_in_both_versions(machine: Machine, version: str) -> None:
     flags = builder.network_flags(machine.trt)
-    assert flags == (2 if version.startswith("10") else 0)
+    assert flags == (2 if version.startswith("10") else 1)
     with pytest.raises(AssertionError):  # the fake would notice
-        machine.trt.Builder(backend_tensorrt.new_logger(machine.trt)).create_network(2 - flags)
+        machine.trt.Builder(backend_tensorrt.new_logger(machine.trt)).create_network(3 - flags)
 
 
 # --- building ---------------------------------------------------------------------------------------------------
@@ -261,12 +264,10 @@ def test_networks_are_strongly_typed_in_both_versions(machine: Machine, version:
 
 def test_a_build_is_an_engine_folder_with_its_spec(machine: Machine, version: str) -> None:
     said: list[str] = []
-    spec = machine.build(
-        "unet+pose+scribble", (SMALL, WIDE), kind="HALF", refit=True, workspace=1 << 30, tell=said.append
-    )
+    spec = machine.build("unet+pose+scribble", (SMALL, WIDE), kind="HALF", workspace=1 << 30, tell=said.append)
     folder = machine.folder / "unet+pose+scribble"
     assert read_spec(folder) == spec
-    assert (spec.format, spec.gpu, spec.precision, spec.refit) == ("tensorrt", "sm_90", "fp16", True)
+    assert (spec.format, spec.gpu, spec.precision) == ("tensorrt", "sm_90 GPU", "fp16")
     assert spec.versions == {"torch": "2", "tensorrt": version} and spec.shapes == (SMALL, WIDE)
     assert set(spec.files) == {"engine.plan", "inspector.json"}
     assert json.loads((folder / "inspector.json").read_text())["Layers"]
@@ -283,14 +284,13 @@ def test_a_build_is_an_engine_folder_with_its_spec(machine: Machine, version: st
     assert plan["profiles"][1]["sample"][2] == [2, 4, 2 * cells, 3 * cells]  # height 128, width 192
     assert ("memory", "WORKSPACE", 1 << 30) in machine.calls
     built = next(c for c in machine.calls if c[0] == "build")
-    assert built[2] == ["REFIT"] and built[3].name == "DETAILED"
+    assert built[2] == [] and built[3].name == "DETAILED"
     assert "unet+pose+scribble: Building Engine 50 %" in said and not any("Tactics" in line for line in said)
     assert said[-1] == "unet+pose+scribble: done"
 
 
 def test_what_is_built_is_kept_until_something_differs(machine: Machine) -> None:
-    for count, more in ((1, {}), (1, {}), (2, {"shapes": (WIDE,)}), (3, {"shapes": (WIDE,), "refit": True}),
-                        (4, {"shapes": (WIDE,), "refit": True, "force": True})):  # fmt: skip
+    for count, more in ((1, {}), (1, {}), (2, {"shapes": (WIDE,)}), (3, {"shapes": (WIDE,), "force": True})):
         machine.build("unet", **more)
         assert sum(c[0] == "build" for c in machine.calls) == count
     assert [p.name for p in machine.folder.iterdir() if p.is_dir()] == ["unet"]
@@ -300,19 +300,18 @@ def test_the_parsers_errors_are_all_reported(machine: Machine) -> None:
     errors = [{"node": "attention_3", "operator": "Attention", "desc": "head size 40 is not supported"},
               {"node": "", "operator": "", "desc": "no importer"}]  # fmt: skip
     folder = machine.graph("unet", errors=errors)
-    with pytest.raises(
-        RunError, match=r"attention_3 \(Attention\): head size 40 .*; a node \(\?\): no importer; try another opset"
-    ):
+    with pytest.raises(RunError, match=r"attention_3 \(Attention\): head size 40 .*; a node \(\?\): no importer$"):
         builder.build_tensorrt(folder, machine.folder / "unet", [SMALL])
     assert not (machine.folder / "unet").exists()
 
 
-@pytest.mark.parametrize("stop", ["fail", "killed"])
+@pytest.mark.parametrize("stop", ["fail", "interrupted"])
 def test_a_build_that_stops_leaves_no_engine_and_the_one_before(machine: Machine, stop: str) -> None:
     machine.build("unet")
     before = (machine.folder / "unet" / "engine.plan").read_bytes()
     for name in ("unet", "new"):
-        folder = machine.graph("unet", **{stop: "could not find any implementation"})
+        fault: dict[str, Any] = {stop: "could not find any implementation" if stop == "fail" else 1}
+        folder = machine.graph("unet", **fault)
         expected: Any = RunError if stop == "fail" else KeyboardInterrupt
         with pytest.raises(expected) as error:
             builder.build_tensorrt(
@@ -321,9 +320,50 @@ def test_a_build_that_stops_leaves_no_engine_and_the_one_before(machine: Machine
         if stop == "fail":
             assert "could not build unet for tensorrt unet fp32" in str(error.value)
             assert "could not find any implementation" in str(error.value)
+        else:  # it is TensorRT that stops, at its next step
+            assert [c[1] for c in machine.calls if c[0] == "step"][-1] == 0
     assert (machine.folder / "unet" / "engine.plan").read_bytes() == before
     assert not (machine.folder / "new").exists()
     assert [p.name for p in machine.folder.iterdir() if p.is_dir()] == ["unet"]
+
+
+def test_what_a_callback_raises_ends_the_build_and_is_raised(machine: Machine) -> None:
+    def tell(line: str) -> None:
+        if "begins" in line:
+            raise BrokenPipeError("nobody reads")
+
+    with pytest.raises(BrokenPipeError, match="nobody reads"):
+        machine.build("unet", tell=tell)
+    assert not (machine.folder / "unet").exists()
+    assert not any(c[0] == "swallowed" for c in machine.calls)  # the bindings would have lost it
+    assert sum(c[0] == "step" for c in machine.calls) == 1
+
+
+def test_attention_may_be_decomposed_and_the_spec_says_so(machine: Machine, version: str) -> None:
+    folder = machine.graph("vae_decoder", opset=23, attention=1)
+    if version.startswith("10.12"):
+        with pytest.raises(
+            UsageError, match=r"opset 23, and TensorRT 10.12.0.36 reads up to 22; `iedit export tensorrt .* --opset 22`"
+        ):
+            builder.build_tensorrt(folder, machine.folder / "v", [SMALL])
+    else:
+        assert builder.build_tensorrt(folder, machine.folder / "v", [SMALL]).attention == "decomposable"
+    assert machine.build("unet").attention == ""
+    assert b"TRT_decomposable" not in (folder / "model.onnx").read_bytes()  # which ONNX Runtime would refuse
+
+
+@pytest.mark.parametrize(
+    ("version_", "opset"), [("10.12.0.36", 22), ("10.13.3", 22), ("10.14.1.48", 23), ("11.4.0.2", 23), ("10.9", 22)]
+)
+def test_the_opset_is_what_the_version_reads(version_: str, opset: int) -> None:
+    assert builder.newest_opset(version_) == opset
+
+
+@pytest.mark.parametrize("version", ["11.4.0.2"], indirect=True)
+def test_a_parser_that_refuses_opset_23_is_told_of_22(machine: Machine) -> None:
+    errors = [{"node": "attention_3", "operator": "Attention", "desc": "head size 40 is not supported"}]
+    with pytest.raises(RunError, match=r"not supported; try `iedit export tensorrt .* --opset 22`$"):
+        builder.build_tensorrt(machine.graph("unet", opset=23, errors=errors), machine.folder / "unet", [SMALL])
 
 
 def test_what_a_killed_build_left_behind_is_removed_by_the_next(machine: Machine) -> None:
@@ -359,7 +399,7 @@ def test_ranges_and_graphs_that_cannot_be_used_are_refused(machine: Machine) -> 
     with pytest.raises(UsageError, match="is an engine of format tensorrt, expected onnx"):
         builder.build_tensorrt(machine.folder / "unet", machine.folder / "again", [SMALL])
     folder = machine.graph("vae_encoder")
-    (folder / "model.onnx").write_text("{}")
+    (folder / "model.onnx").write_text("{}")  # no graph
     with pytest.raises(UsageError, match=r"files: model.onnx is not what was built .*; export it again"):
         builder.build_tensorrt(folder, machine.folder / "v", [SMALL])
     folder = machine.graph("vae_decoder")
@@ -541,6 +581,116 @@ def test_calls_are_in_the_profile_and_the_first_of_a_shape_are_cold(built: Machi
     ]
 
 
+def test_a_part_of_a_batch_is_aligned(built: Machine) -> None:
+    """A sample of the tiny latent is 1024 bytes, a timestep 8; parts of a batch begin anywhere."""
+    backend, want = TensorrtBackend(built.model, built.folder), TorchBackend(built.model)
+    side = 64 // built.model.vae_scale_factor
+    x, t, condition = torch.randn(7, built.model.channels, side, side), torch.arange(7), built.condition(7)
+    for _ in range(3):
+        got = backend.predict(x, t, condition)
+        assert torch.allclose(got, want.predict(x, t, condition), atol=1e-5)
+        x = x + 1
+
+
+def test_all_contexts_compute_in_the_same_memory_and_few_are_kept(machine: Machine) -> None:
+    sizes = [64 * i for i in range(1, 8)]
+    machine.build("vae_encoder", tuple(Shapes((1, 1, 1), (64, 64, 64), (s, s, s)) for s in sizes))
+    folder = machine.graph("unet", scratch=5000)
+    builder.build_tensorrt(folder, machine.folder / "unet", [SMALL], vae_scale_factor=machine.model.vae_scale_factor)
+    backend, want = TensorrtBackend(machine.model, machine.folder, graphs=False), TorchBackend(machine.model)
+    side = 64 // machine.model.vae_scale_factor
+
+    def encode(size: int) -> None:
+        images = torch.rand(1, 3, 64, size)
+        assert torch.equal(backend.encode_image(images), want.encode_image(images))
+
+    for size in sizes:
+        encode(size)
+    small = {c[1] for c in machine.calls if c[0] == "memory of context"}
+    assert len(small) == 1
+    (loaded,) = backend._loaded.values()
+    assert list(loaded.contexts) == [3, 4, 5, 6]
+    x, t, condition = torch.randn(1, machine.model.channels, side, side), torch.tensor([1]), machine.condition(1)
+    backend.predict(x, t, condition)  # needs more
+    encode(sizes[-1])
+    (large,) = {c[1] for c in machine.calls if c[0] == "memory of context" and c[2] >= 5000}
+    assert [c[1] for c in machine.calls if c[0] == "memory of context"][-2:] == [large, large]
+    before = len(machine.calls)
+    encode(sizes[-1])
+    assert not any(c[0] == "memory of context" for c in machine.calls[before:])
+
+
+def test_what_tensorrt_warns_of_is_a_note_of_the_edit_once(machine: Machine) -> None:
+    folder = machine.graph("unet", warning="Using an engine plan file across different models of devices")
+    builder.build_tensorrt(folder, machine.folder / "unet", [SMALL], vae_scale_factor=machine.model.vae_scale_factor)
+    backend, running = TensorrtBackend(machine.model, machine.folder), Profile()
+    side = 64 // machine.model.vae_scale_factor
+    x, t, condition = torch.randn(1, machine.model.channels, side, side), torch.tensor([1]), machine.condition(1)
+    with running.stage("final"):
+        for _ in range(3):
+            backend.predict(x, t, condition)
+    assert running.notes == ["tensorrt: Using an engine plan file across different models of devices"]
+
+
+# --- edits --------------------------------------------------------------------------------------------------------
+
+
+DEFAULT = parse_shapes("64x64", builder.BATCH)  # what the command builds of a checkpoint of this size
+
+
+@pytest.mark.parametrize(
+    ("version", "batch"),
+    [("10.12.0.36", builder.BATCH), ("11.4.0.2", builder.BATCH), ("11.4.0.2", "1-2-8"), ("11.4.0.2", "1")],
+    indirect=["version"],
+)
+@pytest.mark.parametrize("layouts", [False, True])
+def test_a_default_edit_runs_on_default_engines_alone(
+    machine: Machine, batch: str, layouts: bool, picture: Callable[..., Any]
+) -> None:
+    for module in MODULES:
+        machine.build(module, parse_shapes("64x64", batch))
+    maps = {name: picture(2) for name in ("pose", "scribble")} if layouts else {}
+    asked = EditRequest(
+        picture(1), "a blue car on grass", "a red car on grass", steps=2, layouts=maps, source_layouts=maps
+    )
+    got = Editor(machine.model, TensorrtBackend(machine.model, machine.folder)).edit(asked)
+    want = Editor(machine.model, TorchBackend(machine.model)).edit(asked)
+    assert {row["backend"] for row in got.profile.by_module()} == {"tensorrt"} and not got.profile.fallbacks
+    assert np.abs(np.asarray(got.image).astype(int) - np.asarray(want.image)).max() <= 1
+    largest = max(c.batch for c in got.profile.modules if c.module.startswith("unet"))
+    assert largest == (20 if batch == builder.BATCH else int(batch.split("-")[-1]))
+    assert got.profile.evaluations == want.profile.evaluations
+    samples = sum(r["samples"] for r in got.profile.by_module() if r["module"].startswith("unet"))
+    assert samples == sum(want.profile.evaluations.values())
+
+
+@pytest.mark.parametrize("version", ["11.4.0.2"], indirect=True)
+@pytest.mark.parametrize("fault", ["fails at", "memory", "deleted", "other size", "text"])
+def test_an_edit_under_auto_survives(machine: Machine, fault: str, picture: Callable[..., Any]) -> None:
+    faults: dict[str, dict[str, Any]] = {"fails at": {"fails at": 3}, "memory": {"memory": 0}}
+    for module in MODULES:
+        sizes = "128x64" if fault == "other size" else "64x64"
+        folder = machine.graph(module, **(faults.get(fault, {}) if module == "unet" else {}))
+        tokens = machine.model.tokenizer.model_max_length
+        builder.build_tensorrt(folder, machine.folder / module, parse_shapes(sizes, builder.BATCH), text=(tokens, tokens, tokens),
+                               vae_scale_factor=machine.model.vae_scale_factor)  # fmt: skip
+    backend = backends.load_backend("auto", machine.model, machine.folder)
+    if fault == "deleted":
+        assert backend.why_not("unet", 1, 64, 64) == []
+        assert isinstance(backend, FallbackBackend) and backend.usable[0].why_not("unet", 1, 64, 64) == []
+        (machine.folder / "unet" / "engine.plan").unlink()
+    prompt = "a blue car on grass " * (12 if fault == "text" else 1)
+    asked = EditRequest(picture(1), prompt, "a red car on grass", steps=2)
+    got = Editor(machine.model, backend).edit(asked)
+    want = Editor(machine.model, TorchBackend(machine.model)).edit(asked)
+    assert np.abs(np.asarray(got.image).astype(int) - np.asarray(want.image)).max() <= 1
+    told = " ".join(r for f in got.receipt["backend"]["fallbacks"] if f["backend"] == "tensorrt" for r in f["reasons"])
+    said = {"fails at": "it failed: tensorrt could not run unet: CUDA error 700", "memory": "can't allocate memory for unet",
+            "deleted": "it failed: FileNotFoundError", "other size": "built for width 128-128, asked for 64",
+            "text": "the tensorrt unet engine was built for encoder_hidden_states"}  # fmt: skip
+    assert said[fault] in told
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 
@@ -566,7 +716,7 @@ def test_a_call_that_no_range_takes_is_refused_by_the_field(built: Machine) -> N
     ("change", "said"),
     [
         ({"weights": "0" * 16}, "weights: the engine has 0000000000000000, wanted "),
-        ({"gpu": "sm_80"}, "gpu: the engine has sm_80, wanted sm_90"),
+        ({"gpu": "sm_90 Other"}, "gpu: the engine has sm_90 Other, wanted sm_90 GPU"),
         ({"versions": {"tensorrt": "10.9.0"}}, "versions: the engine was built with TensorRT 10.9.0, here is 1"),
         ({"versions": {}}, "versions: the engine was built with TensorRT none, here is 1"),
         ({"module": "unet+edges"}, "module: unet+edges needs controlnet-edges, which the model does not have"),
@@ -621,7 +771,7 @@ def test_what_tensorrt_says_when_it_fails_is_in_the_message(machine: Machine, mo
     with pytest.raises(RunError, match="could not run unet: illegal memory access"):
         backend.predict(x, t, condition)
     backend = TensorrtBackend(machine.model, machine.folder)
-    monkeypatch.setattr(machine.trt.made["ICudaEngine"], "create_execution_context", lambda self: None)
+    monkeypatch.setattr(machine.trt.made["ICudaEngine"], "create_execution_context", lambda self, strategy: None)
     with pytest.raises(MemoryError, match="can't allocate memory"):
         backend.predict(x, t, condition)
     plan = machine.folder / "unet" / "engine.plan"
@@ -712,9 +862,10 @@ def exporter(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """In place of the ONNX exporter: it writes the fake's graphs."""
     asked: list[Any] = []
 
-    def export_onnx(model: Any, out: Path, layouts: Any, precision: str, tell: Any) -> list[EngineSpec]:
-        asked.append((out, layouts, precision))
-        return [read_spec(machine.graph(m, "HALF")) for m in MODULES]
+    def export_onnx(model: Any, out: Path, layouts: Any, precision: str, opset: int, tell: Any) -> list[EngineSpec]:
+        asked.append((out, layouts, precision, opset))
+        attention = {"attention": 2} if opset == 23 else {}
+        return [read_spec(machine.graph(m, "HALF", opset, **attention)) for m in MODULES]
 
     monkeypatch.setattr(graphs_of, "export_onnx", export_onnx)
     monkeypatch.setattr(graphs_of, "engine_folder", lambda out, name, precision: machine.graphs / f"{name}-HALF")
@@ -723,19 +874,21 @@ def exporter(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_the_command_builds_every_module(machine: Machine, exporter: list[Any], tiny_folder: Path) -> None:
     words = [str(tiny_folder), "--layouts", "pose,scribble", "--sizes", "64x64,128x64", "--batch", "1-2-4", "--out",
-             str(machine.folder), "--refit", "--timing-cache", str(machine.folder / "timing.cache")]  # fmt: skip
+             str(machine.folder), "--workspace", "2.5", "--timing-cache", str(machine.folder / "timing.cache")]  # fmt: skip
     result = CliRunner().invoke(command, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert exporter == [(machine.folder, ["pose", "scribble"], "fp16")]
+    newest = 22 if machine.trt.__version__ == "10.12.0.36" else 23
+    assert exporter == [(machine.folder, ["pose", "scribble"], "fp16", newest)]
+    assert ("memory", "WORKSPACE", 2684354560) in machine.calls
     assert (
-        "unet+pose+scribble: tensorrt unet+pose+scribble fp16, batch 1-4 at 64x64; batch 1-4 at 128x64 on sm_90"
+        "unet+pose+scribble: tensorrt unet+pose+scribble fp16, batch 1-4 at 64x64; batch 1-4 at 128x64 on sm_90 GPU"
         in result.stdout
     )
     backend = TensorrtBackend(machine.model, machine.folder)
     assert backend.modules() == sorted(MODULES) and not backend.refused
     assert backend.why_not("unet", 4, 64, 128) == []
     spec = read_spec(machine.folder / "tensorrt-fp16" / "text_encoder")
-    assert spec.refit and spec.shapes == (Shapes((1, 2, 4), (0, 0, 0), (0, 0, 0)),)
+    assert spec.shapes == (Shapes((1, 2, 4), (0, 0, 0), (0, 0, 0)),)
     tokens = machine.model.tokenizer.model_max_length
     plan = json.loads((machine.folder / "tensorrt-fp16" / "text_encoder" / "engine.plan").read_text())
     assert plan["profiles"] == [{"ids": [[1, tokens], [2, tokens], [4, tokens]]}]

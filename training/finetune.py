@@ -187,7 +187,7 @@ def make_optimiser(parameters: list[nn.Parameter], settings: Settings, device: t
     chosen: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if not settings.adam8bit:
         return torch.optim.AdamW(parameters, **chosen)
-    reasons = missing("bitsandbytes", extra="train") or ([] if device.type == "cuda" else ["it needs a CUDA GPU"])
+    reasons = missing("bitsandbytes", extra="gpu") or ([] if device.type == "cuda" else ["it needs a CUDA GPU"])
     if reasons:
         raise UsageError(f"adam8bit: {reasons[0]}; leave --adam8bit out")
     from bitsandbytes.optim import AdamW8bit
@@ -704,6 +704,7 @@ def finetune(
 
     Raises:
         UsageError, RunError: as `Finetuning` does.
+        KeyboardInterrupt: Ctrl-C ended it before its last step; there is a checkpoint of what was reached.
     """
     options = {"clip": clip, "vgg": vgg, "device": device, "command": command}
     if processes == 1:
@@ -718,13 +719,15 @@ def finetune(
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes get it themselves, and end after their step
     try:
         spawn(_process, (processes, port, error, out, model, pairs, settings, options, tell, say), nprocs=processes)
+        if error.is_file():
+            raise KeyboardInterrupt
     except (ProcessRaisedException, ProcessExitedException) as raised:
         if not error.is_file():
             raise RunError(
                 f"a process ended ({first_line(raised)}); the same command goes on from the last checkpoint"
             ) from raised
-        kind, _, text = error.read_text().partition(":")
-        raise (UsageError if kind == "UsageError" else RunError)(text) from raised
+        name, _, text = error.read_text().partition(":")
+        raise (UsageError if name == "UsageError" else RunError)(text) from raised
     finally:
         signal.signal(signal.SIGINT, before)
         error.unlink(missing_ok=True)
@@ -739,6 +742,8 @@ def _process(rank: int, processes: int, port: int, error: Path, *arguments: Any)
         torch.set_num_threads(max(1, len(machine.processors()) // processes))
     try:
         _train(*arguments)
+    except KeyboardInterrupt:
+        write_whole(error, b"KeyboardInterrupt")
     except (UsageError, RunError) as raised:
         write_whole(error, f"{type(raised).__name__}:{raised}".encode())
         raise
@@ -776,7 +781,8 @@ def _train(
     finally:
         if in_main_thread:
             signal.signal(signal.SIGINT, before)
-    run.say(
-        f"{'stopped' if run.step < settings.steps else 'finished'} after step {run.step}; the model is in {out / MODEL}"
-    )
+    if run.step < settings.steps:
+        run.say(f"stopped after step {run.step}; the same command goes on from there")
+        raise KeyboardInterrupt
+    run.say(f"finished after step {run.step}; the model is in {out / MODEL}")
     return out / MODEL

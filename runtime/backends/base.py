@@ -107,7 +107,12 @@ class UnavailableError(UsageError):
 
 
 def missing(*modules: str, extra: str) -> list[str]:
-    """A reason for each package that is not installed. One that is may still be broken: see `import_failure`."""
+    """A reason for each package that is not installed. One that is may still be broken: see `import_failure`.
+
+    The extra `gpu` has all that `onnx` has, with onnxruntime-gpu in the place of onnxruntime: both install the same files, so on a
+    machine with a GPU nobody is told to put the one beside the other.
+    """
+    extra = "gpu" if extra == "onnx" and torch.cuda.is_available() else extra
     return [f'{m} is not installed (pip install "iedit[{extra}]")' for m in modules if not _is_installed(m)]
 
 

@@ -34,6 +34,27 @@ def capture(run: Callable[[], None], device: torch.device, pool: Any = None) -> 
     return lambda: graph.replay()
 
 
+ALIGNMENT = 256  # bytes: what TensorRT wants the addresses of inputs and outputs to be multiples of
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Like `torch.empty`, at an address that is a multiple of `ALIGNMENT`: so is all that torch allocates on CUDA, but not on a CPU."""
+    made = torch.empty(shape, dtype=dtype, device=device)
+    if made.data_ptr() % ALIGNMENT == 0:
+        return made
+    size = made.numel() * made.element_size()
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + size].view(dtype).view(shape)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A contiguous tensor, or a copy of it that is aligned: a part of a batch may begin anywhere."""
+    if tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return aligned_empty(tuple(tensor.shape), tensor.dtype, tensor.device).copy_(tensor)
+
+
 def tensors_of(tree: Any) -> Iterator[Tensor]:
     """The tensors of a tree of dataclasses, mappings, tuples and lists, in a fixed order."""
     if isinstance(tree, Tensor):
@@ -174,7 +195,7 @@ class CudaGraphCache:
     def _record(self, function: Callable[[Any], list[Tensor]], inputs: Any) -> _Recording | None:
         """None where it cannot be recorded; `failed` then says why."""
         assert self._capture is not None
-        buffers = [t.clone() for t in tensors_of(inputs)]
+        buffers = [aligned_empty(tuple(t.shape), t.dtype, t.device).copy_(t) for t in tensors_of(inputs)]
         own = with_tensors(inputs, iter(buffers))
         outputs: list[Tensor] = []
 

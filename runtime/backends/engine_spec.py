@@ -30,6 +30,7 @@ REPORT_FILE = "report.json"  # of `iedit export verify`
 BUILD_MARKER = "iedit-build.json"  # in a folder from when a build begins until its spec is written
 FORMATS = ("onnx", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16")
+ATTENTION = ("operator", "decomposed", "decomposable", "")
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class EngineSpec:
         shapes: what it was built for; TensorRT may have several.
         opset: of the ONNX graph.
         versions: of what made it: torch, diffusers, onnx, tensorrt ...
-        gpu: "sm_90" and so on; "" runs anywhere.
-        refit: its weights can be exchanged (TensorRT).
+        gpu: "sm_90 NVIDIA H100 80GB HBM3" and so on; "" runs anywhere.
+        attention: how it is computed: "operator" (ONNX's own), "decomposed" (products and softmax), "decomposable" (the operator, which
+            TensorRT takes apart where it has no fused kernel), or "" where there is none.
         inputs: names of its inputs, in the order of `module_io.inputs`.
         files: name -> sha256 of every other file of the folder that belongs to it.
         checked: the parity report's figures, once `iedit export verify` has passed.
@@ -85,7 +87,7 @@ class EngineSpec:
     opset: int
     versions: Mapping[str, str]
     gpu: str = ""
-    refit: bool = False
+    attention: Annotated[str, Match("|".join(ATTENTION), f"one of {', '.join(ATTENTION[:-1])} or empty")] = ""
     inputs: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     checked: Mapping[str, Any] = field(default_factory=dict)
