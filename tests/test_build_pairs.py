@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import fcntl
 import importlib.util
 import io
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,24 +220,25 @@ def test_the_recall_is_of_the_index_against_an_exact_search(tmp_path: Path, monk
 
 # --- the same bytes -----------------------------------------------------------------------------------------------
 
-KILLED = """
-import os, signal, sys
-from iedit.training.build_pairs import Settings, build
 
-def tell(stage, done, of):
-    if stage == sys.argv[1] and done > 1.2:
-        os.kill(os.getpid(), signal.SIGKILL)
+def killed_in(stage: str, asked: Settings) -> None:
+    """Build, and be killed in the second shard of a stage."""
 
-build(Settings(**eval(sys.argv[2])), tell=tell)
-"""
+    def tell(now: str, done: float, of: int) -> None:
+        if now == stage and done > 1.2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    build(asked, tell=tell)
 
 
 @pytest.mark.parametrize("stage", ["read", "pair"])
 def test_kill_9_loses_the_shard_in_flight_and_the_bytes_are_the_same(world: Path, tmp_path: Path, stage: str) -> None:
     out = tmp_path / "pairs"
     asked = settings(world, out=str(out))
-    words = [sys.executable, "-c", KILLED, stage, repr(dataclasses.asdict(asked))]
-    assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
+    process = multiprocessing.get_context("fork").Process(target=killed_in, args=(stage, asked))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     first = out / "work" / "read-00000.json" if stage == "read" else out / "pairs-00000.tar"
     second = out / "work" / "read-00001.json" if stage == "read" else out / "work" / "pair-00001.json"
     assert first.is_file() and not second.exists() and not (out / MANIFEST).exists()
@@ -258,9 +257,12 @@ def test_kill_9_loses_the_shard_in_flight_and_the_bytes_are_the_same(world: Path
 def test_ray_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
     build(settings(world, out=str(tmp_path / "pairs")), ray="local")
     assert content(tmp_path / "pairs") == content(world / "pairs")
-    asked = settings(world, out=str(tmp_path / "none"), clip=str(tmp_path))
-    with pytest.raises(UsageError, match=r"holds no config\.json with weights"):
-        build(asked, ray="local")
+    (tmp_path / "bad").mkdir()
+    shutil.copy(world / "renders" / "00003.tar", tmp_path / "bad")
+    with pytest.raises(UsageError, match="0 of 6 pictures can be used; 2 times: "):  # raised in a worker
+        build(settings(world, corpus=str(tmp_path / "bad"), out=str(tmp_path / "none")), ray="local")
+    with pytest.raises(UsageError, match="a shard wants 4096 cores, this machine has"):
+        build(settings(world, out=str(tmp_path / "none2"), threads=4096), ray="local")
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------
@@ -380,6 +382,26 @@ def test_bad_input_is_one_line(refuse: Any, world: Path, models: Path, photos: P
     refuse(renders, "--out", photos, says="holds 000.png, which is not of pairs; choose an empty folder")
     refuse(renders, "--out", photos / "000.png", says="000.png")
     refuse(renders, "--out", world / "pairs", says="holds pairs of clip (picturebook, now clip); candidates (8, now 1)")
+    refuse(renders, "--out", renders / "pairs", says="lies in the corpus, which it would become a part of")
+    refuse(renders, "--out", tmp_path / "gpu", "--device", "cuda:97", says="device: cuda:97 cannot be used")
+    damaged = shutil.copytree(tmp_path / "gpu", tmp_path / "damaged")
+    (damaged / "work" / "settings.json").write_text("{")
+    refuse(renders, "--out", damaged, says="settings.json is damaged")
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(photos / "000.png", one)
+    shutil.copy(photos / "000.txt", one)
+    refuse(one, "--out", tmp_path / "of-one", says="1 of 1 pictures can be used; a pseudo-target needs another picture")
+    words = shutil.copytree(world / "wordnet", tmp_path / "words")
+    (words / "index.noun").write_text("nonsense\n")
+    result = call(renders, "--out", out, "--wordnet", words, "--clip", "picturebook", "--masks", "own")
+    assert result.exit_code == 2 and "index.noun holds a line of another format: 'nonsense" in result.stderr
+    refuse(
+        photos,
+        "--out",
+        tmp_path / "bare",
+        says="photos brings none (NAME.LABEL.mask.png beside its pictures); give --masks",
+    )
     for file in photos.glob("*.txt"):
         file.unlink()
     refuse(
@@ -389,7 +411,7 @@ def test_bad_input_is_one_line(refuse: Any, world: Path, models: Path, photos: P
         says="0 of 24 pictures can be used; 22 times: no caption; 2 times: not a picture that can be read; describe them with --captions",
     )
     assert (out / "work").is_dir() and not (out / MANIFEST).exists()
-    bare = [world / "renders", "--out", tmp_path / "bare", "--clip", models / "clip", "--masks", "own"]
+    bare = [world / "renders", "--out", tmp_path / "barer", "--clip", models / "clip", "--masks", "own"]
     result = call(*bare, "--size", "128", "--wordnet", empty)
     assert result.exit_code == 2 and "apt-get install wordnet-base" in result.stderr
     result = call(*bare, "--size", "132", "--wordnet", world / "wordnet")

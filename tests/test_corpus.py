@@ -177,6 +177,16 @@ def test_parquet_as_datasets_writes_it_and_a_row_without_a_picture(tmp_path: Pat
     assert [s.reason for s in skipped] == ["column jpg holds no picture"] and skipped[0].key == "part-000000006"
 
 
+def test_captions_of_other_types_are_read_as_text(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for i, captions in enumerate(([["one", "two"], []], [7, None])):
+        parquet.write_table(pa.table({"jpg": [data(0), data(1)], "caption": captions}), tmp_path / f"{i}.parquet")
+    samples, _ = read(open_corpus(tmp_path))
+    assert [s.caption for s in samples] == ["one", "", "7", ""]
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [

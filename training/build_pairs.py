@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from ..runtime.errors import RunError, UsageError, first_line
-from ..runtime.files import open_whole, write_whole
+from ..runtime.files import open_whole, parse_json, write_whole
 from . import pair_models, pairs
 from .corpus import Sample, Shard, Skipped, fingerprint, open_corpus
 from .edit_prompts import EditPrompt, EditPrompts, vocabulary_of
@@ -116,12 +116,18 @@ def build(settings: Settings, ray: str | None = None, tell: Tell = lambda stage,
     """
     if settings.size % FACTOR or settings.size < 8 * FACTOR:
         raise UsageError(f"size: {settings.size} is no multiple of {FACTOR} from {8 * FACTOR} on")
+    inside = Path(settings.out).resolve()
+    if inside.is_relative_to(Path(settings.corpus).resolve()):
+        raise UsageError(
+            f"out: {settings.out} lies in the corpus, which it would become a part of; choose a folder elsewhere"
+        )
     shards = open_corpus(Path(settings.corpus), settings.shard)
     digests = _digests(settings)
     with _locked(Path(settings.out)):
         if (Path(settings.out) / MANIFEST).is_file():
             manifest = pairs.read_manifest(Path(settings.out))
-            _check_same(settings, dict(manifest.settings), dict(manifest.digests), digests)
+            _check_same(settings, manifest.settings, manifest.digests, digests)
+            shutil.rmtree(settings.work, ignore_errors=True)  # what a kill left of it after the manifest was written
             return manifest
         _claim(settings, digests)
         with _runner(settings, ray) as run:
@@ -135,7 +141,8 @@ def _digests(settings: Settings) -> dict[str, str]:
     """What is digested before anything is run, which is where a bad name is found."""
     try:
         wordnet = WordNet(Path(settings.wordnet))
-    except FileNotFoundError as error:
+        wordnet.singular("cars")
+    except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from None
     found = {"corpus": fingerprint(Path(settings.corpus)), "wordnet": wordnet.digest()}
     for purpose in ("clip", "captions", "masks"):
@@ -172,8 +179,12 @@ def _claim(settings: Settings, digests: Mapping[str, str]) -> None:
     out, work = Path(settings.out), settings.work
     mine = {"settings": settings.decisive(), "digests": dict(digests)}
     if (work / "settings.json").is_file():
-        begun = json.loads((work / "settings.json").read_text())
-        _check_same(settings, begun["settings"], begun["digests"], digests)
+        try:
+            begun = parse_json((work / "settings.json").read_text())
+            old, old_digests = begun["settings"], begun["digests"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"out: {work / 'settings.json'} is damaged ({first_line(error)}); remove {out}") from None
+        _check_same(settings, old, old_digests, digests)
         for left in (*out.glob(".*.tmp"), *work.glob(".*.tmp")):  # of a process that was killed while it wrote
             left.unlink()
         return
@@ -279,7 +290,7 @@ def _on_ray(settings: Settings, address: str) -> Iterator[Run]:
         import ray
     except ImportError:
         raise UsageError('ray: is not installed; pip install "iedit[train]", or leave --ray out') from None
-    where: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
+    where: dict[str, Any] = {"address": address} | ({"include_dashboard": False} if address == LOCAL else {})
     try:
         ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
@@ -288,6 +299,13 @@ def _on_ray(settings: Settings, address: str) -> Iterator[Run]:
             "One with token authentication wants RAY_AUTH_MODE=token"
         ) from error
     gpus = 1 if settings.device.startswith("cuda") else 0
+    has = ray.cluster_resources()
+    if address == LOCAL and (has.get("CPU", 0) < settings.threads or has.get("GPU", 0) < gpus):
+        ray.shutdown()
+        needs = f"{settings.threads} cores" + (" and a GPU" if gpus else "")
+        raise UsageError(
+            f"ray: a shard wants {needs}, this machine has {has.get('CPU', 0):g} and {has.get('GPU', 0):g}"
+        )
 
     def run(stage: Stage, name: str, count: int, done: set[int], tell: Tell) -> None:
         task: Any = ray.remote(num_cpus=settings.threads, num_gpus=gpus)(stage)
@@ -396,7 +414,15 @@ def read_shard(settings: Settings, number: int, tell: Callable[[float], object] 
     ])  # fmt: skip
     with open_whole(settings.work / f"read-{number:05d}.parquet") as file:
         parquet.write_table(pa.Table.from_pylist(rows, schema), file)
-    _write_result(settings, "read", number, rows=len(rows), skipped=skipped, digest=whole.hexdigest())
+    _write_result(
+        settings,
+        "read",
+        number,
+        rows=len(rows),
+        masks=sum(len(r["labels"]) - 1 for r in rows),
+        skipped=skipped,
+        digest=whole.hexdigest(),
+    )
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -480,9 +506,13 @@ def make_index(settings: Settings, number: int = 0, tell: Callable[[float], obje
     total = sum(r["rows"] for r in read)
     if total < 2:
         skipped = [row for r in read for row in r["skipped"]]
-        why = _most_common(skipped)
+        why = _most_common(skipped) if skipped or not total else "a pseudo-target needs another picture"
         hint = "; describe them with --captions CHECKPOINT" if "no caption" in why else ""
         raise UsageError(f"corpus: {total} of {total + len(skipped)} pictures can be used; {why}{hint}")
+    if settings.masks == OWN and not any(r["masks"] for r in read):
+        raise UsageError(
+            f"masks: {settings.corpus} brings none (NAME.LABEL.mask.png beside its pictures); give --masks a CLIPSeg checkpoint"
+        )
     captions: list[str] = []
     embeddings: list[np.ndarray] = []
     for i in range(count):

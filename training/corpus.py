@@ -286,6 +286,7 @@ def _of_parquet(path: Path, size: int) -> list[Shard]:
 
     def sample(number: int, row: dict[str, Any], masks: _Masks) -> Raw | Skipped:
         name, value, text = str(row[key]) if key else f"{path.stem}-{number:09d}", row[picture], row[caption] or ""
+        text = str(text[0] if isinstance(text, list) else text)  # of several captions the first
         value = value.get("bytes") if isinstance(value, dict) else value  # as `datasets` stores pictures
         if isinstance(value, bytes):
             return Raw(name, value, text, {})

@@ -98,7 +98,12 @@ def _network(loader: Any, folder: Path, purpose: str, device: str) -> Any:
         raise UsageError(
             f"{purpose}: {folder} lacks {len(missing)} of the weights of {_PARTS[purpose][0]} ({missing[0]}, ...)"
         )
-    return net.to(device).eval().requires_grad_(False)
+    try:
+        return net.to(device).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:  # the latter is what torch without CUDA raises
+        raise UsageError(
+            f"device: {device} cannot be used ({first_line(error)}); leave --device out, or say cpu"
+        ) from error
 
 
 class Clip:
