@@ -31,9 +31,9 @@ from .torch_modules import PreparedCondition, TorchModules, summed_residuals
 def why_unavailable() -> list[str]:
     """Reasons why torch.compile cannot work on this machine; empty if it can."""
     if torch.cuda.is_available():
-        from ...kernels.dispatch import triton_installed
+        from ...kernels.dispatch import triton_missing
 
-        return [] if triton_installed() else ['triton is not installed (pip install "iedit[gpu]")']
+        return list(triton_missing())
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
         return [f"no C++ compiler: {compiler} is not on the path (install one, or name it in CXX)"]
