@@ -17,24 +17,6 @@ from iedit.runtime.errors import RunError, UsageError
 from iedit.runtime.profile import Profile
 
 
-@pytest.fixture(scope="module")
-def smallest(tiny: Any) -> Any:
-    """The random checkpoint with a UNet and a ControlNet of one block each way: most of the time here is compilation."""
-    from diffusers import ControlNetModel, UNet2DConditionModel
-
-    torch.manual_seed(0)
-    unet: Any = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("UpBlock2D",), mid_block_type="UNetMidBlock2D", cross_attention_dim=32, attention_head_dim=2, norm_num_groups=4,
-    )  # fmt: skip
-    net: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 8, 8))
-    for zero in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
-        for p in zero.parameters():
-            torch.nn.init.normal_(p, std=0.3)
-    parts = {"unet": unet.eval().requires_grad_(False), "controlnets": {"pose": net.eval().requires_grad_(False)}}
-    return dataclasses.replace(tiny, **parts)
-
-
 def _call(batch: int, seed: int, scale: float = 0.7) -> tuple[Any, ...]:
     draw = torch.Generator().manual_seed(seed)
     text, maps = torch.randn(batch, 7, 32, generator=draw), torch.rand(batch, 3, 64, 64, generator=draw)

@@ -343,15 +343,15 @@ def test_the_embedded_model_exports_within_two_minutes_and_passes(
     assert len([f for f in commands.find_all(folder, "picturebook") if not f.problems]) == 8
 
 
-def test_a_controlnet_alone_is_exported_when_asked_for(tiny: Any, tmp_path: Path) -> None:
+def test_a_controlnet_alone_is_exported_when_asked_for(smallest: Any, tmp_path: Path) -> None:
     import numpy as np
     import torch
 
     from iedit.runtime.backends.ort import new_session
 
-    (spec,) = export_onnx(tiny, tmp_path, modules=["controlnet-pose"])
-    assert spec.weights == tiny.module_digest("controlnet-pose")
-    net, x, t = tiny.controlnets["pose"], torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 900])
+    (spec,) = export_onnx(smallest, tmp_path, modules=["controlnet-pose"])
+    assert spec.weights == smallest.module_digest("controlnet-pose")
+    net, x, t = smallest.controlnets["pose"], torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 900])
     text, image = torch.randn(3, 7, 32), torch.rand(3, 3, 64, 64)
     with torch.no_grad():
         down, mid = net(x, t, text, controlnet_cond=image, conditioning_scale=0.5, return_dict=False)

@@ -299,13 +299,13 @@ def test_tensorrt_knows_every_operator_and_an_unknown_one_is_named(built: tuple[
 
 @pytest.mark.parametrize("precision, opset", [("fp16", 22), pytest.param("bf16", 23, marks=pytest.mark.slow)])
 def test_half_precision_has_float32_islands_and_leaves_the_model_alone(
-    tiny: Any, tmp_path: Path, precision: str, opset: int
+    smallest: Any, tmp_path: Path, precision: str, opset: int
 ) -> None:
-    before = {k: v.clone() for k, v in tiny.unet.state_dict().items()}
-    classes = [type(m) for m in tiny.unet.modules()]
-    exporter.export_onnx(tiny, tmp_path, precision=precision, opset=opset, modules=["unet"])
-    assert [type(m) for m in tiny.unet.modules()] == classes
-    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in tiny.unet.state_dict().items())
+    before = {k: v.clone() for k, v in smallest.unet.state_dict().items()}
+    classes = [type(m) for m in smallest.unet.modules()]
+    exporter.export_onnx(smallest, tmp_path, precision=precision, opset=opset, modules=["unet"])
+    assert [type(m) for m in smallest.unet.modules()] == classes
+    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in smallest.unet.state_dict().items())
     proto = onnx.load(str(tmp_path / f"onnx-{precision}" / "unet" / "model.onnx"), load_external_data=False)
     half = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
     types = {v.name: v.type.tensor_type.elem_type for v in proto.graph.value_info}
@@ -330,12 +330,12 @@ def test_half_precision_has_float32_islands_and_leaves_the_model_alone(
     assert {"Conv", "GroupNormalization", "time table", "Softmax" if opset == 22 else "Attention"} <= seen
     assert not seen & {"Sin", "Cos"}
     if precision == "fp16":
-        runs = OnnxBackend(dataclasses.replace(tiny, dtype=torch.float16), tmp_path)
-        rows = verify.check_module(tiny, runs, "unet", verify.LIMITS["fp16"])
+        runs = OnnxBackend(dataclasses.replace(smallest, dtype=torch.float16), tmp_path)
+        rows = verify.check_module(smallest, runs, "unet", verify.LIMITS["fp16"])
         assert all(r["passed"] and r["largest"] > 0 for r in rows)
     else:
         with pytest.raises(UsageError, match="bf16"):
-            OnnxBackend(dataclasses.replace(tiny, dtype=torch.bfloat16), tmp_path)
+            OnnxBackend(dataclasses.replace(smallest, dtype=torch.bfloat16), tmp_path)
 
 
 @pytest.mark.slow  # the quick tests have it in half precision
