@@ -203,7 +203,7 @@ def test_the_recall_is_of_the_index_against_an_exact_search(tmp_path: Path, monk
     monkeypatch.setattr(build_pairs, "_embed", lambda s, some: texts[: len(some)])
     asked = Settings("", str(tmp_path), "", duplicate=0.9)
     asked.work.mkdir()
-    made = build_pairs._make_ivf(asked, vectors, ["x"] * len(vectors))
+    made = build_pairs._make_ivf(asked, vectors, ["x"] * len(vectors), lambda share: None)
     index = faiss.deserialize_index(np.fromfile(asked.work / "index.faiss", np.uint8))
     assert isinstance(faiss.downcast_index(index), faiss.IndexIVFPQ) and index.ntotal == len(vectors)
     hits = 0

@@ -45,6 +45,7 @@ WORK = "work"
 OWN = "own"  # captions or masks: those that the corpus brings
 LOCAL = "local"  # Ray on this machine
 NEIGHBOURS = 64  # pictures that are looked at for a pseudo-target
+LISTS = 64  # of an IVF-PQ index that are looked through for them
 CHUNK = 8  # batches that are paired at a time: as many pictures are in memory
 QUERIES = 256  # that an approximate index is measured with
 
@@ -520,19 +521,21 @@ def make_index(settings: Settings, number: int = 0, tell: Callable[[float], obje
             table = parquet.read_table(settings.work / f"read-{i:05d}.parquet", columns=["caption", "embedding"])
             captions += table["caption"].to_pylist()
             embeddings.append(np.array(table["embedding"].combine_chunks().flatten()).reshape(len(table), -1))
-        tell(0.5 * (i + 1) / count)
+        tell(0.2 * (i + 1) / count)
     vectors = np.concatenate(embeddings)
     write_whole(settings.work / "vocabulary.txt", "\n".join(sorted(vocabulary_of(captions))).encode())
     with open_whole(settings.work / "embeddings.npy") as file:
         np.save(file, vectors)
     found: dict[str, Any] = {"kind": "flat", "vectors": total}
     if total >= settings.flat_below:
-        found |= _make_ivf(settings, vectors, captions)
+        found |= _make_ivf(settings, vectors, captions, tell)
     digest = hashlib.sha256("".join(r["digest"] for r in read).encode()).hexdigest()
     _write_result(settings, "index", number, **found, samples=digest)
 
 
-def _make_ivf(settings: Settings, vectors: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
+def _make_ivf(
+    settings: Settings, vectors: np.ndarray, captions: Sequence[str], tell: Callable[[float], object]
+) -> dict[str, Any]:
     """Write an IVF-PQ index of the embeddings, and measure how often it finds the pseudo-target that an exact search finds."""
     import faiss
 
@@ -541,11 +544,13 @@ def _make_ivf(settings: Settings, vectors: np.ndarray, captions: Sequence[str]) 
     parts = max(m for m in range(1, width // 4 + 1) if width % m == 0)
     bits = 8 if total >= 39 * 256 else 4
     index = faiss.IndexIVFPQ(faiss.IndexFlatIP(width), width, lists, parts, bits, faiss.METRIC_INNER_PRODUCT)
-    index.nprobe = max(8, lists // 16)
+    index.nprobe = min(lists, LISTS)
     wanted = max(64 * lists, 256 << bits)
     index.train(vectors[:: max(1, total // wanted)])
     for start in range(0, total, 1 << 16):
+        tell(0.6 + 0.3 * start / total)
         index.add(vectors[start : start + (1 << 16)])
+    tell(0.9)
     write_whole(settings.work / "index.faiss", faiss.serialize_index(index).tobytes())
     sample = [int(i) for i in np.linspace(0, total - 1, min(QUERIES, total))]
     prompts = _edit_prompts(settings)
@@ -554,8 +559,11 @@ def _make_ivf(settings: Settings, vectors: np.ndarray, captions: Sequence[str]) 
         return {"kind": "ivf-pq", "recall": None}
     sources, texts = [i for i, _ in made], [t for _, t in made]
     queries = _combined(vectors[sources], _embed(settings, texts))
-    exact = [_targets(settings, i, q, np.argsort(-(vectors @ q), kind="stable"), vectors, 1)
-             for i, q in zip(sources, queries, strict=True)]  # fmt: skip
+    exact = []
+    for number, query in zip(sources, queries, strict=True):
+        scores = np.where(vectors @ vectors[number] < settings.duplicate, vectors @ query, -np.inf)
+        scores[number] = -np.inf
+        exact.append([int(scores.argmax())] if scores.max() > -np.inf else [])
     near = _neighbours(index, queries, NEIGHBOURS, vectors)
     found = [_targets(settings, i, q, n, vectors, 1) for i, q, n in zip(sources, queries, near, strict=True)]
     return {"kind": "ivf-pq", "recall": round(sum(a == b for a, b in zip(exact, found, strict=True)) / len(made), 4)}
