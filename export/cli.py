@@ -253,7 +253,11 @@ class EngineFolder:
 
     @property
     def size(self) -> int:
-        return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
+        total = 0
+        for path in self.folder.glob("*"):
+            with contextlib.suppress(OSError):  # it may go away meanwhile
+                total += path.stat().st_size if path.is_file() else 0
+        return total
 
 
 def find_all(folder: Path, model: str | None = None, digests: bool = True) -> list[EngineFolder]:
@@ -264,7 +268,7 @@ def find_all(folder: Path, model: str | None = None, digests: bool = True) -> li
         model: engines of other weights are problems too.
         digests: compare files with their digests, which reads all of them.
     """
-    from ..runtime.backends.engine_spec import damaged, find_engines, is_build, own_files
+    from ..runtime.backends.engine_spec import damaged, find_builds, find_engines, own_files
     from ..runtime.model.model import module_digest, read_digests
 
     parts = read_digests(model).parts if model else {}
@@ -281,10 +285,7 @@ def find_all(folder: Path, model: str | None = None, digests: bool = True) -> li
             except KeyError as error:
                 why.append(f"module: {spec.module} needs {error.args[0]}, which {model} does not have")
         folders.append(EngineFolder(where, spec, tuple(why)))
-    for where in sorted(folder.rglob(".*.building")) if folder.is_dir() else []:
-        if is_build(where):
-            folders.append(EngineFolder(where, None, ("a build that was stopped",)))
-    return folders
+    return folders + [EngineFolder(where, None, ("a build that was stopped",)) for where in find_builds(folder)]
 
 
 def _cache() -> Path:
@@ -386,6 +387,9 @@ def prune(model: str | None, dry_run: bool, yes: bool, folder: Path | None) -> N
         click.confirm(f"remove these {len(bad)}?", abort=True)
     removed = 0
     for f in bad:
+        if f.folder.resolve() != where.resolve() / f.folder.relative_to(where):
+            click.echo(f"{printable(str(f.folder))}: is behind a link, left there", err=True)
+            continue
         # `.MODULE.xxxx.building` is locked as MODULE, as the build itself would be.
         name = f.folder.name[1:].rsplit(".", 2)[0] if f.folder.name.startswith(".") else f.folder.name
         try:

@@ -88,12 +88,16 @@ class Options:
         lam: weight of preservation against guidance, lambda of ITO Eq. 6; 1 skips the guidance image.
         guidance_scale: classifier-free guidance; None is what the checkpoint recommends, else 7.5.
         negative_prompt: text of the unconditional half.
+        guidance_until: share of the steps of denoising, from the noisiest on, that have classifier-free guidance; the rest asks for the
+            prompt alone, at half the evaluations (limited-interval guidance, arXiv:2404.07724).
         control_scale: of every ControlNet's residuals.
         control_scales: (name, scale) pairs that differ from `control_scale`.
         encoding_ratio: share of the steps that ITO encodes, t_E / N.
         ratio: share of the steps that the other methods encode; None is 0.7, and 1.0 for ControlNet + DiffEdit.
         mask: how the mask is estimated.
         guidance, final: ITO's updates while the guidance image is made and in the final pass.
+        guidance_path: what the final pass takes for the guidance image at every level: the guidance image "inverted", as in the
+            paper, or the latents that it was "drawn" through, which saves that inversion.
         refine: refine the guidance image with the input (ITO A.5).
         refinement: the updates of that refinement.
         inversion: condition of the inversion: the "source" prompt or "unconditional".
@@ -110,6 +114,7 @@ class Options:
     lam: float = 0.6
     guidance_scale: float | None = None
     negative_prompt: str = ""
+    guidance_until: float = 1.0
     control_scale: float = 1.0
     control_scales: tuple[tuple[str, float], ...] = ()
     encoding_ratio: float = 1.0
@@ -117,6 +122,7 @@ class Options:
     mask: MaskOptions = MaskOptions()
     guidance: ItoSettings = ItoSettings()
     final: ItoSettings = ItoSettings()
+    guidance_path: str = "inverted"
     refine: bool = False
     refinement: ItoSettings = ItoSettings(t_u=6)
     inversion: str = "source"
@@ -137,6 +143,10 @@ class Options:
             self, guidance_scale=scale, mask=self.mask.settled(model), guidance=guidance, final=final
         )
 
+    def guided_steps(self, steps: int) -> int:
+        """How many of a run's steps have classifier-free guidance."""
+        return round(steps * self.guidance_until)
+
     def check(self) -> None:
         """Raises UsageError for a value that no stage could use."""
         from ..kernels.ito_step import UPDATES
@@ -151,10 +161,12 @@ class Options:
 
         one_of("mask mode", self.mask.mode, ("single", "trajectory", "none"))
         one_of("mask norm", self.mask.norm, ("minmax", "clamp"))
+        one_of("guidance_path", self.guidance_path, ("inverted", "drawn"))
         one_of("inversion", self.inversion, ("source", "unconditional"))
         one_of("inversion_evaluate", self.inversion_evaluate, ("target", "source"))
         one_of("composite", self.composite, ("none", "latent", "pixel"))
         within("lambda", self.lam, 0, 1)
+        within("guidance_until", self.guidance_until, 0, 1)
         within("mask threshold", 0 if self.mask.threshold is None else self.mask.threshold, 0, 1)
         within("mask seeds", self.mask.seeds, 1, 1000)
         within("mask sigma", self.mask.sigma, 0, 1000)
@@ -163,6 +175,11 @@ class Options:
         within("guidance_scale", 0 if self.guidance_scale is None else self.guidance_scale, 0, MAX_GUIDANCE)
         within("inversion_scale", self.inversion_scale, 0, MAX_GUIDANCE)
         within("control_scale", self.control_scale, 0, MAX_CONTROL)
+        if self.guidance_path == "drawn" and (self.refine or self.round_trip):
+            raise UsageError(
+                "guidance_path drawn goes with neither refine nor round_trip, which change the guidance image after it was drawn; "
+                "use guidance_path inverted"
+            )
         for name, scale in self.control_scales:
             within(f"control_scales {name}", scale, 0, MAX_CONTROL)
         ratios = {"encoding_ratio": self.encoding_ratio, "mask strength": self.mask.strength, "ratio": self.ratio}
@@ -259,6 +276,8 @@ USES = (
     OptionUse("mask", MASKED, "--mask"),
     OptionUse("options.lam", ITO, "--lambda"),
     OptionUse("options.negative_prompt", METHODS, "--negative-prompt", "guidance"),
+    OptionUse("options.guidance_until", METHODS, "--guidance-until", "guidance"),
+    OptionUse("options.guidance_path", ITO, "--guidance-path", "a guidance image"),
     OptionUse("options.control_scale", METHODS, "--control-scale", "layouts"),
     OptionUse("options.control_scales", METHODS, needs="layouts"),
     OptionUse("options.mask.mode", MASKED, "--mask-mode", "no given mask"),

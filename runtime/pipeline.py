@@ -75,6 +75,7 @@ class Pipeline:
         ratio = RATIOS.get(self.method, 1.0) if o.ratio is None else o.ratio
         self.path = self.levels.path(self.levels.start(o.encoding_ratio if self.method == "ito" else ratio))
         height, width = requests[0].pixels.shape[-2:]
+        self.guided_steps = o.guided_steps(len(self.path) - 1)
         self.shape = (model.channels, height // model.vae_scale_factor, width // model.vae_scale_factor)
         self.guided = [r for r in requests if r.request.options.lam < 1] if self.method == "ito" else []
         self.prompt_embeds: dict[str, Tensor] = {}
@@ -110,7 +111,11 @@ class Pipeline:
             self.run_stages(self.inversion_of_input())
             self.run_stages(self.guidance_image())
         # 5. The guidance at every level.
-        if self.guided:
+        if self.guided and self.options.guidance_path == "drawn":
+            for r in self.guided:
+                r.results["invert-guidance"] = r.results["guidance"]
+                r.results["guidance"] = r.results["guidance"][-1]
+        elif self.guided:
             self.round_trip()
             self.run_stages(self.inversion_of_guidance())
             if self.options.refine:
@@ -215,29 +220,43 @@ class Pipeline:
             masks = [r.mask for r in members if r.mask is not None]
             condition, uncond = self._both(members)
             return masked_sampling(y, self.path, condition, uncond, self.scale, source=source,
-                                   mask=torch.cat(masks) if masks else None)  # fmt: skip
+                                   mask=torch.cat(masks) if masks else None, guided=self.guided_steps)  # fmt: skip
 
         return self._stage("sample", self.requests, sample)
 
     def guidance_image(self) -> Stage:
         """ITO with lambda 1 from random noise: more freedom than an inversion gives (METHOD section 2, row 10)."""
-        o = self.options
+        o, whole = self.options, self.options.guidance_path == "drawn"
 
         def draw(members: Requests) -> Sampler[Tensor]:
             x0, noise = self._stacked(members, "encode"), self._noise(members, "guidance")
             y = add_noise(x0, noise, self.path[0].abar)
             condition, uncond = self._both(members)
-            return ito_pass(
+            latents = yield from ito_pass(
                 y, self.path, condition, uncond, self.scale, source=NoisedReference(x0, noise, self.path), guidance=None,
                 mask=self._masks(members), lam=torch.ones(len(members), device=y.device), settings=o.guidance, kept_area=o.kept_area,
+                guided=self.guided_steps,
             )  # fmt: skip
+            return latents if whole else latents[-1]
 
-        settings = [self.levels.steps, self.path[0].index, self.scale, dataclasses.asdict(o.guidance), o.kept_area]
+        settings = [
+            self.levels.steps,
+            self.path[0].index,
+            self.scale,
+            dataclasses.asdict(o.guidance),
+            o.kept_area,
+            self.guided_steps,
+            whole,
+        ]
 
         def key_parts(r: PreparedRequest) -> list[Any]:
             mask = "none" if r.mask is None else tensor_digest(r.mask)
             return [r.digest, self._condition_key(r), mask, r.request.seed, settings]
 
+        if whole:
+            return self._stage(
+                "guidance", self.guided, draw, key_parts, batch_dim=1, shape=(len(self.path), *self.shape)
+            )
         return self._stage("guidance", self.guided, draw, key_parts)
 
     def round_trip(self) -> None:
@@ -258,13 +277,15 @@ class Pipeline:
         def refine(members: Requests) -> Sampler[Tensor]:
             g, x = self._trajectory(members, "invert-guidance"), self._trajectory(members, "invert")
             condition, uncond = self._both(members)
-            return ito_pass(
+            latents = yield from ito_pass(
                 g[0], self.path, condition, uncond, self.scale,
                 source=TrajectoryReference(g, self.path), guidance=TrajectoryReference(x, self.path),
                 mask=self._masks(members), lam=torch.zeros(len(members), device=g.device), settings=self.options.refinement,
+                guided=self.guided_steps,
             )  # fmt: skip
+            return latents[-1]
 
-        settings = [self.options.round_trip, dataclasses.asdict(self.options.refinement)]
+        settings = [self.options.round_trip, dataclasses.asdict(self.options.refinement), self.guided_steps]
 
         def key_parts(r: PreparedRequest) -> list[Any]:
             return [r.keys["guidance"], r.keys["invert-guidance"], r.keys["invert"], settings]
@@ -283,12 +304,13 @@ class Pipeline:
                 g = torch.stack([r.results.get("invert-guidance", nothing) for r in members], dim=1)
                 guidance = TrajectoryReference(g, self.path)
             condition, uncond = self._both(members)
-            return ito_pass(
+            latents = yield from ito_pass(
                 x[0], self.path, condition, uncond, self.scale,
                 source=TrajectoryReference(x, self.path), guidance=guidance, mask=self._masks(members),
                 lam=torch.tensor([r.request.options.lam for r in members], device=x.device), settings=self.options.final,
-                kept_area=self.options.kept_area,
+                kept_area=self.options.kept_area, guided=self.guided_steps,
             )  # fmt: skip
+            return latents[-1]
 
         return self._stage("final", self.requests, edit)
 
@@ -411,6 +433,7 @@ class Pipeline:
         o = self.options
         both, inversion = 1 if self.scale == 1 else 2, 1 if o.inversion_scale == 1 else 2
         run, costs = len(self.path) - 1, {}
+        denoise = run + self.guided_steps * (both - 1)
         if self.estimates_mask:
             if o.mask.mode == "single":
                 # The unconditional halves of two texts cancel (see `sampling.estimate_mask`), those of two layouts do not.
@@ -420,11 +443,13 @@ class Pipeline:
                 each = compared * both - (0 if o.mask.guided else both - 1)
             costs["mask"] = o.mask.seeds * 2 * each
         if self.method != "ito":
-            return costs | {"sample": run * both} | ({"invert": run * inversion} if self.inverts else {})
-        costs |= {"invert": run * inversion, "final": run * both}
+            return costs | {"sample": denoise} | ({"invert": run * inversion} if self.inverts else {})
+        costs |= {"invert": run * inversion, "final": denoise}
         if self.guided:
-            costs |= {"guidance": run * both, "invert-guidance": run * inversion * (2 if o.refine else 1)}
-            costs |= {"refine": run * both} if o.refine else {}
+            costs |= {"guidance": denoise}
+            if o.guidance_path == "inverted":
+                costs |= {"invert-guidance": run * inversion * (2 if o.refine else 1)}
+            costs |= {"refine": denoise} if o.refine else {}
         return costs
 
     def expected(self) -> int:

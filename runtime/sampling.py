@@ -110,6 +110,7 @@ def masked_sampling(
     *,
     source: Reference | None = None,
     mask: Tensor | None = None,
+    guided: int | None = None,
 ) -> Sampler[Tensor]:
     """DDIM sampling along the path; with a mask, everything outside it is put back after each step.
 
@@ -119,13 +120,15 @@ def masked_sampling(
     Args:
         y: (B, C, h, w) at the path's first level.
         mask: (B, 1, h, w) in [0, 1]; 1 edits.
+        guided: the first so many steps have classifier-free guidance; None is all.
 
     Returns:
         (B, C, h, w) clean latents.
     """
-    for level, cleaner in pairwise(path):
+    for number, (level, cleaner) in enumerate(pairwise(path)):
         blend = source.blend(mask, cleaner) if mask is not None and source is not None else None
-        y = yield DenoiseStep(y, level, cleaner, condition, uncond, scale, blend=blend)
+        low = uncond if guided is None or number < guided else None
+        y = yield DenoiseStep(y, level, cleaner, condition, low, scale, blend=blend)
     return y
 
 
@@ -142,6 +145,7 @@ def ito_pass(
     lam: Tensor,
     settings: ItoSettings,
     kept_area: bool = False,
+    guided: int | None = None,
 ) -> Sampler[Tensor]:
     """DDIM sampling that moves the latent toward source and guidance after each of the first t_u steps.
 
@@ -152,10 +156,12 @@ def ito_pass(
         guidance: the guidance latent at every level, or None where every lam is 1.
         mask: (B, 1, h, w); 1 edits.
         lam: (B,) weight of the preservation loss.
+        guided: the first so many steps have classifier-free guidance; None is all.
 
     Returns:
-        (B, C, h, w) clean latents.
+        (len(path), B, C, h, w): the latent at each level of the path; the last one is the clean latent.
     """
+    latents = [y]
     updates = settings.updates(path[-1].index)
     state = AdamState(torch.zeros_like(y), torch.zeros_like(y)) if settings.carry else None
     for number, (level, cleaner) in enumerate(pairwise(path)):
@@ -164,8 +170,9 @@ def ito_pass(
             g = guidance.at(cleaner) if guidance else None
             s = settings
             update = ItoUpdate(source.at(cleaner), g, mask, lam, s.k, s.lr, kept_area, s.update, state)
-        y = yield DenoiseStep(y, level, cleaner, condition, uncond, scale, update=update)
-    return y
+        low = uncond if guided is None or number < guided else None
+        latents.append((yield DenoiseStep(latents[-1], level, cleaner, condition, low, scale, update=update)))
+    return torch.stack(latents)
 
 
 def rounding_level(dtype: torch.dtype) -> float:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from iedit.runtime.backends import engine_spec
 from iedit.runtime.backends.engine_spec import (
     SPEC_FILE,
     EngineSpec,
     Shapes,
     build_lock,
     damaged,
+    find_builds,
     find_engines,
     is_build,
     new_build,
     read_spec,
+    writable_by_all,
     write_spec,
 )
 from iedit.runtime.errors import RunError, UsageError
@@ -83,6 +87,21 @@ def test_a_missing_or_changed_file_is_named(engine: Path) -> None:
         (lambda s: s | {"format": "exe"}, "format is 'exe', expected one of onnx, tensorrt"),
         (lambda s: s | {"files": {"../x": "0"}}, "a name in it is not one of a file in this folder"),
         (lambda s: s | {"versions": {"a": {"b": [[[[[[[[[[[[]]]]]]]]]]]]}}}, "nested more than 12 deep"),
+        (lambda s: s | {"files": None}, "files is None, expected an object"),
+        (lambda s: s | {"opset": "x"}, "opset is 'x', expected a whole number"),
+        (
+            lambda s: s | {"attention": "sparse"},
+            "attention is 'sparse', expected one of operator, decomposed, decomposable or empty",
+        ),
+        (lambda s: s | {"shapes": []}, "shapes: they hold no range"),
+        (
+            lambda s: s | {"shapes": [dataclasses.asdict(Shapes((1, 2, -8)))]},
+            "shapes: they hold no range, or one that is out",
+        ),
+        (
+            lambda s: s | {"shapes": [dataclasses.asdict(Shapes((9, 2, 8)))]},
+            "shapes: they hold no range, or one that is out",
+        ),
         (lambda s: [], "field everything is missing or unknown"),
     ],
 )
@@ -106,6 +125,56 @@ def test_a_half_written_spec_and_a_build_under_way_are_no_engines(engine: Path) 
     write_spec(engine, SPEC, ["model.onnx"])
     engine.rename(engine.with_name(".unet.0123abcd.building"))
     assert list(find_engines(engine.parent)) == []
+
+
+def test_weights_that_a_spec_leaves_out_are_named(engine: Path) -> None:
+    """Their bytes may be anything: no digest of them is known."""
+    (engine / "model.onnx").write_bytes(b"graph\x0alocation\x12\x0fmodel.onnx.data")
+    (engine / "model.onnx.data").write_bytes(b"weights")
+    (engine / "notes.txt").write_bytes(b"not of the engine")
+    assert damaged(engine, write_spec(engine, SPEC, ["model.onnx"])) == [
+        "files: model.onnx.data belongs to the graph and is not among them"
+    ]
+    assert damaged(engine, write_spec(engine, SPEC, ["model.onnx", "model.onnx.data"])) == []
+
+
+def test_a_folder_behind_a_link_is_an_engine_and_links_in_a_circle_end(engine: Path, tmp_path: Path) -> None:
+    where = tmp_path / "engines"
+    where.mkdir()
+    (where / "linked").symlink_to(engine)
+    (where / "circle").symlink_to(where)
+    (where / "nowhere").symlink_to(tmp_path / "gone")
+    assert [p for p, _ in find_engines(where)] == [where / "linked"]
+    assert find_builds(where) == []
+
+
+def test_what_changes_under_the_reader_is_no_traceback(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process removes engines while they are listed and compared."""
+    spec = read_spec(engine)
+    other = engine.with_name("vae")
+    shutil.copytree(engine, other)
+    listed = find_engines(engine.parent)
+    next(listed)
+    shutil.rmtree(other)
+    assert [(p, str(s)) for p, s in listed if not isinstance(s, EngineSpec)] == []
+    digest = engine_spec.file_digest
+
+    def gone(path: Path) -> str:
+        shutil.rmtree(engine)
+        return digest(path)
+
+    monkeypatch.setattr(engine_spec, "file_digest", gone)
+    assert damaged(engine, spec) == ["files: model.onnx cannot be read (No such file or directory)"]
+
+
+def test_a_linked_engine_that_all_may_write_to_is_not_trusted(engine: Path, tmp_path: Path) -> None:
+    where = tmp_path / "engines"
+    where.mkdir()
+    (where / "linked").symlink_to(engine)
+    spec = read_spec(engine)
+    assert writable_by_all(where / "linked", spec, where) == []
+    engine.parent.chmod(0o777)
+    assert str(engine.parent) in writable_by_all(where / "linked", spec, where)[0]
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "model.tex", "model.onnx"])

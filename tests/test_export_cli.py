@@ -132,6 +132,17 @@ def test_damage_is_found_and_pruned_and_nothing_else(engines: Path, tiny_folder:
     assert "nothing to remove" in call("engines", "prune", "--engines", engines, "--yes").output
 
 
+def test_prune_removes_nothing_behind_a_link(engines: Path, tmp_path: Path) -> None:
+    folder = engines / "onnx-fp32" / "unet"
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with (folder / "model.onnx").open("ab") as file:
+        file.write(b"!")
+    done = call("engines", "prune", "--engines", engines, "--yes")
+    assert "is behind a link, left there" in done.output and "removed 0 of 1" in done.output
+    assert (tmp_path / "elsewhere" / "model.onnx").is_file()
+
+
 def test_only_what_this_project_made_is_ever_pruned(tmp_path: Path) -> None:
     """Folders as they lie on disks: a text encoder, somebody's ONNX model, another project's engine.json, a build folder."""
     foreign = {

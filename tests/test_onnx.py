@@ -188,6 +188,71 @@ def test_the_rewritten_norm_is_group_norm(tmp_path: Path) -> None:
         _close(torch.from_numpy(y), made.module(x).detach(), 1e-5)
 
 
+class FakeRuntime:
+    """Of ONNX Runtime what a session needs, on a machine with a GPU.
+
+    Args:
+        loads: providers whose libraries can be loaded; where one cannot, a session goes on without it and says nothing.
+    """
+
+    def __init__(self, *loads: str):
+        self.loads, self.sessions = loads, []  # type: ignore[var-annotated]
+        self.GraphOptimizationLevel = type("GraphOptimizationLevel", (), {"ORT_ENABLE_ALL": 99})
+        self.SessionOptions = type("SessionOptions", (), {"add_session_config_entry": lambda self, name, value: None})
+
+    def get_available_providers(self) -> list[str]:
+        return ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def InferenceSession(self, source: Any, options: Any, providers: list[Any]) -> Any:
+        self.sessions.append((source, providers))
+        names = [p if isinstance(p, str) else p[0] for p in providers]
+        taken = [n for n in names if n in self.loads]
+        return type("Session", (), {"get_providers": lambda self: taken})()
+
+
+def test_a_provider_that_onnxruntime_quietly_leaves_out_is_an_error(
+    tiny_engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = FakeRuntime("CPUExecutionProvider")
+    monkeypatch.setattr(backend_onnx, "_onnxruntime", lambda: runtime)
+    graph, cuda = tiny_engines / "onnx-fp32" / "unet" / "model.onnx", torch.device("cuda", 1)
+    providers = backend_onnx._providers(cuda, None)
+    assert providers == [
+        ("CUDAExecutionProvider", {"device_id": "1", "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}),
+        "CPUExecutionProvider",
+    ]
+    with pytest.raises(RunError, match="took CPUExecutionProvider in place of CUDAExecutionProvider, whose libraries"):
+        new_session(graph, providers)
+    runtime.loads = ("CPUExecutionProvider", "CUDAExecutionProvider")
+    new_session(graph, providers)
+    assert runtime.sessions[-1][0] == str(graph)  # the rewrites were measured on a CPU
+    new_session(graph)
+    assert b"InstanceNormalization" in runtime.sessions[-1][0]
+
+
+def test_a_broken_onnx_package_costs_the_rewrites_only(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime("CPUExecutionProvider")
+    monkeypatch.setattr(backend_onnx, "_onnxruntime", lambda: runtime)
+    monkeypatch.setitem(sys.modules, "onnx", None)  # an import raises
+    graph = tiny_engines / "onnx-fp32" / "unet" / "model.onnx"
+    new_session(graph)
+    assert runtime.sessions[-1][0] == str(graph)
+
+
+def test_attention_that_a_version_computes_on_the_cpu_is_refused_on_a_gpu(
+    tiny: Any, tiny_engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = read_spec(tiny_engines / "onnx-fp32" / "unet")
+    assert spec.attention == "operator"
+    assert read_spec(tiny_engines / "onnx-fp32" / "control-embedding-pose").attention == ""
+    backend = OnnxBackend(tiny, tiny_engines)
+    for device, version, told in (("cuda", "1.24.4", 1), ("cuda", "1.27.0", 0), ("cuda", "", 0), ("cpu", "1.24.4", 0)):
+        monkeypatch.setattr(backend, "device", torch.device(device))
+        monkeypatch.setattr(backend_onnx, "installed_version", lambda version=version: version)
+        why = backend._differs(spec)
+        assert len(why) == told and all("before onnxruntime-gpu 1.27, here is 1.24.4" in w for w in why)
+
+
 # --- graphs -----------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +390,16 @@ def test_a_flipped_byte_is_refused_by_name(tiny: Any, engines: Path, name: str) 
     with pytest.raises(UsageError, match=f"files: {name} is not what was built"):
         backend.predict(x, t, condition)
     assert backend.why_not("unet", 1, 64, 64) == []
+
+
+def test_flipped_weights_do_not_run_because_the_spec_leaves_them_out(tiny: Any, engines: Path) -> None:
+    folder = engines / "onnx-fp32" / "unet"
+    told = json.loads((folder / SPEC_FILE).read_text())
+    del told["files"]["model.onnx.data"]
+    (folder / SPEC_FILE).write_text(json.dumps(told))
+    _flip(folder / "model.onnx.data")
+    why = OnnxBackend(tiny, engines).why_not("unet", 1, 64, 64)
+    assert "files: model.onnx.data belongs to the graph and is not among them" in why[1]
 
 
 def test_engines_of_another_model_are_refused_by_the_field(

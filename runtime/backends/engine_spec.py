@@ -218,19 +218,40 @@ def read_spec(folder: Path) -> EngineSpec:
         raise UsageError(f"{path}: {error}; export the engine again") from error
     if any(name != Path(name).name or name in ("", ".", "..", SPEC_FILE) for name in spec.files):
         raise UsageError(f"{path}: files: a name in it is not one of a file in this folder; export the engine again")
+    ranges = [r for s in spec.shapes for r in (s.batch, s.height, s.width)]
+    if not ranges or any(least < 0 or most < 0 or (most and most < least) for least, _, most in ranges):
+        raise UsageError(f"{path}: shapes: they hold no range, or one that is out of order; export the engine again")
     return spec
 
 
 def damaged(folder: Path, spec: EngineSpec) -> list[str]:
-    """Reasons why the files are not those that were built: missing or changed, each named."""
+    """Reasons why the files are not those that were built: missing, changed, or read by the graph and of no digest; each named."""
     reasons = []
     for name, digest in spec.files.items():
         path = folder / name
-        if not path.is_file():
-            reasons.append(f"files: {name} is missing")
-        elif file_digest(path) != digest:
-            reasons.append(f"files: {name} is not what was built (its digest differs)")
-    return reasons
+        try:
+            if not path.is_file():
+                reasons.append(f"files: {name} is missing")
+            elif file_digest(path) != digest:
+                reasons.append(f"files: {name} is not what was built (its digest differs)")
+        except OSError as error:  # it may not be read, or has just been removed
+            reasons.append(f"files: {name} cannot be read ({error.strerror})")
+    return reasons or [f"files: {name} belongs to the graph and is not among them" for name in _unlisted(folder, spec)]
+
+
+def _unlisted(folder: Path, spec: EngineSpec) -> list[str]:
+    """Files that an ONNX graph reads its weights from and that the spec leaves out, whose bytes nobody has compared. The graph
+    names such a file as it is called in the folder."""
+    if spec.format != "onnx":
+        return []
+    found = []
+    with contextlib.suppress(OSError):
+        graphs = [(folder / name).read_bytes() for name in spec.files if name.endswith(".onnx")]
+        for path in sorted(folder.rglob("*")):
+            inside = path.relative_to(folder).as_posix()
+            if inside not in spec.files and path.is_file() and any(inside.encode() in graph for graph in graphs):
+                found.append(inside)
+    return found
 
 
 def writable_by_all(folder: Path, spec: EngineSpec, root: Path) -> list[str]:
@@ -240,6 +261,8 @@ def writable_by_all(folder: Path, spec: EngineSpec, root: Path) -> list[str]:
     """
     places = [folder / name for name in (SPEC_FILE, *spec.files)]
     places += [p for p in (folder, *folder.parents) if p == root or root in p.parents]
+    if folder.resolve() != folder.absolute():  # behind a link: what it leads to
+        places += [folder.resolve(), folder.resolve().parent]
     for place in places:
         if place.exists() and place.stat().st_mode & stat.S_IWOTH:
             return [
@@ -255,17 +278,40 @@ def engines_folder(weights_digest: str) -> Path:
 
 
 def find_engines(folder: Path) -> Iterator[tuple[Path, EngineSpec | UsageError]]:
-    """Every engine in a folder, however deep, with its spec or what is wrong with it; sorted by path.
+    """Every engine in a folder, however deep, with its spec or what is wrong with it; sorted by path. Links to folders are followed.
 
     Folders whose names begin with a dot are builds that are not in their place yet, or never will be.
     """
-    for path in sorted(folder.rglob(SPEC_FILE)) if folder.is_dir() else []:
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        try:
-            yield path.parent, read_spec(path.parent)
-        except UsageError as error:
-            yield path.parent, error
+    for where in sorted(_folders(folder, lambda name: not name.startswith("."))):
+        if os.path.lexists(where / SPEC_FILE):
+            try:
+                yield where, read_spec(where)
+            except UsageError as error:
+                yield where, error
+
+
+def find_builds(folder: Path) -> list[Path]:
+    """What builds under a folder left, or have under way; sorted."""
+    return sorted(p for p in _folders(folder, lambda name: True) if is_build(p))
+
+
+def _folders(folder: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
+    """A folder and those in it, however deep, whose names `enter` takes; each once, also where links lead in a circle. What goes away
+    meanwhile, or may not be looked into, is left out."""
+    seen: set[tuple[int, int]] = set()
+    with contextlib.suppress(OSError):
+        root = os.stat(folder)
+        seen.add((root.st_dev, root.st_ino))
+    for where, names, _ in os.walk(folder, followlinks=True):
+        entered = []
+        for name in names:
+            with contextlib.suppress(OSError):
+                found = os.stat(os.path.join(where, name))
+                if enter(name) and (found.st_dev, found.st_ino) not in seen:
+                    seen.add((found.st_dev, found.st_ino))
+                    entered.append(name)
+        names[:] = entered
+        yield Path(where)
 
 
 def describe_engines(weights_digest: str) -> str:

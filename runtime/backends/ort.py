@@ -7,10 +7,13 @@ call and 8.1 by one thread each, twenty 67 and 59.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,10 @@ from .engine import Engine, EngineBackend
 from .engine_spec import EngineSpec
 
 GRAPH = "model.onnx"
+ATTENTION_ON_CUDA = (
+    1,
+    27,
+)  # the version of onnxruntime-gpu from which on opset 23's Attention is taken to run on the GPU
 SMALL = 128 << 20  # bytes of a UNet's engine up to which a second session may hold its weights too
 _PRECISION = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -89,6 +96,8 @@ class OnnxBackend(EngineBackend):
             why = [f"precision: the engine has {spec.precision}, wanted {' or '.join(self._precisions)}"]
         if not why and self.device.type == "cpu" and spec.precision == "bf16":
             why = ["precision: bf16 has no convolutions in ONNX Runtime on a CPU; export fp32"]
+        if not why and self.device.type == "cuda" and spec.attention == "operator":
+            why = _attention_on_cpu(installed_version())
         return why
 
     def engines(self, module: str) -> list[Engine]:
@@ -215,6 +224,26 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
+def installed_version() -> str:
+    """Of whichever package ONNX Runtime was installed as; "" where none says. It is not imported for that."""
+    for name in ("onnxruntime-gpu", "onnxruntime"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return ""
+
+
+def _attention_on_cpu(version: str) -> list[str]:
+    """A reason if the CUDA provider of a version computes ONNX's operator Attention on the CPU, or refuses `softmax_precision`
+    (ONNX Runtime's issue 28025 and pull request 27714)."""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if not numbers or numbers >= ATTENTION_ON_CUDA:
+        return []
+    least = ".".join(map(str, ATTENTION_ON_CUDA))
+    return [
+        f"attention: the operator runs on the CPU before onnxruntime-gpu {least}, here is {version}; install a newer one, or export with --opset 22"
+    ]
+
+
 def _bind(bind: Any, name: str, tensor: Tensor) -> None:
     import numpy as np
 
@@ -235,8 +264,12 @@ def _providers(device: torch.device, asked: Sequence[str] | None) -> list[Any]:
         if name not in have:
             fix = ' (pip install "iedit[gpu]")' if name.startswith(("CUDA", "Tensorrt")) else ""
             raise UsageError(f"this onnxruntime has no {name}{fix}; it has {', '.join(have)}")
-    options = {"device_id": str(device.index or 0)} if device.type == "cuda" else {}
-    providers: list[Any] = [(name, options) if name != "CPUExecutionProvider" else name for name in wanted]
+    options = {}
+    if device.type == "cuda":
+        # By default every new shape tries all of cuDNN's algorithms, and float32 is rounded to TF32's 10 bits.
+        options = {"device_id": str(device.index or 0), "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+    own = {"CUDAExecutionProvider": options, "TensorrtExecutionProvider": {"device_id": options.get("device_id", "0")}}
+    providers: list[Any] = [(name, own[name]) if name in own else name for name in wanted]
     return providers if "CPUExecutionProvider" in wanted else [*providers, "CPUExecutionProvider"]
 
 
@@ -255,7 +288,7 @@ def new_session(
             the cores from the next session's: after the VAE's encoder the mask's call took 104 ms, with this 68.
 
     Raises:
-        RunError: ONNX Runtime cannot load it; its own words.
+        RunError: ONNX Runtime cannot load it, in its own words, or has quietly taken another provider than the first.
     """
     onnxruntime = _onnxruntime()
     options = onnxruntime.SessionOptions()
@@ -271,18 +304,32 @@ def new_session(
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(graph.parent.resolve())
     )
-    tensorrt = any("Tensorrt" in str(p) for p in providers)  # which has its own GroupNormalization
+    names = [p if isinstance(p, str) else p[0] for p in providers]
     try:
-        source: bytes | str = str(graph)
-        if not tensorrt and not missing("onnx", extra="onnx"):
-            import onnx
-
-            proto = onnx.load(str(graph), load_external_data=False)
-            instance_norms(proto.graph)
-            source = proto.SerializeToString()
-        return onnxruntime.InferenceSession(source, options, providers=list(providers))
+        # Measured on a CPU; other providers have a GroupNormalization of their own.
+        source = _rewritten(graph) if names == ["CPUExecutionProvider"] else str(graph)
+        session = onnxruntime.InferenceSession(source, options, providers=list(providers))
     except Exception as error:
         raise RunError(f"{graph}: onnxruntime cannot load it: {first_line(error, 300)}") from error
+    taken = session.get_providers()
+    if names[0] not in taken:  # its libraries could not be loaded, which is an error in no log that anybody sees
+        raise RunError(
+            f"{graph}: onnxruntime took {', '.join(taken)} in place of {names[0]}, whose libraries it could not load; install the "
+            "CUDA and cuDNN that this onnxruntime-gpu was built for"
+        )
+    return session
+
+
+def _rewritten(graph: Path) -> bytes | str:
+    """A graph with `instance_norms`; as it is where `onnx` is not there, or broken."""
+    try:
+        import onnx
+    except Exception:
+        return str(graph)
+    proto = onnx.load(str(graph), load_external_data=False)
+    instance_norms(proto.graph)
+    data: bytes = proto.SerializeToString()
+    return data
 
 
 def instance_norms(graph: Any) -> None:

@@ -52,6 +52,7 @@ edit_options = params.together([
 @click.argument("image", type=params.FilePath())
 @params.request_options
 @edit_options
+@params.speed_options
 @params.model_options
 def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None, overwrite: bool, no_receipt: bool,
          stages: str | None, profile: str | None, cache: str | None, as_json: bool, **values: Any) -> None:  # fmt: skip

@@ -18,6 +18,7 @@ from .live import live_progress, quiet_libraries, show_notes
 @click.command("profile", cls=Grouped)
 @click.argument("image", type=params.FilePath())
 @params.request_options
+@params.speed_options
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True,
               help="Edits; the first is cold, the last is shown. Nothing is kept between them.")  # fmt: skip
 @click.option("--output", type=params.FilePath(), default=None, help="Write all figures of the last run as JSON.")

@@ -17,6 +17,7 @@ from .. import BACKENDS, METHODS, machine
 from ..errors import UsageError
 from ..model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_SIDE, MIN_SIDE, check_engines
 from ..options import USES, OptionContext, check_uses, used_by
+from ..presets import PRESETS, with_preset
 from .help import Choice
 from .live import quiet_libraries
 
@@ -130,15 +131,23 @@ request_options = together([
 ])  # fmt: skip
 
 
+speed_options = together([
+    click.option("--preset", type=Choice(list(PRESETS)), default="exact", show_default=True,
+                 help="Of method ito: exact is the full method; fast and faster leave out steps that it hardly misses (docs/presets.md). What is "
+                      "given beside it stays."),
+    method_option("--guidance-until", type=Between(0, 1), default=1.0, show_default=True,
+                  help="Share of the steps, the noisiest first, with classifier-free guidance; the rest costs half."),
+    method_option("--guidance-path", type=Choice(["inverted", "drawn"]), default="inverted", show_default=True,
+                  help="The guidance image at every step: inverted, or as it was drawn, which saves its inversion."),
+])  # fmt: skip
+
+
 def check_given(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> None:
     """Refuse what was given on the command line, at whatever value, and would not be used."""
-    source, context = click.core.ParameterSource, click.get_current_context()
-    given = {
-        name
-        for parameter in context.command.params
-        if context.get_parameter_source(str(parameter.name)) not in (source.DEFAULT, source.DEFAULT_MAP, None)
-        for name in parameter.opts
-    }
+    command = click.get_current_context().command
+    given = {name for parameter in command.params if _is_given(str(parameter.name)) for name in parameter.opts}
+    if values.get("preset", "exact") != "exact" and values["method"] != "ito":
+        raise UsageError(f"--preset: method {values['method']} has none; leave it out, or use --method ito")
     check_uses(option_context(values, lambdas), [use for use in USES if use.option in given])
 
 
@@ -178,6 +187,8 @@ def _make_options(values: dict[str, Any], lam: float) -> Options:
         guidance=settings,
         final=settings,
         refine=values.get("refine", False),
+        guidance_until=values.get("guidance_until", 1.0),
+        guidance_path=values.get("guidance_path", "inverted"),
         composite=values.get("composite", "none"),
         resize=values["resize"],
     )
@@ -242,7 +253,7 @@ def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, lam:
     """The request of a command's values and the inputs that were read; what a command has no option for is the default."""
     from ..editor import EditRequest
 
-    return EditRequest(
+    request = EditRequest(
         **inputs,
         prompt=values["prompt"],
         source_prompt=values["source_prompt"],
@@ -251,6 +262,17 @@ def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, lam:
         steps=values["steps"],
         options=_make_options(values, lam),
     )
+    preset = values.get("preset", "exact")
+    if preset == "exact":
+        return request
+    given = {"mask_seeds": "mask.seeds", "guidance_until": "guidance_until", "guidance_path": "guidance_path"}
+    return with_preset(request, preset, keep={field for name, field in given.items() if _is_given(name)})
+
+
+def _is_given(parameter: str) -> bool:
+    """Whether the caller of the running command has set a parameter, to whatever value."""
+    source = click.get_current_context().get_parameter_source(parameter)
+    return source not in (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP, None)
 
 
 def load_editor(values: dict[str, Any], cache: str | None = None) -> Editor:
