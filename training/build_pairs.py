@@ -248,8 +248,10 @@ def _kind_of(reason: str) -> str:
 
 
 def _most_common(skipped: Sequence[Sequence[str]]) -> str:
+    """The two most common reasons, each as the first sample has it."""
     counts = Counter(_kind_of(row[2]) for row in skipped).most_common(2)
-    return "; ".join(f"{count} times: {reason}" for reason, count in counts) or "the corpus has no samples"
+    shown = [f"{count} times: {next(r[2] for r in skipped if _kind_of(r[2]) == kind)}" for kind, count in counts]
+    return "; ".join(shown) or "the corpus has no samples"
 
 
 # --- who runs the stages ------------------------------------------------------------------------------------------
@@ -444,7 +446,7 @@ def _square(settings: Settings, sample: Sample | Skipped) -> _Square:
         raise UsageError("no caption")
     image, size = sample.image, settings.size
     if min(image.size) < size:
-        raise UsageError(f"picture is {image.width}x{image.height}, smaller than the {size} pixels of --size")
+        raise UsageError(f"picture is smaller than --size ({image.width}x{image.height}, {size} is wanted)")
     masks = {}
     if settings.masks == OWN:
         for label, data in sample.masks.items():
