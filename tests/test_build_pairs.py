@@ -24,7 +24,7 @@ from PIL import Image
 
 from iedit.runtime.cli.main import main
 from iedit.runtime.errors import RunError, UsageError
-from iedit.training import build_pairs, demo_corpus, pair_models
+from iedit.training import demo_corpus, pair_models, pair_stages
 from iedit.training.build_pairs import Settings, build
 from iedit.training.corpus import Sample, open_corpus
 from iedit.training.edit_prompts import EditPrompts, vocabulary_of
@@ -199,11 +199,11 @@ def test_the_recall_is_of_the_index_against_an_exact_search(tmp_path: Path, monk
         def make(caption: str, seed: int) -> Any:
             return type("Edit", (), {"prompt": caption})
 
-    monkeypatch.setattr(build_pairs, "_edit_prompts", lambda s: Prompts)
-    monkeypatch.setattr(build_pairs, "_embed", lambda s, some: texts[: len(some)])
+    monkeypatch.setattr(pair_stages, "_edit_prompts", lambda s: Prompts)
+    monkeypatch.setattr(pair_stages, "_embed", lambda s, some: texts[: len(some)])
     asked = Settings("", str(tmp_path), "", duplicate=0.9)
     asked.work.mkdir()
-    made = build_pairs._make_ivf(asked, vectors, ["x"] * len(vectors), lambda share: None)
+    made = pair_stages._make_ivf(asked, vectors, ["x"] * len(vectors), lambda share: None)
     index = faiss.deserialize_index(np.fromfile(asked.work / "index.faiss", np.uint8))
     assert isinstance(faiss.downcast_index(index), faiss.IndexIVFPQ) and index.ntotal == len(vectors)
     hits = 0
