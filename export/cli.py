@@ -181,11 +181,14 @@ def tensorrt(
 
 @export.command()
 @click.argument("model", default="picturebook")
+@click.option(
+    "--backend", type=click.Choice(["onnx", "tensorrt"]), default="onnx", show_default=True, help="Whose engines."
+)
 @click.option("--edits", type=click.IntRange(0), default=4, show_default=True, help="Sample edits to run in full.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @_out
 @_device
-def verify(model: str, edits: int, as_json: bool, out: Path | None, device: str | None) -> None:
+def verify(model: str, backend: str, edits: int, as_json: bool, out: Path | None, device: str | None) -> None:
     """Compare MODEL's engines with float32 eager torch: every module, then whole edits.
 
     Exits with 1 if a limit is missed, and marks nothing then. Those that pass are marked as checked; report.json beside
@@ -193,14 +196,15 @@ def verify(model: str, edits: int, as_json: bool, out: Path | None, device: str 
     """
     from ..runtime.backends import check_backend
 
-    check_backend("onnx")
+    check_backend(backend)
     from ..runtime.backends.engine_spec import engines_folder
     from ..runtime.model.model import load_model
-    from .verify import verify_onnx
+    from .verify import verify_engines
 
     with _line(f"loading {model}") as tell:
         loaded = load_model(model, device=device, dtype="float32")
-        reports = verify_onnx(loaded, engines_folder(loaded.weights_digest) if out is None else out, edits, tell)
+        folder = engines_folder(loaded.weights_digest) if out is None else out
+        reports = verify_engines(loaded, folder, backend, edits, tell)
     if as_json:
         click.echo(json.dumps(reports, indent=1))
     else:

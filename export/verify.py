@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..runtime.backends import load_backend
 from ..runtime.backends.base import Backend
 from ..runtime.backends.eager import TorchBackend
+from ..runtime.backends.engine import EngineBackend
 from ..runtime.backends.engine_spec import REPORT_FILE, SPEC_FILE, EngineSpec, find_engines
-from ..runtime.backends.ort import OnnxBackend
 from ..runtime.cli.demo import sample_requests
 from ..runtime.denoise_step import Condition, ControlInput
 from ..runtime.editor import Editor, EditRequest
@@ -63,7 +64,7 @@ LIMITS = {
 
 def _inputs(
     model: Model, module: str, batch: int, size: tuple[int, int], length: int
-) -> Callable[[TorchBackend | OnnxBackend], torch.Tensor]:
+) -> Callable[[TorchBackend | EngineBackend], torch.Tensor]:
     """A call of one module with seeded inputs; size is (height, width) in pixels."""
     draw = torch.Generator().manual_seed(batch)
     height, width = size
@@ -91,16 +92,33 @@ def _inputs(
     return lambda b: b.predict(latents, times, Condition(text, controls))
 
 
-def check_module(model: Model, backend: OnnxBackend, module: str, limits: Limits) -> list[Row]:
-    """One row for each of two calls: batch 1, square, whole text; batch 3, wide, short text.
+Case = tuple[int, tuple[int, int], int]  # batch, (height, width) in pixels, tokens
+
+
+def cases(model: Model, specs: Sequence[EngineSpec]) -> list[Case]:
+    """What a module's engines are called with: one that takes every shape with one sample, square, whole text, and with three, wide, short
+    text; of one with limits every range at its best size, with its smallest and its largest batch."""
+    whole = min(int(model.tokenizer.model_max_length), int(model.text_encoder.config.max_position_embeddings))
+    step, found = model.multiple, []
+    for one in (one for spec in specs for one in spec.shapes):
+        if not one.batch[2]:
+            found += [(1, (2 * step, 2 * step), whole), (3, (2 * step, 3 * step), 5)]
+        else:
+            size = (one.height[1] or 2 * step, one.width[1] or 2 * step)  # a text has none
+            found += [(batch, size, whole) for batch in (one.batch[0], one.batch[2])]
+    return list(dict.fromkeys(found))
+
+
+def check_module(
+    model: Model, backend: EngineBackend, module: str, limits: Limits, called: Sequence[Case] | None = None
+) -> list[Row]:
+    """One row for each call of a module; by default those of `cases`.
 
     Args:
         model: in float32.
     """
-    exact = TorchBackend(model)
-    whole = min(int(model.tokenizer.model_max_length), int(model.text_encoder.config.max_position_embeddings))
-    step, rows = model.multiple, []
-    for batch, size, length in ((1, (2 * step, 2 * step), whole), (3, (2 * step, 3 * step), 5)):
+    exact, rows = TorchBackend(model), []
+    for batch, size, length in called or cases(model, [spec for _, spec in backend.engines(module)]):
         why = backend.why_not(module, batch, *size)
         row: Row = {"module": module, "batch": batch, "size": f"{size[1]}x{size[0]}", "length": length}
         if why:
@@ -161,13 +179,21 @@ def edits_pass(rows: Sequence[Row], limits: Limits) -> list[str]:
     return failures
 
 
-def verify_onnx(
-    model: Model, folder: Path, edits: int = 4, tell: Callable[[str], None] = lambda _: None
+def load_engines(name: str, model: Model, folder: Path) -> EngineBackend:
+    """The backend of a name, "onnx" or "tensorrt", with the engines of a folder."""
+    loaded = load_backend(name, model, folder)
+    assert isinstance(loaded, EngineBackend)
+    return loaded
+
+
+def verify_engines(
+    model: Model, folder: Path, name: str = "onnx", edits: int = 4, tell: Callable[[str], None] = lambda _: None
 ) -> dict[str, dict[str, Any]]:
-    """Check every ONNX engine of a model, write `report.json` beside each, and mark those that pass as checked.
+    """Check every engine of a model and a backend, write `report.json` beside each, and mark those that pass as checked.
 
     Args:
         model: in float32; what the engines are compared with.
+        name: of the backend, "onnx" or "tensorrt".
         edits: shipped sample edits to run in full, as many as the model and its engines can; 0 for none.
 
     Returns:
@@ -178,22 +204,21 @@ def verify_onnx(
     """
     if model.dtype != torch.float32:
         raise UsageError(f"verify: the model is in {model.dtype}, parity is measured against float32; load it in that")
-    there = {
-        spec.precision for _, spec in find_engines(folder) if isinstance(spec, EngineSpec) and spec.format == "onnx"
-    }
+    there = {spec.precision for _, spec in find_engines(folder) if isinstance(spec, EngineSpec) and spec.format == name}
     if not there:
-        raise UsageError(f"{folder}: there are no ONNX engines in it; run `iedit export onnx {model.name}`")
+        spelt = {"onnx": "ONNX", "tensorrt": "TensorRT"}[name]
+        raise UsageError(f"{folder}: there are no {spelt} engines in it; run `iedit export {name} {model.name}`")
     reports = {}
     for precision in sorted(there):
         limits = LIMITS[precision]
-        backend = OnnxBackend(dataclasses.replace(model, dtype=DTYPES[precision]), folder)
-        engines = {m: backend.engine(m) for m in backend.modules()}
-        used = {m: engine for m, engine in engines.items() if engine and engine[1].precision == precision}
+        backend = load_engines(name, dataclasses.replace(model, dtype=DTYPES[precision]), folder)
+        every = {m: [e for e in backend.engines(m) if e[1].precision == precision] for m in backend.modules()}
+        used = {m: engines for m, engines in every.items() if engines}
         rows: list[Row] = []
         # A ControlNet alone is an engine for other runtimes; no backend here calls it.
         for module in [m for m in used if not m.startswith(module_io.CONTROLNET_PREFIX)]:
             tell(f"{precision} {module}")
-            rows += check_module(model, backend, module, limits)
+            rows += check_module(model, backend, module, limits, cases(model, [spec for _, spec in used[module]]))
         failures = [
             f"refused: {why}" for reasons in backend.refused.values() for why in reasons if "precision:" not in why
         ]
@@ -205,10 +230,10 @@ def verify_onnx(
         ]
         done: list[Row] = []
         if not failures:
-            done = compare_edits(model, backend, _samples(model, set(used), edits), tell)
+            done = compare_edits(model, backend, _samples(model, backend, set(used), edits), tell)
             failures += edits_pass(done, limits)
         reports[precision] = {"modules": rows, "edits": done, "failures": failures}
-        for module, (where, spec) in used.items():
+        for module, (where, spec) in ((m, engine) for m, engines in used.items() for engine in engines):
             own = [r for r in rows if r["module"] == module]
             report = {
                 "module": module,
@@ -235,13 +260,13 @@ def mark(folder: Path, spec: EngineSpec, calls: Sequence[Row], edits: Sequence[R
     write_whole(folder / SPEC_FILE, (json.dumps(dataclasses.asdict(whole), indent=1) + "\n").encode())
 
 
-def _samples(model: Model, modules: set[str], count: int) -> list[tuple[str, EditRequest]]:
+def _samples(model: Model, backend: EngineBackend, modules: set[str], count: int) -> list[tuple[str, EditRequest]]:
     """The first of the shipped edits that the model and the engines can run."""
     samples = []
     for name, request in sample_requests() if count else []:
         unet = "+".join(["unet", *sorted(request.layouts)])
         wanted = {"unet", unet, *module_io.control_embedding_modules(unet)}
-        fits = all(side % model.multiple == 0 for side in request.image.size)
+        fits = not backend.why_not(unet, 1, request.image.height, request.image.width)
         if fits and set(request.layouts) <= set(model.controlnets) and wanted <= modules:
             samples.append((name, request))
     return samples[:count]

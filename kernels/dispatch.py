@@ -8,6 +8,8 @@ torch beside it, `x_reference`.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import os
 
@@ -18,9 +20,17 @@ VARIABLE = "IEDIT_KERNELS"
 CHOICES = ("auto", "reference", "triton")
 
 
-def triton_installed() -> bool:
-    """Whether Triton can be imported; asked once per process by Python's own module cache."""
-    return importlib.util.find_spec("triton") is not None
+@functools.cache
+def triton_missing() -> tuple[str, ...]:
+    """A reason if Triton cannot be imported, found out once for a process: it may be there and broken, and then raise anything."""
+    if importlib.util.find_spec("triton") is None:
+        return ('triton is not installed (pip install "iedit[gpu]")',)
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        return (f"triton is installed but cannot be imported ({type(error).__name__}: {reason}); install it again",)
+    return ()
 
 
 def interpreted() -> bool:
@@ -30,9 +40,7 @@ def interpreted() -> bool:
 
 def why_not_triton(*tensors: Tensor | None) -> list[str]:
     """Reasons why the Triton kernels cannot take these tensors; empty if they can."""
-    reasons = []
-    if not triton_installed():
-        reasons.append('triton is not installed (pip install "iedit[gpu]")')
+    reasons = list(triton_missing())
     present = [t for t in tensors if t is not None]
     if not interpreted() and any(t.device.type != "cuda" for t in present):
         reasons.append("the tensors are not on a CUDA device")

@@ -139,6 +139,7 @@ class Profile:
         steps: every step of every stage, in order; what a step spends outside its modules is this program's own.
         peak_bytes: most memory held: by this process on a CPU, by torch on a GPU.
         fallbacks: (module, backend) -> reasons why that backend did not run it.
+        unverified: engines that ran and were never compared with eager torch -> the command that does.
     """
 
     evaluations: dict[str, int] = field(default_factory=dict)
@@ -150,6 +151,7 @@ class Profile:
     steps: list[Step] = field(default_factory=list)
     peak_bytes: int = 0
     fallbacks: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    unverified: dict[str, str] = field(default_factory=dict)
     expected: int = 0  # evaluations of the whole run, for the progress: all batches, less what the cache answered
     before: int = 0  # evaluations of the batches before this one
     callback: Callback | None = field(default=None, repr=False)
@@ -286,6 +288,7 @@ class Profile:
             "outside_modules": round(self.outside_modules(), 6),
             "peak_mib": round(self.peak_bytes / 2**20),
             "fallbacks": self.fallback_reasons(),
+            "unverified": list(self.unverified),
             "total_seconds": round(sum(self.seconds.values()), 6),
         }
 

@@ -414,6 +414,7 @@ def make_tensorrt(version: str, manifest: Any, functions: Mapping[str, Callable[
         "TensorIOMode": TensorIOMode,
         "__version__": version,
         "calls": calls,
+        "functions": functions,
         "made": {c.__name__: c for c in (EngineInspector, IBuilderConfig, ICudaEngine, IExecutionContext,
                                          INetworkDefinition, IOptimizationProfile, ITensor, ITimingCache, ParserError, Builder,
                                          OnnxParser, Runtime)},

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
-from iedit.runtime.backends import load_backend, why_unavailable
+from iedit.runtime.backends import compiled, load_backend, why_unavailable
 from iedit.runtime.backends.compiled import CompileBackend
 from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.denoise_step import Condition, ControlInput
-from iedit.runtime.errors import UsageError
+from iedit.runtime.errors import RunError, UsageError
 from iedit.runtime.profile import Profile
 
 
@@ -81,6 +82,50 @@ def test_many_shapes_may_be_compiled_in_one_process(tiny: Any, monkeypatch: pyte
     for batch in range(1, 13):
         ids = torch.randint(0, 50, (batch, 8))
         assert torch.equal(backend.encode_tokens(ids), eager.encode_tokens(ids))
+
+
+def test_the_last_compilation_that_is_allowed_is_told_in_a_line(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, fullgraph, **_: compile_(f, fullgraph=fullgraph, dynamic=False, backend="eager")
+    )
+    torch._dynamo.reset()  # what was compiled before counts too
+    monkeypatch.setattr(compiled, "_LIMITS", {"recompile_limit": 2, "accumulated_recompile_limit": 4096})
+    backend = CompileBackend(tiny)
+    with pytest.raises(
+        RunError, match=r"has compiled a module 2 times, .* start another process, or use --backend torch"
+    ):
+        for batch in range(1, 6):
+            backend.encode_tokens(torch.randint(0, 50, (batch, 8)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_six_layout_sets_at_four_batches_and_three_sizes_run_in_one_process(
+    smallest: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """72 shapes. Traced only: it is Dynamo that counts."""
+    from torch._dynamo.utils import counters
+
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, fullgraph, dynamic, **_: compile_(f, fullgraph=fullgraph, dynamic=dynamic, backend="eager"),
+    )
+    (net,) = smallest.controlnets.values()
+    model = dataclasses.replace(smallest, controlnets={n: copy.deepcopy(net) for n in "abc"})
+    backend, exact = CompileBackend(model), TorchBackend(model)
+    counters.clear()
+    for names in ("", "a", "b", "c", "ab", "abc"):
+        for batch in (1, 2, 4, 20):
+            for side in (64, 128, 192):
+                x, t = torch.randn(batch, 4, side // 8, side // 8), torch.randint(0, 1000, (batch,))
+                maps = tuple(ControlInput(n, torch.rand(batch, 3, side, side), 0.7) for n in names)
+                call = (x, t, Condition(torch.randn(batch, 7, 32), maps))
+                wanted = exact.predict(*call)
+                assert float((backend.predict(*call) - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    assert counters["stats"]["unique_graphs"] <= 24
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's kernels are Triton's")

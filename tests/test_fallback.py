@@ -119,6 +119,39 @@ def test_a_package_without_its_bindings_is_a_reason(
     assert "tensorrt is installed but cannot be imported (AttributeError: " in why
 
 
+def test_a_broken_triton_leaves_the_kernels_to_their_definitions(
+    break_package: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: on a CPU nobody asks for Triton unless its interpreter is to run."""
+    from iedit.kernels import dispatch
+    from iedit.kernels.mask_map import difference, difference_reference
+
+    break_package("triton", "RuntimeError")
+    dispatch.triton_missing.cache_clear()
+    try:
+        (why,) = dispatch.triton_missing()
+        assert (
+            why
+            == f"triton is installed but cannot be imported (RuntimeError: {BROKEN['RuntimeError']}); install it again"
+        )
+        monkeypatch.setattr(dispatch, "interpreted", lambda: True)
+        a, b = torch.randn(2, 1, 3, 4, 8, 8)
+        assert torch.equal(difference(a, b), difference_reference(a, b))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert why_unavailable("compile") == [why]
+    finally:
+        dispatch.triton_missing.cache_clear()
+
+
+@pytest.mark.parametrize("error", list(BROKEN))
+def test_a_broken_xformers_is_a_reason(break_package: Any, error: str) -> None:
+    from iedit.runtime.backends.torch_modules import why_not_xformers
+
+    break_package("xformers", error)
+    (why,) = why_not_xformers(torch.device("cuda"))
+    assert why.startswith(f"xformers cannot run here ({error}: ")
+
+
 def test_info_tells_of_a_broken_installation(break_package: Any) -> None:
     assert json.loads(CliRunner().invoke(main, ["info", "--json"]).stdout)["backends"]["onnx"] == []
     break_package("onnxruntime", "RuntimeError")

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from iedit.export import onnx as graphs_of
 from iedit.export import tensorrt as builder
+from iedit.export import verify as parity
 from iedit.export.cli import tensorrt as command
 from iedit.export.shapes import parse_shapes
 from iedit.runtime import BACKENDS, backends
@@ -39,6 +40,7 @@ from iedit.runtime.backends.engine_spec import EngineSpec, Shapes, new_build, re
 from iedit.runtime.backends.fallback import FallbackBackend
 from iedit.runtime.backends.torch_modules import PreparedCondition
 from iedit.runtime.backends.trt import TensorrtBackend
+from iedit.runtime.cli.demo import sample_requests
 from iedit.runtime.denoise_step import Condition, ControlInput
 from iedit.runtime.editor import Editor, EditRequest
 from iedit.runtime.errors import RunError, UsageError
@@ -240,7 +242,7 @@ def test_no_removed_name_is_used(root: Path) -> None:
 
 def test_the_fake_knows_what_the_manifest_lists_and_nothing_else(machine: Machine) -> None:
     public = {n for n in vars(machine.trt) if not n.startswith("_")} | {"__version__"}
-    assert public - {"calls", "made"} == set(manifest.MODULE)
+    assert public - {"calls", "functions", "made"} == set(manifest.MODULE)
     assigned = {"IBuilderConfig": {"progress_monitor", "profiling_verbosity"}, "ITensor": {"name", "shape"}}
     for name, cls in machine.trt.made.items():
         public = {n for n in vars(cls) if not n.startswith("_")} | assigned.get(name, set())
@@ -452,7 +454,7 @@ def test_tensors_that_are_not_contiguous_or_of_another_type_are_taken(built: Mac
 @pytest.mark.parametrize(("kind", "dtype"), [("HALF", torch.float16), ("BF16", torch.bfloat16)])
 def test_inputs_and_outputs_of_a_half_engine_are_converted(machine: Machine, kind: str, dtype: torch.dtype) -> None:
     machine.build("unet", kind=kind)
-    backend = TensorrtBackend(machine.model, machine.folder)
+    backend = TensorrtBackend(replace(machine.model, dtype=dtype), machine.folder)
     side = 64 // machine.model.vae_scale_factor
     x, t, condition = torch.randn(1, machine.model.channels, side, side), torch.tensor([9]), machine.condition(1)
     got = backend.predict(x, t, condition)
@@ -618,6 +620,58 @@ def test_all_contexts_compute_in_the_same_memory_and_few_are_kept(machine: Machi
     before = len(machine.calls)
     encode(sizes[-1])
     assert not any(c[0] == "memory of context" for c in machine.calls[before:])
+
+
+@pytest.mark.parametrize("version", ["11.4.0.2"], indirect=True)
+def test_verify_compares_engines_marks_those_that_pass_and_finds_one_that_does_not(
+    machine: Machine, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from iedit.export.cli import verify
+
+    for module in MODULES:
+        machine.build(module, parse_shapes("64x64", "1-2-4"))
+    # Also the tiny model's pictures can be edited: those of the samples are shrunk.
+    samples = [
+        (n, replace(q, image=q.image.resize((64, 64)), layouts={}, source_layouts={})) for n, q in sample_requests()
+    ]
+    monkeypatch.setattr(parity, "sample_requests", lambda: samples)
+    words = [str(tiny_folder), "--backend", "tensorrt", "--engines", str(machine.folder), "--edits", "1", "--json"]
+    result = CliRunner().invoke(verify, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)["fp32"]
+    unet = [r for r in report["modules"] if r["module"] == "unet"]
+    assert [(r["batch"], r["size"]) for r in unet] == [(1, "64x64"), (4, "64x64")] and not report["failures"]
+    assert len(report["edits"]) == 1
+    assert all("largest" in read_spec(machine.folder / m).checked for m in MODULES)
+    functions = machine.trt.functions
+    exact = functions["vae_decoder"]
+    monkeypatch.setitem(functions, "vae_decoder", lambda **given: exact(**given) + 0.1)
+    result = CliRunner().invoke(verify, words)
+    assert isinstance(result.exception, RunError) and "fp32 vae_decoder at batch 1, 64x64: largest error" in str(
+        result.exception
+    )
+
+
+def test_engines_that_were_never_compared_are_named_in_the_profile(built: Machine) -> None:
+    backend, running = TensorrtBackend(built.model, built.folder), Profile()
+    folder = built.folder / "vae_decoder"
+    spec = replace(read_spec(folder), checked={"largest": 1e-6})
+    write_spec(folder, spec, list(spec.files))
+    backend, running = TensorrtBackend(built.model, built.folder), Profile()
+    with running.stage("encode"):
+        backend.decode_latent(backend.encode_image(torch.rand(1, 3, 64, 64)))
+    assert running.as_dict()["unverified"] == ["tensorrt vae_encoder"]
+    assert running.unverified["tensorrt vae_encoder"].startswith("iedit export verify ")
+
+
+def test_an_engine_of_another_precision_does_not_run(machine: Machine) -> None:
+    machine.build("unet", kind="HALF")
+    with pytest.raises(UsageError, match="precision: the engine has fp16, wanted fp32"):
+        TensorrtBackend(machine.model, machine.folder)
+    machine.build("unet", kind="FLOAT", name="exact")
+    half = replace(machine.model, dtype=torch.float16)
+    chosen = TensorrtBackend(half, machine.folder)._nearest("unet", 2, 64, 64)
+    assert chosen[1].precision == "fp16"
 
 
 def test_what_tensorrt_warns_of_is_a_note_of_the_edit_once(machine: Machine) -> None:
@@ -884,7 +938,7 @@ def test_the_command_builds_every_module(machine: Machine, exporter: list[Any], 
         "unet+pose+scribble: tensorrt unet+pose+scribble fp16, batch 1-4 at 64x64; batch 1-4 at 128x64 on sm_90 GPU"
         in result.stdout
     )
-    backend = TensorrtBackend(machine.model, machine.folder)
+    backend = TensorrtBackend(replace(machine.model, dtype=torch.float16), machine.folder)
     assert backend.modules() == sorted(MODULES) and not backend.refused
     assert backend.why_not("unet", 4, 64, 128) == []
     spec = read_spec(machine.folder / "tensorrt-fp16" / "text_encoder")

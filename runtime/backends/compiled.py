@@ -1,8 +1,9 @@
 """torch.compile: a model's networks as fused kernels; on CUDA each denoising step is one replay of a CUDA graph.
 
 The UNet and the ControlNets of a condition are one function, with the control embeddings, their scales and the per-sample timesteps as
-inputs, so another prompt, scale or level does not compile again; another number of samples or size does, once for a first shape and once
-more for all the others. Compiling is not part of what a step costs: such calls are cold in the profile.
+inputs, so another prompt, scale or level does not compile again. Shapes are dynamic: one function serves all sizes and numbers of samples but
+for what Dynamo takes for a constant, a batch of one among it, which makes three or four compilations of each set of layouts: six sets at four
+numbers of samples and three sizes, 72 shapes, are 21. Compiling is not part of what a step costs: such calls are cold in the profile.
 
 On CUDA a step's graph holds the network, the guidance, the DDIM step, the blend and the ITO update (`step`), recorded when
 an outline of inputs comes for the second time. Where recording fails the compiled functions run without, and the profile says why.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..denoise_step import Condition, Transition, joined
+from ..errors import RunError
 from ..model.model import Model
 from ..profile import module_call
 from .base import BackendOptions, unet_module
@@ -29,9 +31,9 @@ from .torch_modules import PreparedCondition, TorchModules, summed_residuals
 def why_unavailable() -> list[str]:
     """Reasons why torch.compile cannot work on this machine; empty if it can."""
     if torch.cuda.is_available():
-        from ...kernels.dispatch import triton_installed
+        from ...kernels.dispatch import triton_missing
 
-        return [] if triton_installed() else ['triton is not installed (pip install "iedit[gpu]")']
+        return list(triton_missing())
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
         return [f"no C++ compiler: {compiler} is not on the path (install one, or name it in CXX)"]
@@ -174,8 +176,14 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     made = torch.compile(function, fullgraph=True, dynamic=True, options={"freezing": True})
 
     def call(*inputs: Any) -> Tensor:
-        with torch._dynamo.config.patch(_LIMITS):  # 10 microseconds
-            output: Tensor = made(*inputs)
+        try:
+            with torch._dynamo.config.patch(_LIMITS):  # 10 microseconds
+                output: Tensor = made(*inputs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise RunError(
+                f"torch.compile: this process has compiled a module {_LIMITS['recompile_limit']} times, for as many kinds of shapes, and "
+                "compiles no more; start another process, or use --backend torch"
+            ) from error
         return output
 
     return call

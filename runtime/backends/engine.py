@@ -17,10 +17,12 @@ from ..denoise_step import Condition, IdentityCache
 from ..errors import UsageError
 from ..model import module_io
 from ..model.model import Model
+from ..profile import current
 from .base import even, refuse, unet_module
 from .engine_spec import EngineSpec, damaged, engines_folder, find_engines, writable_by_all
 
 Engine = tuple[Path, EngineSpec]  # the folder and what is in its spec
+_PRECISION = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class EngineBackend:
@@ -40,6 +42,8 @@ class EngineBackend:
 
     def __init__(self, model: Model, engines: Path | None, trust_engines: bool):
         self.model, self.device, self.trust = model, model.device, trust_engines
+        own = _PRECISION[model.dtype]
+        self.precisions = [own] if own == "fp32" else [own, "fp32"]  # that are used, best first
         self.folder = engines_folder(model.weights_digest) if engines is None else engines
         self.refused: dict[str, list[str]] = {}  # module, or the name of a folder whose spec cannot be read -> reasons
         self._found: dict[str, list[Engine]] = {}  # module -> engines that fit by their specs, best first
@@ -66,6 +70,8 @@ class EngineBackend:
                 self._refuse(spec.module, folder, why)
                 if not why:
                     self._found.setdefault(spec.module, []).append((folder, spec))
+        for engines in self._found.values():
+            engines.sort(key=lambda engine: (self.precisions.index(engine[1].precision), -engine[1].opset))
 
     def _refuse(self, module: str, folder: Path, why: Sequence[str]) -> None:
         if why:
@@ -77,7 +83,10 @@ class EngineBackend:
             wanted = {"weights": self.model.module_digest(spec.module), "inputs": module_io.inputs(spec.module)}
         except KeyError as error:
             return [f"module: {spec.module} needs {error.args[0]}, which the model does not have"]
-        return spec.differs(**wanted) + ([] if self.file in spec.files else [f"files: {self.file} is not among them"])
+        why = spec.differs(**wanted) + ([] if self.file in spec.files else [f"files: {self.file} is not among them"])
+        if not why and spec.precision not in self.precisions:
+            why = [f"precision: the engine has {spec.precision}, wanted {' or '.join(self.precisions)}"]
+        return why
 
     def _sound(self, module: str) -> Iterator[Engine]:
         """The engines of a module whose files are those that were built, best first; each is looked at when it is come to."""
@@ -145,6 +154,11 @@ class EngineBackend:
         """
         batch = len(inputs[0])
         refuse(self, module, batch, height, width)
+        running = current()
+        if running is not None and not all(spec.checked for _, spec in self.engines(module)):
+            running.unverified.setdefault(
+                f"{self.name} {module}", f"iedit export verify {self.model.name} --backend {self.name}"
+            )
         sizes = self.pieces(module, batch, height, width)
         if len(sizes) == 1:
             return self._run(module, inputs, height, width)

@@ -34,7 +34,6 @@ ATTENTION_ON_CUDA = (
     27,
 )  # the version of onnxruntime-gpu from which on opset 23's Attention is taken to run on the GPU
 SMALL = 128 << 20  # bytes of a UNet's engine up to which a second session may hold its weights too
-_PRECISION = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def why_unavailable() -> list[str]:
@@ -72,8 +71,6 @@ class OnnxBackend(EngineBackend):
         absent = missing("onnxruntime", extra="onnx")
         if absent:
             raise UnavailableError(self.name, absent)
-        own = _PRECISION[model.dtype]
-        self._precisions = [own] if own == "fp32" else [own, "fp32"]  # that are used, best first
         super().__init__(model, engines, trust_engines)
         self.threads = threads
         self._sessions: dict[tuple[str, int], Any] = {}  # by module and threads
@@ -85,15 +82,8 @@ class OnnxBackend(EngineBackend):
             raise UnavailableError(self.name, why)
         self.providers = _providers(model.device, providers)
 
-    def _find(self) -> None:
-        super()._find()
-        for engines in self._found.values():
-            engines.sort(key=lambda engine: (self._precisions.index(engine[1].precision), -engine[1].opset))
-
     def _differs(self, spec: EngineSpec) -> list[str]:
         why = super()._differs(spec)
-        if not why and spec.precision not in self._precisions:
-            why = [f"precision: the engine has {spec.precision}, wanted {' or '.join(self._precisions)}"]
         if not why and self.device.type == "cpu" and spec.precision == "bf16":
             why = ["precision: bf16 has no convolutions in ONNX Runtime on a CPU; export fp32"]
         if not why and self.device.type == "cuda" and spec.attention == "operator":

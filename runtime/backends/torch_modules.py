@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..denoise_step import Condition, IdentityCache
-from ..errors import UsageError, first_line
+from ..errors import UsageError
 from ..model.model import Model
-from .base import missing
+from .base import described, missing
 
 ATTENTION = ("sdpa", "xformers")
 
@@ -164,8 +164,8 @@ def why_not_xformers(device: torch.device) -> list[str]:
 
         probe = torch.zeros(1, 16, 1, 64, dtype=torch.float16, device=device)
         memory_efficient_attention(probe, probe, probe)
-    except (ImportError, NotImplementedError, RuntimeError) as error:
-        return [f"xformers cannot run here ({first_line(error)})"]
+    except Exception as error:  # of a broken installation too, which may raise anything
+        return [f"xformers cannot run here ({described(error)})"]
     return []
 
 

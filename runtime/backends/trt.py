@@ -181,7 +181,7 @@ class TensorrtBackend(EngineBackend):
 
     @property
     def fix(self) -> str:
-        return f"build one here with `iedit export tensorrt {self.model.name}`"
+        return f"build one here with `iedit export tensorrt {self.model.name} --precision {self.precisions[0]}`"
 
     def _differs(self, spec: EngineSpec) -> list[str]:
         why = super()._differs(spec) + spec.differs(gpu=gpu_kind(self.device))
@@ -257,7 +257,8 @@ class TensorrtBackend(EngineBackend):
         return call
 
     def _nearest(self, module: str, batch: int, height: int, width: int) -> Engine:
-        """The engine with the profile whose optimum is nearest: far from it an engine can be slower than eager torch."""
+        """Of the model's own precision, if there is one, the engine with the profile whose optimum is nearest: far from it an engine can be
+        slower than eager torch."""
 
         def distance(spec: EngineSpec) -> float:
             distances = [math.inf]
@@ -268,7 +269,8 @@ class TensorrtBackend(EngineBackend):
                     distances.append(sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in pairs))
             return min(distances)
 
-        return min(self.engines(module), key=lambda engine: distance(engine[1]))
+        fitting = [engine for engine in self.engines(module) if math.isfinite(distance(engine[1]))]
+        return min(fitting, key=lambda e: (self.precisions.index(e[1].precision), distance(e[1])))
 
     def _load(self, module: str, folder: Path) -> _Loaded:
         with self._lock:

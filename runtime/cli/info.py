@@ -83,6 +83,9 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
         return
     for table in report.tables(last, counted):
         show(table)
+    for command in dict.fromkeys(last.unverified.values()):
+        names = ", ".join(name for name, how in last.unverified.items() if how == command)
+        click.echo(f"not compared with eager torch: {printable(names)} (`{printable(command)}`)")
     cold, warm = totals[0], totals[1:]
     shown = f", then {', '.join(f'{t:.3f}' for t in warm)}" if warm else ""
     click.echo(f"threads: {threads}")
