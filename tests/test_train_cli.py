@@ -136,11 +136,12 @@ def test_the_truth_command_runs_every_method_on_its_kinds_and_writes_card_rows_a
         key = (request.method, request.options.lam, getattr(request.options.final, "update", "clipped"))
         counted[key] = counted.get(key, 0) + 1
         assert set(request.layouts) == set(request.source_layouts) <= {"pose", "scribble"}
+        assert (request.mask is not None) == (request.method == "iedit")
     assert counted == {("ito", 0.6, "clipped"): 10, ("ito", 0.6, "adam"): 10, ("ito", 1.0, "clipped"): 6,
-                       ("diffedit", 0.6, "clipped"): 6, ("sdedit", 0.6, "clipped"): 6, ("controlnet", 0.6, "clipped"): 4,
+                       ("diffedit", 0.6, "clipped"): 6, ("sdedit", 0.6, "clipped"): 6, ("iedit", 0.6, "clipped"): 6, ("controlnet", 0.6, "clipped"): 4,
                        ("controlnet-diffedit", 0.6, "clipped"): 4}  # fmt: skip
-    assert len(list(output.glob("*.png"))) == 2 * 5 + 3 * 3 + 2 * 2 + 5
+    assert len(list(output.glob("*.png"))) == 2 * 5 + 4 * 3 + 2 * 2 + 5
     assert "### Edits of held-out scenes" in (output / "card.md").read_text()
     assert json.loads((output / "figures.json").read_text())["edits"][0]["n"] == 2
     CliRunner().invoke(train, arguments, catch_exceptions=False)
-    assert len(Editor.asked) == 46  # nothing was run again
+    assert len(Editor.asked) == 52  # nothing was run again
