@@ -123,8 +123,8 @@ def onnx(model: str, layouts: str | None, modules: tuple[str, ...], precision: s
 @click.option("--sizes", default=None,
               help="WIDTHxHEIGHT in pixels, comma-separated, one profile each; a side may be MIN-OPT-MAX. Default: what MODEL was trained "
                    "on, 512x512 for Stable Diffusion 1.5.")  # fmt: skip
-@click.option("--batch", default="1-2-20", show_default=True, help="Samples in a call, a number or MIN-OPT-MAX: a default edit's mask takes 20, its "
-              "other steps 1 to 4. A larger batch is run in several calls.")  # fmt: skip
+@click.option("--batch", default=None, help="Samples in a call, a number or MIN-OPT-MAX; a larger batch is run in several calls. Default: what an edit at "
+              "these sizes puts into one call, 1-2-4 at 512x512 of Stable Diffusion 1.5, 1-2-20 for the embedded model.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True,
               help="What the ONNX graph computes in.")  # fmt: skip
 @click.option("--opset", type=click.Choice(["22", "23"]), default=None,
@@ -139,7 +139,7 @@ def tensorrt(
     model: str,
     layouts: str | None,
     sizes: str | None,
-    batch: str,
+    batch: str | None,
     precision: str,
     opset: str | None,
     out: Path | None,
@@ -159,7 +159,7 @@ def tensorrt(
     from ..runtime.backends import check_backend
     from .shapes import parse_shapes
 
-    parse_shapes(sizes or "8x8", batch, 1)  # what is mistyped is said before anything heavy
+    parse_shapes(sizes or "8x8", batch or "1", 1)  # what is mistyped is said before anything heavy
     check_backend("tensorrt")
 
     from ..runtime.backends.engine_spec import engines_folder
@@ -170,10 +170,12 @@ def tensorrt(
         raise UsageError(
             "sizes: the model's config does not say what it was trained on; give --sizes, for example 512x512"
         )
-    shapes = parse_shapes(sizes or f"{loaded.side}x{loaded.side}", batch, loaded.multiple)
-    folder = engines_folder(loaded.weights_digest) if out is None else out
-    from .tensorrt import build_all
+    from .tensorrt import build_all, default_batch
 
+    sizes = sizes or f"{loaded.side}x{loaded.side}"
+    smallest = min(parse_shapes(sizes, "1", loaded.multiple), key=lambda s: s.height[1] * s.width[1])
+    shapes = parse_shapes(sizes, batch or default_batch(loaded, smallest.height[1], smallest.width[1]), loaded.multiple)
+    folder = engines_folder(loaded.weights_digest) if out is None else out
     for spec in build_all(loaded, folder, shapes, _names(layouts), precision, opset=None if opset is None else int(opset), timing_cache=timing_cache,
                           workspace=None if workspace is None else int(workspace * 2**30), force=force, tell=click.echo):  # fmt: skip
         click.echo(f"{spec.module}: {spec}")

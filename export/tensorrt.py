@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..runtime.backends import trt as backend_tensorrt
 from ..runtime.backends.base import missing
 from ..runtime.backends.engine_spec import EngineSpec, Shapes, damaged, read_spec
 from ..runtime.backends.trt import PLAN, last_errors, new_logger
+from ..runtime.editor import samples_per_call
 from ..runtime.errors import RunError, UsageError
 from ..runtime.files import write_whole
 from ..runtime.model import module_io
@@ -29,7 +31,12 @@ from .build_folder import build_once
 
 GRAPH = "model.onnx"
 INSPECTOR = "inspector.json"
-BATCH = "1-2-20"  # a default edit's mask asks for 20 samples in a call, all its other steps for 1 to 4
+MASK_SAMPLES = (
+    20  # that a default edit's mask asks for, where memory takes them in one call; its other steps ask for 1 to 4
+)
+VAE_SAMPLES = (
+    4  # the largest batch of a half of the VAE: it holds whole pictures in hundreds of channels, and an edit has one
+)
 ATTENTION_SINCE = (10, 14)  # the version of TensorRT from which on its parser knows the operator Attention, of opset 23
 TEXT = (1, 77, 308)  # tokens: CLIP's length is the optimum, prompts of up to four chunks fit
 Tell = Callable[[str], None]
@@ -170,8 +177,16 @@ def _source(onnx_folder: Path) -> EngineSpec:
     return source
 
 
+def default_batch(model: Model, height: int, width: int) -> str:
+    """The range of batches, as it is typed, that a default edit at a size in pixels asks for: what `editor.samples_per_call` puts
+    into one call, up to what a mask takes. At Stable Diffusion 1.5's 512x512 that is 1-2-4, and the embedded model's 1-2-20."""
+    most = samples_per_call(model, height // model.vae_scale_factor, width // model.vae_scale_factor)
+    return f"1-2-{min(MASK_SAMPLES, max(4, most))}"
+
+
 def module_shapes(module: str, shapes: Sequence[Shapes]) -> tuple[Shapes, ...]:
-    """The ranges that a module has profiles for. The text encoder has no size: one range for each batch.
+    """The ranges that a module has profiles for. The text encoder has no size: one range for each batch. The halves of the VAE are best
+    at the smallest batch and have at most `VAE_SAMPLES`, or the smallest; larger ones are run in several calls.
 
     Raises:
         UsageError: there is none, or one without limits.
@@ -187,6 +202,10 @@ def module_shapes(module: str, shapes: Sequence[Shapes]) -> tuple[Shapes, ...]:
                 )
     if module == "text_encoder":
         return tuple(dict.fromkeys(Shapes(s.batch, (0, 0, 0), (0, 0, 0)) for s in shapes))
+    if module in ("vae_encoder", "vae_decoder"):
+        return tuple(
+            replace(s, batch=(s.batch[0], s.batch[0], max(s.batch[0], min(s.batch[2], VAE_SAMPLES)))) for s in shapes
+        )
     return tuple(shapes)
 
 

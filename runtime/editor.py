@@ -42,6 +42,18 @@ from .stage_cache import StageCache
 __all__ = ["METHODS", "RATIOS", "EditRequest", "EditResult", "Editor", "ItoSettings", "MaskOptions", "Options"]
 
 
+MEMORY = 1 << 30  # bytes that one network call's activations may take, unless told otherwise
+
+
+def samples_per_call(model: Model, height: int, width: int, memory: int = MEMORY) -> int:
+    """Samples that one call of the UNet may have for latents of height x width cells.
+
+    60 floats per latent cell and channel of the first level is what a UNet of SD's shape holds at its peak.
+    """
+    cells = width * height * int(model.unet.config.block_out_channels[0])
+    return max(1, memory // (cells * 60 * 4))
+
+
 class Editor:
     """A loaded model with its backend and stage cache. `edit` may be called from several threads.
 
@@ -63,7 +75,7 @@ class Editor:
         *,
         backend: str | None = None,
         cache: StageCache | None = None,
-        memory: int = 1 << 30,
+        memory: int = MEMORY,
         share: bool = True,
     ):
         # A bare denoiser (a test's, a user's own network) leaves the other modules to eager torch.
@@ -82,7 +94,7 @@ class Editor:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         cache: StageCache | None = None,
-        memory: int = 1 << 30,
+        memory: int = MEMORY,
         share: bool = True,
         engines: str | os.PathLike[str] | None = None,
         **options: Any,
@@ -194,12 +206,8 @@ class Editor:
         return [pictures.to_image(i) for i in vae_batches(self.codec.decode, latents)]
 
     def max_batch(self, shape: tuple[int, ...]) -> int:
-        """Samples per network call for latents of `shape` (C, h, w) within the memory setting.
-
-        60 floats per latent cell and channel of the first level is what a UNet of SD's shape holds at its peak.
-        """
-        cells = shape[-1] * shape[-2] * self.model.unet.config.block_out_channels[0]
-        return max(1, self.memory // (cells * 60 * 4))
+        """Samples per network call for latents of `shape` (C, h, w) within the memory setting."""
+        return samples_per_call(self.model, shape[-2], shape[-1], self.memory)
 
     # --- running ------------------------------------------------------------------------------------------------
 

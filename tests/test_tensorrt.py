@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -689,12 +689,26 @@ def test_what_tensorrt_warns_of_is_a_note_of_the_edit_once(machine: Machine) -> 
 # --- edits --------------------------------------------------------------------------------------------------------
 
 
-DEFAULT = parse_shapes("64x64", builder.BATCH)  # what the command builds of a checkpoint of this size
+def test_the_default_batch_is_what_an_edit_puts_into_a_call(tiny: Any) -> None:
+    assert builder.default_batch(tiny, 64, 64) == "1-2-20"
+    config = SimpleNamespace(block_out_channels=(320, 640, 1280, 1280))
+    sd15: Any = SimpleNamespace(unet=SimpleNamespace(config=config), vae_scale_factor=8)
+    assert builder.default_batch(sd15, 512, 512) == "1-2-4"
+    assert builder.default_batch(sd15, 256, 256) == "1-2-13"
+
+
+def test_a_half_of_the_vae_is_built_for_few_pictures() -> None:
+    """It holds whole pictures in hundreds of channels, and an edit has one."""
+    (large,), (exact,) = (parse_shapes("512x512", b) for b in ("1-2-20", "8"))
+    for module in ("vae_encoder", "vae_decoder"):
+        assert builder.module_shapes(module, [large])[0].batch == (1, 1, 4)
+        assert builder.module_shapes(module, [exact])[0].batch == (8, 8, 8)
+    assert builder.module_shapes("unet", [large]) == (large,)
 
 
 @pytest.mark.parametrize(
     ("version", "batch"),
-    [("10.12.0.36", builder.BATCH), ("11.4.0.2", builder.BATCH), ("11.4.0.2", "1-2-8"), ("11.4.0.2", "1")],
+    [("10.12.0.36", "1-2-20"), ("11.4.0.2", "1-2-20"), ("11.4.0.2", "1-2-8"), ("11.4.0.2", "1")],
     indirect=["version"],
 )
 @pytest.mark.parametrize("layouts", [False, True])
@@ -712,7 +726,7 @@ def test_a_default_edit_runs_on_default_engines_alone(
     assert {row["backend"] for row in got.profile.by_module()} == {"tensorrt"} and not got.profile.fallbacks
     assert np.abs(np.asarray(got.image).astype(int) - np.asarray(want.image)).max() <= 1
     largest = max(c.batch for c in got.profile.modules if c.module.startswith("unet"))
-    assert largest == (20 if batch == builder.BATCH else int(batch.split("-")[-1]))
+    assert largest == (20 if batch == "1-2-20" else int(batch.split("-")[-1]))
     assert got.profile.evaluations == want.profile.evaluations
     samples = sum(r["samples"] for r in got.profile.by_module() if r["module"].startswith("unet"))
     assert samples == sum(want.profile.evaluations.values())
@@ -726,7 +740,7 @@ def test_an_edit_under_auto_survives(machine: Machine, fault: str, picture: Call
         sizes = "128x64" if fault == "other size" else "64x64"
         folder = machine.graph(module, **(faults.get(fault, {}) if module == "unet" else {}))
         tokens = machine.model.tokenizer.model_max_length
-        builder.build_tensorrt(folder, machine.folder / module, parse_shapes(sizes, builder.BATCH), text=(tokens, tokens, tokens),
+        builder.build_tensorrt(folder, machine.folder / module, parse_shapes(sizes, "1-2-20"), text=(tokens, tokens, tokens),
                                vae_scale_factor=machine.model.vae_scale_factor)  # fmt: skip
     backend = backends.load_backend("auto", machine.model, machine.folder)
     if fault == "deleted":
@@ -946,5 +960,9 @@ def test_the_command_builds_every_module(machine: Machine, exporter: list[Any], 
     tokens = machine.model.tokenizer.model_max_length
     plan = json.loads((machine.folder / "tensorrt-fp16" / "text_encoder" / "engine.plan").read_text())
     assert plan["profiles"] == [{"ids": [[1, tokens], [2, tokens], [4, tokens]]}]
+    result = CliRunner().invoke(command, [str(tiny_folder), "--out", str(machine.folder / "default")])
+    assert result.exit_code == 0, result.output
+    (shapes,) = read_spec(machine.folder / "default" / "tensorrt-fp16" / "unet").shapes
+    assert shapes == Shapes((1, 2, 20), (64, 64, 64), (64, 64, 64))
     wrong = CliRunner().invoke(command, [str(tiny_folder), "--sizes", "60x64"])
     assert isinstance(wrong.exception, UsageError) and "60 in '60' in '60x64' is not a multiple" in str(wrong.exception)
