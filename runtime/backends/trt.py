@@ -195,10 +195,10 @@ class TensorrtBackend(EngineBackend):
     def _run(self, module: str, inputs: Sequence[Tensor], height: int, width: int) -> Tensor:
         with self._turn:
             result = self._in_turn(module, inputs, height, width)
+            running = current()
+            while running is not None and self._log.warnings:
+                running.note(f"tensorrt: {self._log.warnings.popleft()}")
         self.graphs.tell_failure(module)
-        running = current()
-        while running is not None and self._log.warnings:
-            running.note(f"tensorrt: {self._log.warnings.popleft()}")
         return result.float()
 
     def _in_turn(self, module: str, inputs: Sequence[Tensor], height: int, width: int) -> Tensor:
