@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # METHOD section 3, row 3; ITO's section 4 compares with DiffEdit at 0.7 and with ControlNet + DiffEdit at 1.0.
 RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "controlnet-diffedit": 1.0}
+SPACINGS = ("leading", "linspace", "trailing")  # of timesteps, by diffusers' names
 STEPS = {"iedit": 50}  # METHOD section 3, row 3; ITO's section 4 uses 25 for all that it compares
 
 
@@ -92,6 +93,8 @@ class Options:
             prompt alone, at half the evaluations (limited-interval guidance, arXiv:2404.07724).
         control_scale: of every ControlNet's residuals.
         control_scales: (name, scale) pairs that differ from `control_scale`.
+        timestep_spacing: "leading", "linspace" or "trailing", as diffusers calls it; None is the checkpoint's. With few steps "leading", which
+            Stable Diffusion 1.x has, begins far from the last timestep, so that the picture shows through its noise.
         encoding_ratio: share of the steps that ITO encodes, t_E / N.
         ratio: share of the steps that the other methods encode; None is 0.7, and 1.0 for ControlNet + DiffEdit.
         mask: how the mask is estimated.
@@ -117,6 +120,7 @@ class Options:
     guidance_until: float = 1.0
     control_scale: float = 1.0
     control_scales: tuple[tuple[str, float], ...] = ()
+    timestep_spacing: str | None = None
     encoding_ratio: float = 1.0
     ratio: float | None = None
     mask: MaskOptions = MaskOptions()
@@ -161,6 +165,8 @@ class Options:
 
         one_of("mask mode", self.mask.mode, ("single", "trajectory", "none"))
         one_of("mask norm", self.mask.norm, ("minmax", "clamp"))
+        if self.timestep_spacing is not None:
+            one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
         one_of("guidance_path", self.guidance_path, ("inverted", "drawn"))
         one_of("inversion", self.inversion, ("source", "unconditional"))
         one_of("inversion_evaluate", self.inversion_evaluate, ("target", "source"))
@@ -276,6 +282,7 @@ USES = (
     OptionUse("mask", MASKED, "--mask"),
     OptionUse("options.lam", ITO, "--lambda"),
     OptionUse("options.negative_prompt", METHODS, "--negative-prompt", "guidance"),
+    OptionUse("options.timestep_spacing", METHODS, "--timestep-spacing"),
     OptionUse("options.guidance_until", METHODS, "--guidance-until", "guidance"),
     OptionUse("options.guidance_path", ITO, "--guidance-path", "a guidance image"),
     OptionUse("options.control_scale", METHODS, "--control-scale", "layouts"),

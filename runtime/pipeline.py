@@ -71,7 +71,8 @@ class Pipeline:
         o = self.options
         assert o.guidance_scale is not None  # `check_request` has settled what was left to the checkpoint
         self.scale = o.guidance_scale
-        self.levels = model.schedule.levels(requests[0].steps)
+        schedule = model.schedule.spaced(o.timestep_spacing)
+        self.levels = schedule.levels(requests[0].steps)
         ratio = RATIOS.get(self.method, 1.0) if o.ratio is None else o.ratio
         self.path = self.levels.path(self.levels.start(o.encoding_ratio if self.method == "ito" else ratio))
         height, width = requests[0].pixels.shape[-2:]
@@ -83,7 +84,7 @@ class Pipeline:
         assert mask.strength is not None and mask.threshold is not None
         self.strength, self.threshold = mask.strength, mask.threshold
         self.network = Network(denoiser, model.schedule.prediction, max_batch, profile)
-        self.model_key = [model.digest, backend, str(model.dtype), model.device.type, model.schedule.digest]
+        self.model_key = [model.digest, backend, str(model.dtype), model.device.type, schedule.digest]
         self.run_stages = StageRunner(self.network, cache, profile, model.device, self.model_key).run
 
     def run(self, only_mask: bool = False) -> str:

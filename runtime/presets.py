@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
-from .options import USES, MaskOptions, Options
+from .options import USES, ItoSettings, MaskOptions, Options
 
 if TYPE_CHECKING:
     from .request import EditRequest
@@ -39,13 +39,27 @@ PRESETS = {
         Options(guidance_until=0.32, guidance_path="drawn", mask=MaskOptions(seeds=4)),
         "classifier-free guidance for the first third of the steps, the guidance image as it was drawn in place of inverted, a mask of 4 seeds",
     ),
+    # ITO moves a latent by `lr` at most in an update, so half the steps reach half as far; two inner steps, which ask no network, make up
+    # for it. And 12 timesteps with leading spacing begin at 913 of 1000, where the sky that is to change still shows.
     "faster": Preset(
         12,
-        Options(guidance_until=0.5, guidance_path="drawn", mask=MaskOptions(seeds=4)),
-        "as fast, in 12 steps, half of them guided",
+        Options(
+            guidance_until=0.5,
+            guidance_path="drawn",
+            timestep_spacing="trailing",
+            final=ItoSettings(k=2),
+            mask=MaskOptions(seeds=4),
+        ),
+        "as fast, in 12 steps from full noise, half of them guided, with 2 inner steps of the update",
     ),
 }
-FIELDS = ("guidance_until", "guidance_path", "mask.seeds")  # of `Options`, that a preset may set
+FIELDS = (
+    "guidance_until",
+    "guidance_path",
+    "timestep_spacing",
+    "final.k",
+    "mask.seeds",
+)  # of `Options`, that a preset may set
 
 
 def with_preset(request: EditRequest, name: str, keep: Collection[str] = ()) -> EditRequest:

@@ -292,7 +292,7 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
     context = option_context(request, model.guidance_scale, lambdas)
     check_uses(context, set_fields(request))
     steps = STEPS.get(request.method, 25) if request.steps is None else request.steps
-    model.schedule.levels(steps)
+    model.schedule.spaced(request.options.timestep_spacing).levels(steps)
     request = dataclasses.replace(request, steps=steps, options=_settled(model, request, steps, context))
     image, full = pictures.as_rgb(request.image), None
     if request.options.resize is not None and max(image.size) > request.options.resize:

@@ -115,6 +115,10 @@ class Schedule:
             int(scheduler.config.steps_offset),
         )
 
+    def spaced(self, spacing: str | None) -> Schedule:
+        """The schedule with its timesteps laid out another way; None leaves it."""
+        return self if spacing is None else dataclasses.replace(self, spacing=spacing)
+
     def levels(self, steps: int) -> Levels:
         """The levels of a run of `steps` steps: the timesteps of diffusers' DDIMScheduler.
 

@@ -136,7 +136,13 @@ def test_a_preset_sets_what_is_left_alone_and_matters() -> None:
         None,
     )
     assert with_preset(request, "exact") == request
-    assert with_preset(request, "faster").steps == 12
+    faster = with_preset(request, "faster")
+    assert (faster.steps, faster.options.timestep_spacing, faster.options.final.k, faster.options.guidance.k) == (
+        12,
+        "trailing",
+        2,
+        1,
+    )
     own = dataclasses.replace(request, steps=30, options=Options(guidance_until=0.9, mask=MaskOptions(seeds=7)))
     kept = with_preset(own, "faster")
     assert (kept.steps, kept.options.guidance_until, kept.options.mask.seeds) == (
@@ -167,6 +173,28 @@ def test_every_preset_differs_from_the_default_in_its_fields_alone() -> None:
         }
         assert changed <= {name.partition(".")[0] for name in FIELDS}
         preset.options.check()
+
+
+def test_timesteps_are_laid_out_as_asked_and_a_cache_keeps_them_apart(tiny: Any, picture: Picture) -> None:
+    editor, told = Editor(tiny, TorchBackend(tiny)), list[int]()
+    exact = editor.denoiser.predict
+
+    def predict(x: Any, t: Any, condition: Any) -> Any:
+        told.extend(t.tolist())
+        return exact(x, t, condition)
+
+    editor.denoiser.predict = predict  # type: ignore[method-assign]
+    results = {}
+    for spacing, first in (("leading", 7 * 125 + 1), ("trailing", 999), ("linspace", 999), (None, 7 * 125 + 1)):
+        told.clear()
+        results[spacing] = editor.edit(edit(picture, "sdedit", timestep_spacing=spacing, ratio=1.0))
+        assert max(told) == first and results[spacing].receipt["request"]["options"]["timestep_spacing"] == spacing
+    assert torch.equal(results["leading"].latent, results[None].latent)
+    assert len({r.latent.sum().item() for r in results.values()}) == 3
+    inverted = {s: editor.edit(edit(picture, "diffedit", timestep_spacing=s)).latent for s in ("leading", "trailing")}
+    assert not torch.equal(inverted["leading"], inverted["trailing"])  # the inversion is cached by its timesteps
+    with pytest.raises(UsageError, match="timestep_spacing is 'log', expected one of leading, linspace, trailing"):
+        Options(timestep_spacing="log").check()
 
 
 @pytest.mark.parametrize("options", [{"refine": True}, {"round_trip": True}])

@@ -16,7 +16,7 @@ import click
 from .. import BACKENDS, METHODS, machine
 from ..errors import UsageError
 from ..model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_SIDE, MIN_SIDE, check_engines
-from ..options import USES, OptionContext, check_uses, used_by
+from ..options import SPACINGS, USES, OptionContext, check_uses, used_by
 from ..presets import PRESETS, with_preset
 from .help import Choice
 from .live import quiet_libraries
@@ -135,6 +135,8 @@ speed_options = together([
     click.option("--preset", type=Choice(list(PRESETS)), default="exact", show_default=True,
                  help="Of method ito: exact is the full method; fast and faster leave out steps that it hardly misses (docs/presets.md). What is "
                       "given beside it stays."),
+    method_option("--timestep-spacing", type=Choice(SPACINGS), default=None,
+                  help="Which timesteps the steps are at. Default: the checkpoint's; with few steps trailing begins at full noise."),
     method_option("--guidance-until", type=Between(0, 1), default=1.0, show_default=True,
                   help="Share of the steps, the noisiest first, with classifier-free guidance; the rest costs half."),
     method_option("--guidance-path", type=Choice(["inverted", "drawn"]), default="inverted", show_default=True,
@@ -187,6 +189,7 @@ def _make_options(values: dict[str, Any], lam: float) -> Options:
         guidance=settings,
         final=settings,
         refine=values.get("refine", False),
+        timestep_spacing=values.get("timestep_spacing"),
         guidance_until=values.get("guidance_until", 1.0),
         guidance_path=values.get("guidance_path", "inverted"),
         composite=values.get("composite", "none"),
@@ -265,7 +268,8 @@ def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, lam:
     preset = values.get("preset", "exact")
     if preset == "exact":
         return request
-    given = {"mask_seeds": "mask.seeds", "guidance_until": "guidance_until", "guidance_path": "guidance_path"}
+    given = {"mask_seeds": "mask.seeds", "guidance_until": "guidance_until", "guidance_path": "guidance_path", "k": "final.k",
+             "timestep_spacing": "timestep_spacing"}  # fmt: skip
     return with_preset(request, preset, keep={field for name, field in given.items() if _is_given(name)})
 
 
