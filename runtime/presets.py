@@ -40,7 +40,7 @@ PRESETS = {
         "classifier-free guidance for the first third of the steps, the guidance image as it was drawn in place of inverted, a mask of 4 seeds",
     ),
     # ITO moves a latent by `lr` at most in an update, so half the steps reach half as far; two inner steps, which ask no network, make up
-    # for it. And 12 timesteps with leading spacing begin at 913 of 1000, where the sky that is to change still shows.
+    # for it. And 12 timesteps with leading spacing begin at 914 of 1000, where the sky that is to change still shows.
     "faster": Preset(
         12,
         Options(
@@ -53,13 +53,8 @@ PRESETS = {
         "as fast, in 12 steps from full noise, half of them guided, with 2 inner steps of the update",
     ),
 }
-FIELDS = (
-    "guidance_until",
-    "guidance_path",
-    "timestep_spacing",
-    "final.k",
-    "mask.seeds",
-)  # of `Options`, that a preset may set
+# Of `Options`, what a preset may set.
+FIELDS = ("guidance_until", "guidance_path", "timestep_spacing", "final.k", "mask.seeds")
 
 
 def with_preset(request: EditRequest, name: str, keep: Collection[str] = ()) -> EditRequest:

@@ -222,6 +222,7 @@ def test_on_the_command_line_what_is_given_beside_a_preset_stays_and_the_receipt
         ]
         done = CliRunner().invoke(main, [*base, "--output", str(out), *words])
         assert done.exit_code == 0, done.output
+        assert f"note: preset {words[1]}: {PRESETS[words[1]].says}" in done.stderr
         receipt = read_receipt(out)["request"]
         return receipt["options"] | {"steps": receipt["steps"]}
 

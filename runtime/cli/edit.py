@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..files import check_outputs, printable, write_outputs
 from ..model.checkpoint import MAX_INNER_STEPS
 from ..options import UNMASKED
+from ..presets import PRESETS
 from . import params
 from .help import Choice, Grouped
 from .live import live_progress, quiet_libraries, show_notes
@@ -115,6 +116,8 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         ]
         click.echo(json.dumps({"results": rows, "profile": results[0].profile.as_dict()}, indent=1))
         return
+    if values["preset"] != "exact":
+        show_notes([f"preset {values['preset']}: {PRESETS[values['preset']].says}; what was given beside it stays"])
     for note in dict.fromkeys(note for result in results for note in result.notes):
         about = [t.name for t, r in zip(targets, results, strict=True) if note in r.notes]
         where = "" if len(about) == len(targets) else f" ({', '.join(about)})"
