@@ -7,6 +7,7 @@ Every case is a row of OUTPUT/PRESET/cases.csv, and the same command goes on fro
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import click
 
 from iedit.runtime.editor import Editor
 from iedit.runtime.files import write_whole
+from iedit.runtime.options import Options
 from iedit.runtime.presets import PRESETS
 from iedit.runtime.stage_cache import StageCache
 from iedit.training import truth
@@ -65,10 +67,10 @@ def main(model: str, reader: Path, backend: str, count: int, seed: int, output: 
     editor = Editor.load(model, backend=backend, cache=StageCache(memory=0))
     judge, summaries = Classifier.load(reader), dict[str, list[dict[str, Any]]]()
     for name, preset in PRESETS.items():
-        o = preset.options
-        options = {"guidance_until": o.guidance_until, "guidance_path": o.guidance_path, "mask": o.mask}
+        fields = (f.name for f in dataclasses.fields(Options))
+        changed = {n: getattr(preset.options, n) for n in fields if getattr(preset.options, n) != getattr(Options(), n)}
         rows = truth.run(
-            editor, judge, [truth.Method(name, "ito", truth.KINDS, options)], truth.KINDS, count, settings=editor.model.digest, seed=seed,
+            editor, judge, [truth.Method(name, "ito", truth.KINDS, changed)], truth.KINDS, count, settings=f"{editor.model.digest} {changed}", seed=seed,
             steps=preset.steps or 25, output=output / name, log=click.echo,
         )  # fmt: skip
         summaries[name] = truth.summarise(rows)

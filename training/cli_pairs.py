@@ -60,6 +60,7 @@ def renders(out: str, count: int, seed: int) -> None:
     from . import demo_corpus
 
     with _progress("renders") as tell:
+        tell("drawing", 0, count)
         demo_corpus.write_renders(Path(out), count, seed, lambda done, of: tell("drawing", done, of))
     click.echo(f"{printable(out)}: {count} renders")
 
