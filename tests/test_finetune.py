@@ -219,6 +219,13 @@ def test_a_folder_of_another_run_is_refused_and_a_longer_one_goes_on(
             begin(tmp_path / "run", **change)
     assert [s.number for s in begin(tmp_path / "run", steps=3).run()] == [3]
     assert list(begin(tmp_path / "run", steps=3).run()) == []
+    (tmp_path / "killed").mkdir()
+    for leftover in (
+        ".losses.csv.0123abcd.tmp",
+        "model.17.tmp",
+    ):  # of a run that was killed before its first checkpoint
+        (tmp_path / "killed" / leftover).write_text("half")
+    assert [s.number for s in begin(tmp_path / "killed", steps=1).run()] == [1]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"holds thesis\.txt"):

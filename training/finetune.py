@@ -348,11 +348,10 @@ class Finetuning:
     def _check_folder(self) -> None:
         path = self.out / STATE
         if not path.is_file():
-            strangers = (
-                [p.name for p in self.out.iterdir() if p.name not in (HISTORY, MODEL, "samples", "tensorboard")]
-                if self.out.is_dir()
-                else []
-            )
+            own = (HISTORY, MODEL, "samples", "tensorboard")
+            there = sorted(p.name for p in self.out.iterdir()) if self.out.is_dir() else []
+            # What a run that was killed was writing is in nobody's way.
+            strangers = [n for n in there if n not in own and not n.endswith((".tmp", ".old"))]
             if strangers:
                 raise UsageError(
                     f"out: {self.out} holds {strangers[0]}, which is no part of a run; name a folder of its own"
@@ -528,6 +527,7 @@ class Finetuning:
             RunError: a loss is not finite, or a file cannot be written; the checkpoint before stays.
         """
         s, main = self.settings, self.accelerator.is_main_process
+        self.accelerator.wait_for_everyone()  # the others look at the folder before the first one writes to it
         if main:
             self.out.mkdir(parents=True, exist_ok=True)
         self.resume()
