@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iedit.runtime.model.model import Model
+from iedit.runtime.profile import peak_memory
 from iedit.runtime.schedule import Schedule
 from iedit.training import losses
 from iedit.training.embed import make_tokenizer, new_image_processor, new_scheduler
@@ -180,8 +181,6 @@ def measure(checkpointing: bool, efficient: bool, folder: Path, steps: int = 10)
 
 def one_step(folder: Path) -> dict[str, float]:
     """A step of each group in float32 on the CPU: the losses, seconds, and peak resident GiB of the process."""
-    from iedit.training.finetune import peak_memory
-
     torch.manual_seed(0)
     objective, groups = new_objective("cpu", None, True, folder)
     optimiser = torch.optim.AdamW([p for members in groups.values() for p in members], lr=1e-6)
@@ -195,7 +194,7 @@ def one_step(folder: Path) -> dict[str, float]:
         changed = [name for name, members in groups.items() if not torch.equal(before[name], members[0])]
         assert changed == [group_of_step(step)], changed
         found[f"seconds {step + 1}"] = time.perf_counter() - began
-    return found | {"peak": peak_memory(torch.device("cpu")) / 2**30}
+    return found | {"peak": peak_memory() / 2**30}
 
 
 def main(words: list[str]) -> None:

@@ -32,9 +32,8 @@ def scene(seed: int, number: int) -> world.Scene:
 
 def masks(of: world.Scene) -> dict[str, Image.Image]:
     """Label -> exact mask, 128x128 "L" of 0 and 255: the things by colour and kind, the ground and the sky that they leave to be seen."""
-    things = np.asarray(world.object_mask(of)) > 127
-    sky = np.repeat((np.arange(world.SIZE) < of.horizon)[:, None], world.SIZE, 1)
-    found = {of.ground: ~sky & ~things, f"{of.sky}-sky": sky & ~things}
+    sky, ground = world.background_masks(of)
+    found = {of.ground: ground, f"{of.sky}-sky": sky}
     for index, thing in enumerate(of.things):
         label, own = f"{thing.colour}-{thing.kind}", np.asarray(world.object_mask(of, index)) > 127
         found[label] = found.get(label, False) | own

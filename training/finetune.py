@@ -23,7 +23,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +43,7 @@ from ..runtime.files import write_whole
 from ..runtime.images import contact_sheet, png_bytes
 from ..runtime.model.checkpoint import find_folder, weights_of
 from ..runtime.model.model import Model, load_model, no_progress_bars
+from ..runtime.profile import peak_memory
 from . import losses
 from .objective import (
     LOSSES,
@@ -215,15 +215,6 @@ class Step:
     memory: int
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch held on a GPU, or that the process held at once."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -300,6 +291,7 @@ class Finetuning:
                 if part is not None:
                     part.to(torch.float16 if precision == "fp16" else torch.bfloat16)
         self.identity = self._identity(vgg)
+        self._state: dict[str, Any] | None
         self._check_folder()
         unet = self.model.unet
         self.attention = choose_attention(unet, settings.attention, self.device)
@@ -346,7 +338,7 @@ class Finetuning:
         }  # fmt: skip
 
     def _check_folder(self) -> None:
-        path = self.out / STATE
+        path, self._state = self.out / STATE, None
         if not path.is_file():
             own = (HISTORY, MODEL, "samples", "tensorboard")
             there = sorted(p.name for p in self.out.iterdir()) if self.out.is_dir() else []
@@ -358,8 +350,9 @@ class Finetuning:
                 )
             return
         try:
-            self._state = torch.load(path, map_location="cpu", weights_only=True)
-            before = json.loads(self._state["identity"])
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            before = json.loads(state["identity"])
+            self._state = state
         except Exception as error:
             raise UsageError(f"out: {path} cannot be read ({first_line(error)}); remove it to start over") from error
         now = json.loads(json.dumps(self.identity))
@@ -373,7 +366,7 @@ class Finetuning:
 
     def resume(self) -> None:
         """Go on from `OUT/state.pt`, if it is there."""
-        state = self.__dict__.pop("_state", None)
+        state, self._state = self._state, None
         if state is None:
             return
         with torch.no_grad():
@@ -549,9 +542,7 @@ class Finetuning:
                     for name, value in values.items():
                         board.add_scalar(f"train/{name}", value, self.step)
                 speed = (self.step - first) / taken
-                yield Step(
-                    self.step, s.steps, values, group, (s.steps - self.step) / speed, speed, peak_memory(self.device)
-                )
+                yield Step(self.step, s.steps, values, group, (s.steps - self.step) / speed, speed, peak_memory())
                 last = self.step == s.steps or self.stopped
                 if last or self.step % s.save_every == 0:
                     self.save(history.rows if history is not None else [])
@@ -623,7 +614,7 @@ Everything else is the base's; its licence applies.
 
 - Losses: {", ".join(f"{n} ({LOSSES[n]})" for n in s.losses)}; weights as in Eq. 12, perceptual {s.perceptual_weight:g}.
 - {self.step} steps of {s.batch * s.accumulate * self.accelerator.num_processes} pairs at {self.side}x{self.side}; AdamW{" with 8-bit state" if s.adam8bit else ""}, learning rate {s.learning_rate:g}, seed {s.seed}; saved: {weights}.
-- {self.accelerator.num_processes} process(es) on {self.device.type}, precision {self.precision}, attention: {self.attention}; {self.seconds / 3600:.2f} h, peak memory {peak_memory(self.device) / 2**30:.2f} GiB.
+- {self.accelerator.num_processes} process(es) on {self.device.type}, precision {self.precision}, attention: {self.attention}; {self.seconds / 3600:.2f} h, peak memory {peak_memory() / 2**30:.2f} GiB.
 - Command: `{self.command or "iedit.training.finetune"}`
 {table}"""
 

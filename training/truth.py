@@ -124,11 +124,10 @@ class Case:
     @cached_property
     def term(self) -> Image.Image:
         """Where the word that a text edit replaces is seen in the source, exactly, which CLIPSeg would have to find: "L", 0 and 255."""
-        things = np.asarray(world.object_mask(self.before)) > 127
-        sky = np.repeat((np.arange(world.SIZE) < self.before.horizon)[:, None], world.SIZE, 1)
-        if self.change.kind in ("ground", "sky"):
-            mask = (sky if self.change.kind == "sky" else ~sky) & ~things
-        else:
+        sky, ground = world.background_masks(self.before)
+        named = {"sky": sky, "ground": ground}
+        mask = named.get(self.change.kind)
+        if mask is None:
             mask = np.asarray(world.object_mask(self.before, self.change.index)) > 127
         return Image.fromarray(mask.astype(np.uint8) * 255)
 

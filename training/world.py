@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from ..runtime import layouts as layout_maps
@@ -493,6 +494,13 @@ def object_mask(scene: Scene, index: int | None = None) -> Image.Image:
         if index is None or i == index:
             _draw(draw, _placed(thing), 255)
     return mask.reduce(SCALE)
+
+
+def background_masks(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Sky and ground, where no thing stands before them: (128, 128) bool each."""
+    things = np.asarray(object_mask(scene)) > 127
+    above = np.repeat((np.arange(SIZE) < scene.horizon)[:, None], SIZE, 1)
+    return above & ~things, ~above & ~things
 
 
 def exact_region(before: Scene, after: Scene, margin: int = 4) -> Image.Image:
