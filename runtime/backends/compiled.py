@@ -26,8 +26,9 @@ from torch import Tensor
 from ..denoise_step import Condition, Transition, joined
 from ..errors import RunError
 from ..model.model import Model
+from ..model.module_io import CONTROLLED_UNET
 from ..profile import module_call
-from .base import BackendOptions, unet_module
+from .base import BackendOptions, refuse, unet_module
 from .cuda_graphs import CudaGraphCache, capture
 from .torch_modules import PreparedCondition, TorchModules, summed_residuals
 
@@ -75,6 +76,14 @@ class CompileBackend(TorchModules):
         self.static_shapes = (STATIC_SHAPES if on_cuda else 0) if static_shapes is None else static_shapes
         self._compiled: dict[str, Callable[..., Tensor]] = {}
 
+    def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
+        """See `base.Backend`."""
+        if module == CONTROLLED_UNET:
+            return [
+                "its functions are compiled without control of attention, which this method needs; use --backend torch, or auto"
+            ]
+        return super().why_not(module, batch, height, width)
+
     def _function(self, module: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`function` compiled, the first that came for the module."""
         if module not in self._compiled:
@@ -120,6 +129,7 @@ class CompileBackend(TorchModules):
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `base.Denoiser`."""
+        refuse(self, unet_module(condition), len(x), *x.shape[-2:])
         prepared = self.prepared(condition)
         inputs = (x.to(self.dtype), t, prepared.prompt_embeds, *_controls(prepared))
         return self._run(unet_module(condition), self._unet(condition), *inputs)
@@ -129,7 +139,7 @@ class CompileBackend(TorchModules):
         self, t: Sequence[Tensor], condition: Condition, transitions: Sequence[Transition]
     ) -> list[tuple[Tensor, Tensor]] | None:
         """See `base.Stepper`; None where there are no graphs, or a state is carried from step to step."""
-        if not self.graphs.enabled or not all(s.stateless for s in transitions):
+        if not self.graphs.enabled or condition.attention is not None or not all(s.stateless for s in transitions):
             return None
         prepared, module = self.prepared(condition), unet_module(condition)
 
