@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..runtime.options import ItoSettings
+from ..runtime.presets import PRESETS
 from . import metrics, redraw, world
 from .classifier import Reading
 from .embed import images_to_tensor
@@ -68,10 +69,12 @@ class Method:
 
 LAMBDA_FIELD = "lam"  # the field of runtime.editor.Options that holds ITO's lambda
 _ADAM = ItoSettings(update="adam")
+_EXACT = {name: getattr(PRESETS["exact"].options, name) for name in ("guidance_until", "guidance_path", "mask")}
 METHODS = {
     m.name: m
     for m in (
         Method("ito", "ito", KINDS),
+        Method("ito exact", "ito", KINDS, _EXACT),
         Method("ito adam", "ito", KINDS, {"guidance": _ADAM, "final": _ADAM}),
         Method("ito lambda=1", "ito", TEXT_KINDS, {LAMBDA_FIELD: 1.0}),
         Method("diffedit", "diffedit", TEXT_KINDS),
