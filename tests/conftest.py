@@ -85,6 +85,12 @@ def taped() -> Any:
     return _load_file(ROOT / "tests" / "taped.py")
 
 
+@pytest.fixture(scope="session")
+def small_models() -> Any:
+    """The module `tests/small_models.py`: random models of the classes that pairs and metrics are made with."""
+    return _load_file(ROOT / "tests" / "small_models.py")
+
+
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """`bench(name)`: a script of `bench/` as a module; like a script it finds those beside it."""

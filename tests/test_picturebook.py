@@ -68,7 +68,7 @@ def test_the_card_carries_figures_and_the_commands_that_made_them() -> None:
     for text in (
         "iedit train embed",
         "iedit train figures",
-        "iedit train truth",
+        "iedit evaluate truth",
         "iedit train classifier",
         "seed",
         "hours",
