@@ -265,7 +265,7 @@ def _unknown_words(model: Model, texts: Iterable[str]) -> list[str]:
 def _settled(model: Model, request: EditRequest, steps: int, context: OptionContext) -> Options:
     """A request's options with a number for what was left to the checkpoint, where the edit uses it: a receipt says what ran."""
     o = request.options
-    settled = o.settled(model, steps, context.layouts)
+    settled = o.settled(model, steps, context.method, context.layouts)
     mask = settled.mask if context.estimates_mask else o.mask
     guidance, final = (settled.guidance, settled.final) if context.method in ITO else (o.guidance, o.final)
     return dataclasses.replace(settled, mask=mask, guidance=guidance, final=final)
