@@ -1,4 +1,4 @@
-"""Random models of a few thousand weights, of the very classes that pairs are made with, saved with their processors."""
+"""Random models of a few thousand weights, of the very classes that pairs and metrics are made with, saved with their processors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 WORDS = ("car", "boat", "bus", "dog", "wolf", "mouse", "man", "woman")
 _SIDE = 32
-_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+_TOWER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 _TEXT = _TOWER | {"num_hidden_layers": 2, "max_position_embeddings": 16}
 
 
@@ -78,4 +78,26 @@ def blip(folder: Path) -> Path:
         net.text_decoder.cls.predictions.bias[-1] = -1000.0
     net.save_pretrained(folder)
     BlipProcessor(BlipImageProcessor(size={"height": _SIDE, "width": _SIDE}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def vit(folder: Path) -> Path:
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    torch.manual_seed(4)
+    config = ViTConfig(**_TOWER, num_hidden_layers=2, image_size=_SIDE, patch_size=8, initializer_range=0.3)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessor(size={"height": _SIDE, "width": _SIDE}).save_pretrained(folder)
+    return folder
+
+
+def classifier(folder: Path, labels: tuple[str, ...] = ("tench, Tinca tinca", *WORDS)) -> Path:
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(5)
+    names = dict(enumerate(labels))
+    config = ViTConfig(**_TOWER, num_hidden_layers=1, image_size=_SIDE, patch_size=8, id2label=names, label2id={n: i for i, n in names.items()},
+                       initializer_range=0.5)  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": _SIDE, "width": _SIDE}).save_pretrained(folder)
     return folder

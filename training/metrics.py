@@ -1,5 +1,5 @@
-"""What the truth suite measures: pictures against pictures, masks against masks, points against points, and how sure a
-share or a mean is.
+"""What is measured: pictures against pictures, masks against masks, points against points, features against features, and how
+sure a share or a mean is. What a network computes is in `metric_models.py`.
 
 Pictures are float tensors (B, C, H, W) in [0, 1], masks (B, 1, H, W) with 1 inside. A masked figure of an empty mask is
 NaN, never 0 or a perfect score: there was nothing to measure.
@@ -7,13 +7,17 @@ NaN, never 0 or a perfect score: there was nothing to measure.
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..runtime.errors import UsageError
 
 Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 
@@ -39,10 +43,15 @@ def l1(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     return _mean((a - b).abs(), mask)
 
 
+def mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared difference per picture, (B,), in [0, 1] units; within `mask` if given."""
+    _same(a, b)
+    return _mean((a - b) ** 2, mask)
+
+
 def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """Peak signal-to-noise ratio per picture, (B,), in dB for a peak of 1; infinite for equal pictures."""
-    _same(a, b)
-    return -10 * _mean((a - b) ** 2, mask).log10()
+    return -10 * mse(a, b, mask).log10()
 
 
 def ssim_map(a: Tensor, b: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
@@ -73,6 +82,93 @@ def ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     return _mean(ssim_map(a, b), mask)
 
 
+# --- features ---------------------------------------------------------------------------------------------------
+
+
+def torchmetrics_folder() -> Path:
+    """Where torchmetrics is installed.
+
+    Raises:
+        UsageError: it is not.
+    """
+    found = importlib.util.find_spec("torchmetrics")
+    if found is None or found.origin is None:
+        raise UsageError('this metric needs torchmetrics, which is not installed; pip install "iedit[train]"')
+    return Path(found.origin).parent
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray, singular: bool = False) -> float:
+    """Fréchet distance of two sets of features, (N, D) and (M, D), taken for Gaussian: FID, where they are Inception's (Heusel et al. 2017).
+
+    Args:
+        singular: also where a set has no more vectors than a vector has entries. Its covariance is singular then and the distance far too
+            large; it can be compared with others of the same numbers of pictures only.
+
+    Raises:
+        UsageError: a set has fewer than two vectors, or too few (see `singular`); the sets' vectors differ in length; torchmetrics is missing.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise UsageError(f"fid: features are {a.shape} and {b.shape}, expected (N, D) and (M, D)")
+    fewest, width = min(len(a), len(b)), a.shape[1]
+    if fewest < 2:
+        raise UsageError(
+            f"fid: {fewest} picture has no spread; give at least 2, and more than {width} for a figure that means something"
+        )
+    if fewest <= width and not singular:
+        raise UsageError(
+            f"fid: {fewest} pictures on {width} features: the covariance is singular and the distance far too large; give more than {width} "
+            "pictures, or features of fewer entries, or ask for it anyway"
+        )
+    torchmetrics_folder()
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    same = torch.nn.Identity()
+    same.num_features = width
+    distance = FrechetInceptionDistance(feature=same)
+    distance.update(torch.from_numpy(a).double(), real=True)
+    distance.update(torch.from_numpy(b).double(), real=False)
+    return float(distance.compute())
+
+
+def csfid(features: np.ndarray, classes: Sequence[str], reference: Mapping[str, np.ndarray]) -> float:
+    """Class-wise simplified FID: the squared distance between the mean features of the edits into a class and of real pictures of that class,
+    mean over the classes (FlexIT, Couairon et al. 2022; DiffEdit and ITO report it).
+
+    The simplified FID of FlexIT's published program has the distance of the means alone: a handful of pictures has no covariance worth
+    comparing.
+
+    Args:
+        features: (N, D) of the edits. classes: of each, the class that it was edited into.
+        reference: class -> (M, D) of real pictures of it.
+
+    Raises:
+        UsageError: there is no edit, or a class without real pictures.
+    """
+    if not len(features) or len(features) != len(classes):
+        raise UsageError(
+            f"csfid: {len(features)} edits and {len(classes)} classes, expected one for each and at least one"
+        )
+    distances = []
+    for name in dict.fromkeys(classes):
+        if name not in reference or not len(reference[name]):
+            raise UsageError(
+                f"csfid: there is no real picture of {name!r} to compare with; give some, or leave the class out"
+            )
+        own = features[[c == name for c in classes]].astype(np.float64)
+        distances.append(float(((own.mean(0) - reference[name].astype(np.float64).mean(0)) ** 2).sum()))
+    return sum(distances) / len(distances)
+
+
+def preference(scores: np.ndarray) -> np.ndarray:
+    """PickScores (methods, cases) as shares that add up to 1 over the methods: how likely each method's picture is the one that people pick
+    (Kirstain et al. 2023, Eq. 1); ITO's Table 1 has their mean over the cases."""
+    shares = np.exp(scores - scores.max(0))
+    return np.asarray(shares / shares.sum(0))
+
+
+# --- masks and points -------------------------------------------------------------------------------------------
+
+
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of boolean masks (B, ...), per mask, (B,); two empty masks are equal: 1."""
     a, b = a.bool().flatten(1), b.bool().flatten(1)
@@ -89,6 +185,9 @@ def joint_error(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float
     if len(a) != len(b) or not a:
         raise ValueError(f"joint_error: {len(a)} and {len(b)} points, expected the same number and at least one")
     return sum(math.dist(p, q) for p, q in zip(a, b, strict=True)) / len(a)
+
+
+# --- how sure ---------------------------------------------------------------------------------------------------
 
 
 def wilson(hits: float, count: int) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The networks that iEdit's pairs are made with, each of any transformers checkpoint of its class: CLIP, a captioner (BLIP), CLIPSeg.
 
-They are frozen, run in float32, and what one returns for a picture or a text depends on the batch that it is in only by rounding.
+They are frozen, run in float32, and what one returns for a picture or a text depends on the batch that it is in only by rounding. How a
+checkpoint is found and loaded serves the networks of `metric_models.py` too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _PARTS = {
     "clip": ("a CLIPModel", ("clip",), "openai/clip-vit-large-patch14"),
     "masks": ("a CLIPSegForImageSegmentation", ("clipseg",), "CIDAS/clipseg-rd64-refined"),
     "captions": ("an image-to-text model", (), "Salesforce/blip-image-captioning-large"),
-}  # what it is for -> what it has to be, its `model_type`s (of the captioner any that transformers knows), an example
+    "pickscore": ("a CLIPModel", ("clip",), "yuvalkirstain/PickScore_v1"),
+    "structure": ("a ViTModel", ("vit",), "facebook/dino-vitb8"),
+    "classes": ("an image classifier", (), "google/vit-base-patch16-224"),
+}  # what it is for -> what it has to be, its `model_type`s (none: any that transformers knows), an example
 LONGEST_CAPTION = 40  # tokens
 
 
@@ -30,14 +34,14 @@ def find_model(name: str, purpose: str) -> Path:
     """The folder of a checkpoint: of a local path, of the embedded CLIP ("picturebook"), or of a hub id (fetched, or found in its cache).
 
     Args:
-        purpose: "clip", "masks" or "captions".
+        purpose: "clip", "masks", "captions", "pickscore", "structure" or "classes".
 
     Raises:
         UsageError: there is none, or it is of another class; known from its config alone.
     """
     what, types, example = _PARTS[purpose]
     folder = Path(name).expanduser()
-    if purpose == "clip" and name == PICTUREBOOK:
+    if types == ("clip",) and name == PICTUREBOOK:
         folder = picturebook_folder() / "clip"
     elif not folder.is_dir():
         if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
@@ -48,15 +52,18 @@ def find_model(name: str, purpose: str) -> Path:
             f"{purpose}: {folder} holds no config.json with weights beside it; give the folder of {what} ({example})"
         )
     kind = read_json(folder / "config.json").get("model_type")
-    if kind not in (types or _captioners()):
+    if kind not in (types or _known_types(purpose)):
         raise UsageError(f"{purpose}: {folder} is of model_type {kind!r}, expected {what}, such as {example}")
     return folder
 
 
-def _captioners() -> Sequence[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+def _known_types(purpose: str) -> Sequence[str]:
+    """The `model_type`s of which transformers has a captioner or an image classifier."""
+    from transformers.models.auto import modeling_auto as auto
 
-    return tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    if purpose == "captions":
+        return tuple(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return tuple(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
 
 
 def _fetch(name: str, purpose: str) -> Path:
@@ -80,7 +87,12 @@ def folder_digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def _loaded(loader: Any, folder: Path, purpose: str, **settings: Any) -> Any:
+def load_part(loader: Any, folder: Path, purpose: str, **settings: Any) -> Any:
+    """`loader.from_pretrained` of a folder.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
     try:
         return loader.from_pretrained(folder, local_files_only=True, **settings)
     except Exception as error:  # transformers raises what it likes
@@ -89,10 +101,15 @@ def _loaded(loader: Any, folder: Path, purpose: str, **settings: Any) -> Any:
         ) from error
 
 
-def _network(loader: Any, folder: Path, purpose: str, device: str) -> Any:
+def load_network(loader: Any, folder: Path, purpose: str, device: str, **settings: Any) -> Any:
+    """A network in float32, frozen, with all of its weights from a folder.
+
+    Raises:
+        UsageError: it cannot be loaded, the folder lacks a weight, or the device cannot be used.
+    """
     import torch
 
-    net, report = _loaded(loader, folder, purpose, dtype=torch.float32, output_loading_info=True)
+    net, report = load_part(loader, folder, purpose, dtype=torch.float32, output_loading_info=True, **settings)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UsageError(
@@ -112,24 +129,34 @@ class Clip:
     Args:
         folder: of the model, its image processor and its tokenizer; a tokenizer may also lie beside it, as `tokenizer`, which is how the
             embedded model has it.
+        purpose: what messages call it.
     """
 
-    def __init__(self, folder: Path, device: str):
+    def __init__(self, folder: Path, device: str, purpose: str = "clip"):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        self.device, self.net = device, _network(CLIPModel, folder, "clip", device)
-        self.processor = _loaded(AutoImageProcessor, folder, "clip")
+        self.device, self.net = device, load_network(CLIPModel, folder, purpose, device)
+        self.processor = load_part(AutoImageProcessor, folder, purpose)
         own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-        self.tokenizer = _loaded(AutoTokenizer, folder if own else folder.parent / "tokenizer", "clip")
+        self.tokenizer = load_part(AutoTokenizer, folder if own else folder.parent / "tokenizer", purpose)
         self.length = int(self.net.config.text_config.max_position_embeddings)
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies cosines with: e to its `logit_scale`."""
+        return float(self.net.logit_scale.detach().exp())
 
     def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """RGB pictures -> (B, D) float32, each of length 1."""
+        return self._unit(self.image_features(pictures))
+
+    def image_features(self, pictures: Sequence[Image.Image]) -> Any:
+        """RGB pictures -> tensor (B, D) on the device, of the length that the model gives them."""
         import torch
 
         with torch.inference_mode():
             pixels = self.processor(images=list(pictures), return_tensors="pt").pixel_values.to(self.device)
-            return self._unit(self.net.visual_projection(self.net.vision_model(pixel_values=pixels).pooler_output))
+            return self.net.visual_projection(self.net.vision_model(pixel_values=pixels).pooler_output)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> (B, D) float32, each of length 1; what is longer than the model's context is cut off."""
@@ -156,8 +183,8 @@ class Captioner:
     def __init__(self, folder: Path, device: str):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.device, self.net = device, _network(AutoModelForImageTextToText, folder, "captions", device)
-        self.processor = _loaded(AutoProcessor, folder, "captions")
+        self.device, self.net = device, load_network(AutoModelForImageTextToText, folder, "captions", device)
+        self.processor = load_part(AutoProcessor, folder, "captions")
 
     def captions(self, pictures: Sequence[Image.Image]) -> list[str]:
         """A caption for each RGB picture; one may be empty."""
@@ -175,8 +202,8 @@ class Segmenter:
     def __init__(self, folder: Path, device: str):
         from transformers import AutoProcessor, CLIPSegForImageSegmentation
 
-        self.device, self.net = device, _network(CLIPSegForImageSegmentation, folder, "masks", device)
-        self.processor = _loaded(AutoProcessor, folder, "masks")
+        self.device, self.net = device, load_network(CLIPSegForImageSegmentation, folder, "masks", device)
+        self.processor = load_part(AutoProcessor, folder, "masks")
         self.length = int(self.net.config.text_config.max_position_embeddings)
 
     def masks(self, pictures: Sequence[Image.Image], texts: Sequence[str], threshold: float) -> list[np.ndarray]:
