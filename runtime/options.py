@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .model.model import Model
 
 # METHOD section 3, row 3; ITO's section 4 compares with DiffEdit at 0.7 and with ControlNet + DiffEdit at 1.0.
-RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "controlnet-diffedit": 1.0, "p2p": 1.0}
+RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "controlnet-diffedit": 1.0, "p2p": 1.0,
+          "ddpm": 0.64}  # fmt: skip
+# Of ddpm, in units of the checkpoint's guidance scale: with Stable Diffusion's 7.5 they are the paper's 15 for the edit and 3.5 for the source.
+DDPM_SCALES = (15 / 7.5, 3.5 / 7.5)
 CORRECTIONS = ("none", "direct")  # of the errors of an inversion
 REPLACEMENTS = ("auto", "replace", "refine")  # of cross-attention maps, see `alignment`
 PATHS = ("inverted", "drawn")  # of the guidance image
@@ -95,7 +98,8 @@ class Options:
 
     Attributes:
         lam: weight of preservation against guidance, lambda of ITO Eq. 6; 1 skips the guidance image.
-        guidance_scale: classifier-free guidance; None is what the checkpoint recommends, else 7.5.
+        guidance_scale: classifier-free guidance; None is what the checkpoint recommends, else 7.5; twice that for ddpm.
+        source_guidance_scale: of ddpm, while the noise of the picture is found; None is 3.5 / 7.5 of the checkpoint's.
         negative_prompt: text of the unconditional half.
         guidance_until: share of the steps of denoising, from the noisiest on, that have classifier-free guidance; the rest asks for the
             prompt alone, at half the evaluations (limited-interval guidance, arXiv:2404.07724). None is what the checkpoint recommends for
@@ -134,6 +138,7 @@ class Options:
 
     lam: float = 0.6
     guidance_scale: float | None = None
+    source_guidance_scale: float | None = None
     negative_prompt: str = ""
     guidance_until: float | None = None
     control_scale: float = 1.0
@@ -162,11 +167,15 @@ class Options:
     inversion_correction: str = "direct"
     resize: int | None = None
 
-    def settled(self, model: Model, steps: int, layouts: bool = False, method: str = "ito") -> Options:
+    def settled(self, model: Model, steps: int, method: str = "ito", layouts: bool = False) -> Options:
         """With a value for what was left to the checkpoint; `layouts`: the edit has some."""
         share = None if layouts else model.text_update_share
         guidance, final = (dataclasses.replace(s, t_u=s.updates(steps, share)) for s in (self.guidance, self.final))
-        scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        scale, of_source = self.guidance_scale, self.source_guidance_scale
+        if scale is None:
+            scale = model.guidance_scale * (DDPM_SCALES[0] if method in DDPM else 1)
+        if of_source is None and method in DDPM:
+            of_source = model.guidance_scale * DDPM_SCALES[1]
         until, path = self.guidance_until, self.guidance_path
         if until is None:
             until = model.guidance_until if method in ITO and model.guidance_until is not None else 1.0
@@ -175,6 +184,7 @@ class Options:
         return dataclasses.replace(
             self,
             guidance_scale=scale,
+            source_guidance_scale=of_source,
             guidance_until=until,
             guidance_path=path,
             mask=self.mask.settled(model, method),
@@ -223,6 +233,7 @@ class Options:
         within("feather", self.feather, 0, 1000)
         within("resize", MIN_SIDE if self.resize is None else self.resize, MIN_SIDE, MAX_SIDE)
         within("guidance_scale", 0 if self.guidance_scale is None else self.guidance_scale, 0, MAX_GUIDANCE)
+        within("source_guidance_scale", self.source_guidance_scale or 0, 0, MAX_GUIDANCE)
         within("inversion_scale", self.inversion_scale, 0, MAX_GUIDANCE)
         within("control_scale", self.control_scale, 0, MAX_CONTROL)
         if self.guidance_path == "drawn" and (self.refine or self.round_trip):
@@ -254,8 +265,12 @@ ITO = ("ito",)
 MASKED = tuple(m for m in METHODS if m not in UNMASKED)
 INVERTING = ("ito", "diffedit", "controlnet-diffedit", "p2p")
 P2P = ("p2p",)
-LOCALISED = P2P  # they keep what the prompt leaves alone without a mask: one is used where it is given or asked for
-TEXT_ONLY = P2P  # they take no layouts
+DDPM = ("ddpm",)
+LOCALISED = (
+    *P2P,
+    *DDPM,
+)  # they keep what the prompt leaves alone without a mask: one is used where it is given or asked for
+TEXT_ONLY = (*P2P, *DDPM)  # they take no layouts
 LAYOUTS = tuple(m for m in METHODS if m not in TEXT_ONLY)
 NOISING = tuple(m for m in METHODS if m not in ITO)
 
@@ -372,6 +387,7 @@ USES = (
     OptionUse("options.replacement", P2P, "--replacement", "replaced cross-attention"),
     OptionUse("options.reweight", P2P, "--reweight", "replaced cross-attention"),
     OptionUse("options.inversion_correction", P2P, "--inversion-correction"),
+    OptionUse("options.source_guidance_scale", DDPM, "--source-guidance-scale"),
     OptionUse("options.composite", MASKED, "--composite", "a mask"),
     OptionUse("options.feather", MASKED, needs="the pixel composite or resize"),
     OptionUse("options.resize", METHODS, "--resize"),
@@ -398,7 +414,7 @@ def check_uses(context: OptionContext, given: Iterable[OptionUse]) -> None:
 def unused_notes(context: OptionContext, source_prompt: bool, source_layouts: bool) -> list[str]:
     """What an edit does not use of what describes the picture: no reason to refuse it, as the same command serves several methods."""
     notes = []
-    if source_prompt and context.method not in INVERTING and not context.estimates_mask:
+    if source_prompt and context.method not in (*INVERTING, *DDPM) and not context.estimates_mask:
         notes.append("the source prompt is not used: nothing is inverted and no mask is estimated")
     if source_layouts and not context.estimates_mask:
         notes.append("the source layouts are not used: no mask is estimated")

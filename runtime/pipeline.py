@@ -24,10 +24,10 @@ from .errors import RunError
 from .model.model import Model
 from .model.module_io import CONTROLLED_UNET
 from .network import Network
-from .options import INVERTING, ITO, P2P, RATIOS, UNMASKED, mask_mode
+from .options import DDPM, INVERTING, ITO, P2P, RATIOS, UNMASKED, mask_mode
 from .profile import Profile
 from .request import PreparedRequest, estimates_mask
-from .rivals import prompt_to_prompt
+from .rivals import IndependentReference, ddpm_invert, ddpm_sample, prompt_to_prompt
 from .sampling import (
     NoisedReference,
     Reference,
@@ -104,7 +104,9 @@ class Pipeline:
             return "encode"
         # 3. Every method but ITO: sampling from the noised or inverted input.
         if self.method != "ito":
-            if self.inverts:
+            if self.method in DDPM:
+                self.run_stages(self.noise_of_input())
+            elif self.inverts:
                 self.run_stages(self.inversion_of_input())
             self.run_stages(self.sampling())
             return "sample"
@@ -211,12 +213,35 @@ class Pipeline:
         """DDIM inversion under the source prompt; never with a ControlNet (METHOD section 2, row 9)."""
         return self._inversion("invert", "encode", self.requests, lambda r: r.digest, source=True)
 
+    def noise_of_input(self) -> Stage:
+        """DDPM inversion under the source prompt."""
+        o = self.options
+        assert o.source_guidance_scale is not None  # settled by `check_request`
+
+        def find(members: Requests) -> Sampler[Tensor]:
+            condition = self._condition(members, source=True)
+            uncond = condition.with_prompt(self.prompt_embeds[o.negative_prompt])
+            return ddpm_invert(self._independent(members), condition, uncond, o.source_guidance_scale or 0.0)
+
+        settings = [self.levels.steps, self.path[0].index, o.source_guidance_scale]
+
+        def key_parts(r: PreparedRequest) -> list[Any]:
+            return [r.digest, self._condition_key(r, source=True), r.request.seed, settings]
+
+        shape = (len(self.path), *self.shape)
+        return self._stage("invert", self.requests, find, key_parts, batch_dim=1, shape=shape)
+
     def sampling(self) -> Stage:
         """Of every method but ITO: masked sampling, or the sampler of its own."""
 
         def sample(members: Requests) -> Sampler[Tensor]:
             if self.method in P2P:
                 return (yield from self._prompt_to_prompt(members))
+            condition, uncond = self._both(members)
+            if self.method in DDPM:
+                return (yield from ddpm_sample(self._trajectory(members, "invert"), self.path, condition, uncond, self.scale,
+                                               source=self._independent(members), mask=self._mask(members),
+                                               guided=self.guided_steps))  # fmt: skip
             source: Reference
             if self.inverts:
                 trajectory = self._trajectory(members, "invert")
@@ -225,7 +250,6 @@ class Pipeline:
                 x0, noise = self._stacked(members, "encode"), self._noise(members, "sample")
                 y = add_noise(x0, noise, self.path[0].abar)
                 source = NoisedReference(x0, noise, self.path)
-            condition, uncond = self._both(members)
             return (yield from masked_sampling(y, self.path, condition, uncond, self.scale, source=source,
                                                mask=self._mask(members), guided=self.guided_steps))  # fmt: skip
 
@@ -420,6 +444,11 @@ class Pipeline:
     def _noise(self, members: Requests, purpose: str) -> Tensor:
         return torch.stack([seeded_noise(r.request.seed, purpose, self.shape) for r in members]).to(self.model.device)
 
+    def _independent(self, members: Requests) -> IndependentReference:
+        """The input under a noise of its own at every level."""
+        noise = torch.stack([self._noise(members, f"level-{level.index}") for level in self.path[:-1]])
+        return IndependentReference(self._stacked(members, "encode"), noise, self.path)
+
     def _stacked(self, members: Requests, stage: str) -> Tensor:
         """(B, ...) results of a stage."""
         return torch.stack([r.results[stage] for r in members])
@@ -469,6 +498,8 @@ class Pipeline:
             costs["mask"] = self.seeds * 2 * each
         if self.method in P2P:  # beside each evaluation of the edit one of its source, where that needs one
             denoise = run * 2 + self.guided_steps * (both - 1) * (1 if o.inversion_correction == "direct" else 2)
+        if self.method in DDPM:
+            costs["invert"] = run * (1 if o.source_guidance_scale == 1 else 2)
         if self.method != "ito":
             return costs | {"sample": denoise} | ({"invert": run * inversion} if self.inverts else {})
         costs |= {"invert": run * inversion, "final": denoise}

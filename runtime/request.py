@@ -265,7 +265,7 @@ def _unknown_words(model: Model, texts: Iterable[str]) -> list[str]:
 def _settled(model: Model, request: EditRequest, steps: int, context: OptionContext) -> Options:
     """A request's options with a number for what was left to the checkpoint, where the edit uses it: a receipt says what ran."""
     o = request.options
-    settled = o.settled(model, steps, context.layouts, context.method)
+    settled = o.settled(model, steps, context.method, context.layouts)
     unused: dict[str, Any] = {} if context.estimates_mask else {"mask": o.mask}
     if context.method not in ITO:
         unused |= {"guidance": o.guidance, "final": o.final}

@@ -1,12 +1,12 @@
 """The samplers of the methods that ITO and iEdit are compared with. Each is a generator, as those of `sampling`.
 
 Prompt-to-prompt (Hertz et al. 2022, arXiv:2208.01626) on the inversion of a picture, whose errors direct inversion takes out (PnP inversion,
-Ju et al. 2024, arXiv:2310.01506).
+Ju et al. 2024, arXiv:2310.01506); edit-friendly DDPM inversion (Huberman-Spiegelglas et al. 2024, arXiv:2304.06140).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .denoise_step import AttentionControl, Blend, Condition, DenoiseStep, Sampler, Transition, interleaved
 from .sampling import Path, TrajectoryReference
-from .schedule import Level, ddim_coefficients
+from .schedule import Level, add_noise, ddim_coefficients
 
 
 def prompt_to_prompt(
@@ -85,6 +85,78 @@ def prompt_to_prompt(
         else:
             x = _next(x, level, cleaner, answers[-2], answers[-4] if low else None, scale, prediction)
     return torch.stack([x, y])
+
+
+@dataclass(frozen=True)
+class IndependentReference:
+    """The clean latent under a noise of its own at every level, as `ddpm_invert` has it.
+
+    Attributes:
+        x0: (B, C, h, w).
+        noise: (len(path) - 1, B, C, h, w), of each level but the clean one.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    path: Path
+
+    def at(self, level: Level) -> Tensor:
+        """(B, C, h, w) at `level`; itself at the path's last."""
+        number = level.index - self.path[0].index
+        return self.x0 if number == len(self.noise) else add_noise(self.x0, self.noise[number], level.abar)
+
+
+def ddpm_invert(
+    reference: IndependentReference, condition: Condition, uncond: Condition | None, scale: float
+) -> Sampler[Tensor]:
+    """The noise that DDPM sampling would have to draw to go through the levels of the reference (Algorithm 1 of the paper).
+
+    Independent noises at the levels, in place of one path of sampling, make the noise maps larger and the picture's layout part of them.
+
+    Args:
+        condition, uncond, scale: what the network is told of the picture, and its guidance.
+
+    Returns:
+        (len(path), B, C, h, w): the latent at the path's first level, then the noise of every step at its standard deviation: what lies
+        between the step's mean and the next level. Where a step has no noise of its own (to a level of abar 1) it is the error of the
+        mean, so that `ddpm_sample` under the same condition returns the picture to rounding whatever the schedule.
+    """
+    x = reference.at(reference.path[0])
+    maps = [x]
+    for level, cleaner in pairwise(reference.path):
+        mean = yield DenoiseStep(x, level, cleaner, condition, uncond, scale, eta=1.0)
+        maps.append(reference.at(cleaner) - mean)
+        x = mean + maps[-1]  # as sampling will add it, so that its rounding does not add up
+    return torch.stack(maps)
+
+
+def ddpm_sample(
+    maps: Tensor,
+    path: Path,
+    condition: Condition,
+    uncond: Condition | None,
+    scale: float,
+    *,
+    source: IndependentReference,
+    mask: Tensor | None = None,
+    guided: int | None = None,
+) -> Sampler[Tensor]:
+    """DDPM sampling with the noise of `ddpm_invert` in place of fresh noise.
+
+    Args:
+        maps: (len(path), B, C, h, w), what `ddpm_invert` returned.
+        mask: (B, 1, h, w); outside it the source is put back after each step.
+        guided: the first so many steps have classifier-free guidance; None is all.
+
+    Returns:
+        (B, C, h, w) clean latents.
+    """
+    y = maps[0]
+    for number, (level, cleaner) in enumerate(pairwise(path)):
+        low = uncond if guided is None or number < guided else None
+        blend = None if mask is None else Blend(mask, source.at(cleaner))
+        y = yield DenoiseStep(y, level, cleaner, condition, low, scale, blend=blend, eta=1.0, noise=maps[number + 1])
+    return y
 
 
 def _next(

@@ -265,6 +265,7 @@ BATCHED = [
     ("ito", Options(mask=MaskOptions(norm="clamp", seeds=3), kept_area=True, composite="latent", inversion_scale=2.0)),
     ("iedit", Options(mask=MaskOptions(norm="clamp", sigma=0.5, seeds=3))),
     ("sdedit", Options()),
+    ("ddpm", Options()),
     ("diffedit", Options(composite="pixel", mask=MaskOptions(seeds=3))),
     ("controlnet", Options(control_scale=0.8)),
     ("controlnet-diffedit", Options(mask=MaskOptions(seeds=2))),
@@ -284,7 +285,7 @@ def test_5_a_batch_is_its_single_runs_bit_for_bit_but_for_the_network(
         same(result, editor_of(model, denoiser=OneByOne(model)).edit(asked))
 
 
-@pytest.mark.parametrize(("method", "options"), BATCHED[3:6])
+@pytest.mark.parametrize(("method", "options"), BATCHED[3:7])
 def test_5_a_batch_is_its_single_runs_to_the_networks_rounding(
     model: Any, picture: Picture, method: str, options: Options
 ) -> None:
@@ -420,6 +421,16 @@ def test_8_calls_grouped_otherwise_give_the_same_picture_within_1_of_255(embedde
 def test_8_at_25_steps(embedded: RealEditor, kind: str) -> None:
     for how, worst in grouped_otherwise(embedded, kind, 20, 25, alone=20).items():
         assert max(worst) <= 1, (how, worst)
+
+
+def test_4_ddpm_inversion_under_the_source_prompt_returns_the_input(model: Any, picture: Picture) -> None:
+    """Sampling adds what is missing to the mean that it computes itself; only the network's rounding is left, once per step."""
+    options = Options(guidance_scale=3.0, source_guidance_scale=3.0)
+    asked = EditRequest(picture(0), SOURCE, SOURCE, "ddpm", steps=10, options=options)
+    result = editor_of(model).edit(asked)
+    assert gap(result.latent, result.source_latent) < 1e-5
+    other = editor_of(model).edit(dataclasses.replace(asked, prompt=PROMPT))
+    assert gap(other.latent, result.latent) > 1e-2
 
 
 # --- 9: diffusers -------------------------------------------------------------------------------------------------
@@ -716,6 +727,7 @@ ON_TRAINED_WEIGHTS: list[tuple[Callable[..., None], dict[str, Any]]] = [
     (test_3_lambda_one_never_runs_the_guidance_stage, {}),
     (test_4_no_updates_is_plain_ddim_from_the_inverted_latent, {}),
     (test_4_the_same_prompt_without_guidance_reconstructs, {}),
+    (test_4_ddpm_inversion_under_the_source_prompt_returns_the_input, {}),
     (test_5_a_batch_is_its_single_runs_bit_for_bit_but_for_the_network, dict(zip(("method", "options"), BATCHED[0]))),
     (test_5_a_batch_is_its_single_runs_to_the_networks_rounding, dict(zip(("method", "options"), BATCHED[3]))),
     (test_5_a_batch_of_ito_is_its_single_runs_to_the_networks_rounding, {}),

@@ -20,9 +20,9 @@ from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
 from iedit.runtime.errors import RunError, UsageError
 from iedit.runtime.network import Network
 from iedit.runtime.profile import Profile
-from iedit.runtime.rivals import prompt_to_prompt
+from iedit.runtime.rivals import IndependentReference, ddpm_invert, prompt_to_prompt
 from iedit.runtime.sampling import invert, masked_sampling
-from iedit.runtime.schedule import ddim_coefficients
+from iedit.runtime.schedule import PREDICTIONS, ddim_coefficients, ddim_sigma
 
 SOURCE, PROMPT, LONGER = (
     "a red car on grass at noon",
@@ -353,3 +353,88 @@ def test_a_compiled_function_says_why_it_cannot_before_anything_is_run(tiny: Any
 def test_what_p2p_cannot_do_is_a_line(editor: Editor, picture: Picture, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         editor.edit(dataclasses.replace(ask(picture), **changes))
+
+
+# --- DDPM inversion -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("final", [0.9991, 1.0])
+def test_ddpm_returns_the_input_whatever_is_predicted_and_whatever_the_last_level(
+    tiny: Any, picture: Picture, prediction: str, final: float
+) -> None:
+    """To a last level of abar 1 a step has no noise of its own."""
+    model = dataclasses.replace(
+        tiny, schedule=dataclasses.replace(tiny.schedule, prediction=prediction, final_abar=final)
+    )
+    same_scale = {"guidance_scale": 2.0, "source_guidance_scale": 2.0}
+    asked = ask(picture, "ddpm", SOURCE, options=same_scale, steps=8)
+    editor = Editor(model, OneByOne(model))
+    result = editor.edit(asked)
+    assert gap(result.latent, result.source_latent) < 1e-6
+    assert gap(editor.edit(dataclasses.replace(asked, prompt=PROMPT)).latent, result.latent) > 1e-2
+
+
+def test_the_noise_of_ddpm_inversion_is_that_of_ledits(tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' LEDITS++ pipeline on the same weights, noises and guidance; its maps are divided by their standard deviation, and its
+    `invert` takes the two results of encode_prompt in the wrong order, so the two prompts are exchanged here."""
+    import sys
+
+    from diffusers import DDIMScheduler, LEditsPPPipelineStableDiffusion
+
+    from iedit.runtime.model.model import load_model
+
+    model, steps, run = load_model(str(tiny_folder), [], device="cpu"), 25, 16
+    path = model.schedule.levels(steps).path(steps - run)
+    x0 = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(run, 1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    got = network(model).run(
+        ddpm_invert(IndependentReference(x0, noise, path), told(model, ""), told(model, SOURCE), 3.5)
+    )
+    sigmas = [ddim_sigma(a.abar, b.abar, 1.0) for a, b in pairwise(path)]
+    pipe = LEditsPPPipelineStableDiffusion(
+        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet, safety_checker=None,
+        scheduler=DDIMScheduler.from_pretrained(model.folder / "scheduler"), feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    drawn = iter(noise.flip(0))  # the least noisy level first
+    monkeypatch.setattr(sys.modules[type(pipe).__module__], "randn_tensor", lambda shape, **_: next(drawn))
+    monkeypatch.setattr(pipe, "encode_image", lambda *_, **__: (x0, None))
+    add = pipe.scheduler.add_noise  # of DDIM, which takes no timestep in float32
+    monkeypatch.setattr(pipe.scheduler, "add_noise", lambda x, n, t: add(x, n, t.long()))
+    pipe.invert(None, source_prompt=SOURCE, source_guidance_scale=3.5, num_inversion_steps=run, skip=steps / run - 1)
+    assert pipe.zs.shape == (run, 1, *SHAPE)
+    for ours, theirs, sigma in zip(got[1:], pipe.zs, sigmas, strict=True):
+        assert gap(ours / sigma, theirs) < 1e-4
+    assert gap(got[0], pipe.init_latents) < 1e-6
+
+
+def test_ddpm_blends_with_the_source_at_its_own_noise(editor: Editor, picture: Picture) -> None:
+    free = editor.edit(ask(picture, "ddpm"))
+    assert free.mask is None
+    empty = editor.edit(ask(picture, "ddpm", mask=Image.new("L", (64, 64))))
+    assert torch.equal(empty.latent, empty.source_latent)
+    whole = editor.edit(ask(picture, "ddpm", mask=Image.new("L", (64, 64), 255)))
+    assert torch.equal(whole.latent, free.latent)
+    asked = ask(picture, "ddpm", SOURCE, mask=disc(), options={"guidance_scale": 2.0, "source_guidance_scale": 2.0})
+    both = editor.edit(asked)  # kept outside the mask, returned inside it
+    assert gap(both.latent, both.source_latent) < 1e-5
+
+
+def test_ddpm_noises_each_level_by_the_pictures_seed_and_finds_its_noise_once(editor: Editor, picture: Picture) -> None:
+    first = editor.edit(ask(picture, "ddpm", seed=3))
+    assert first.profile.evaluations == {"encode": 0, "invert": 6, "sample": 6, "decode": 0}  # the last 3 of 6 steps
+    other = editor.edit(ask(picture, "ddpm", LONGER, seed=3))
+    assert other.profile.cached == ["encode", "invert"]
+    assert not torch.equal(editor.edit(ask(picture, "ddpm", seed=4)).latent, first.latent)
+    weaker = editor.edit(ask(picture, "ddpm", seed=3, options={"source_guidance_scale": 1.0}))
+    assert weaker.profile.evaluations["invert"] == 3 and weaker.profile.expected == 9
+
+
+def test_what_the_checkpoint_recommends_scales_ddpms_guidance(editor: Editor, picture: Picture) -> None:
+    for recommended, edit, source in ((7.5, 15.0, 3.5), (5.0, 10.0, 7 / 3)):
+        model = dataclasses.replace(editor.model, guidance_scale=recommended)
+        asked = dataclasses.replace(ask(picture, "ddpm"), options=Options())
+        options = Editor(model, editor.denoiser).edit(asked).receipt["request"]["options"]
+        assert options["guidance_scale"] == edit and options["source_guidance_scale"] == pytest.approx(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,15 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from iedit.runtime.errors import UsageError
-from iedit.runtime.schedule import PREDICTIONS, Schedule, add_noise, ddim_coefficients, seeded_noise, to_epsilon
+from iedit.runtime.schedule import (
+    PREDICTIONS,
+    Schedule,
+    add_noise,
+    ddim_coefficients,
+    ddim_sigma,
+    seeded_noise,
+    to_epsilon,
+)
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -212,3 +221,22 @@ def test_seeded_noise_depends_on_seed_and_purpose_alone() -> None:
     large = seeded_noise(7, "sample", (4, 64, 64))
     assert abs(float(large.mean())) < 5 / math.sqrt(large.numel())  # five standard errors
     assert abs(float(large.std()) - 1) < 5 / math.sqrt(2 * large.numel())
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_a_step_with_fresh_noise_is_that_of_ddim_with_eta(prediction: str, one: bool, eta: float) -> None:
+    scheduler = ddim(prediction=prediction, set_alpha_to_one=one)
+    schedule = Schedule.from_config({**scheduler.config, "prediction_type": "epsilon"})
+    levels = schedule.levels(20)
+    scheduler.set_timesteps(20)
+    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = (
+        a.double() for a in (scheduler.alphas_cumprod, torch.as_tensor(scheduler.final_alpha_cumprod))
+    )
+    x, output, noise = torch.randn(3, 2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for level, cleaner in pairwise(levels.path()):
+        c_x, c_out = ddim_coefficients(level.abar, cleaner.abar, prediction, eta)
+        got = c_x * x + c_out * output + ddim_sigma(level.abar, cleaner.abar, eta) * noise
+        want = scheduler.step(output, level.timestep, x, eta=eta, variance_noise=noise).prev_sample
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)

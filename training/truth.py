@@ -81,6 +81,7 @@ METHODS = {
         Method("sdedit", "sdedit", TEXT_KINDS),
         Method("iedit", "iedit", TEXT_KINDS),
         Method("p2p", "p2p", TEXT_KINDS),
+        Method("ddpm", "ddpm", TEXT_KINDS),
         Method("p2p without correction", "p2p", TEXT_KINDS, {"inversion_correction": "none"}),
         Method("controlnet", "controlnet", LAYOUT_KINDS),
         Method("controlnet-diffedit", "controlnet-diffedit", LAYOUT_KINDS),

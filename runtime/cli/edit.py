@@ -12,7 +12,7 @@ import click
 from .. import BACKENDS
 from ..errors import UsageError
 from ..files import check_outputs, printable, write_outputs
-from ..model.checkpoint import MAX_INNER_STEPS
+from ..model.checkpoint import MAX_GUIDANCE, MAX_INNER_STEPS
 from ..options import CORRECTIONS, REPLACEMENTS, UNMASKED, mask_mode
 from ..presets import PRESETS
 from . import params
@@ -45,6 +45,8 @@ edit_options = params.together([
                   help="Weight of a word of the prompt; repeat for more."),
     params.method_option("--inversion-correction", type=Choice(CORRECTIONS), default="direct", show_default=True,
                   help="What becomes of the inversion's errors: direct puts the source back on it at every step."),
+    params.method_option("--source-guidance-scale", type=params.Between(0, MAX_GUIDANCE), default=None,
+                  help="Classifier-free guidance while the noise of the picture is found. Default: 3.5 of 7.5 of the checkpoint's."),
     params.method_option("--composite", type=Choice(["none", "latent", "pixel"]), default="none", show_default=True,
                   help="pixel leaves everything outside the mask exactly as it was."),
     click.option("--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ..."),
@@ -88,6 +90,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     diffedit             inverts the picture and repaints inside the mask
     controlnet           sdedit with layouts; controlnet-diffedit: diffedit with layouts
     p2p                  inverts the picture and denoises it with the attention of the source prompt (Prompt-to-prompt)
+    ddpm                 finds the noise that would draw the picture, and draws with it under the prompt
 
     The output PNG carries a receipt; `iedit replay OUT.png` makes it again. Exit code 2: it cannot be done as asked, and
     nothing was written. 1: it failed while running; nothing was written but what the error says.
@@ -168,7 +171,9 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
     if values["method"] in UNMASKED:
         raise UsageError(f"method {values['method']} uses no mask; name one that does, such as --method ito")
     if mask_mode(values["method"], values["mask_mode"]) == "none":
-        raise UsageError("--mask-mode none, which is p2p's default, estimates no mask; use single or trajectory")
+        raise UsageError(
+            "--mask-mode none, which is the default of p2p and ddpm, estimates no mask; use single or trajectory"
+        )
     params.check_given(values)
     inputs = params.read_inputs(image, values)
     with live_progress(values["model"]) as tell:

@@ -133,13 +133,13 @@ request_options = together([
                  help="Sampling steps. Default: 50 for iedit, 25 for the other methods."),
     click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
     click.option("--guidance-scale", type=Between(0, MAX_GUIDANCE), default=None,
-                 help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5."),
+                 help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5; twice that for ddpm."),
     method_option("--negative-prompt", default="", help="Text of the unconditional half."),
     method_option("--control-scale", type=Between(0, MAX_CONTROL), default=1.0, show_default=True, help="Weight of the layouts."),
     click.option("--resize", type=click.IntRange(MIN_SIDE, MAX_SIDE), default=None, metavar="N",
                  help="Work on a larger picture with its longer side at N pixels, and paste the edit back at full size."),
     method_option("--mask-mode", type=Choice(["single", "trajectory", "none"]), default=None,
-                 help="How the mask is estimated: one evaluation per seed, whole trajectories, or not at all. Default: single; none for p2p."),
+                 help="How the mask is estimated: one evaluation per seed, whole trajectories, or not at all. Default: single; none for p2p and ddpm."),
     method_option("--mask-threshold", type=Between(0, 1), default=None,
                  help="Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1."),
     method_option("--mask-strength", type=Between(0, 1, min_open=True), default=None,
@@ -165,7 +165,14 @@ speed_options = together([
 
 
 # Fields of `Options` that are options of the command line by the same name.
-RIVAL_FIELDS = ("cross_replace", "self_replace", "replacement", "reweight", "inversion_correction")
+RIVAL_FIELDS = (
+    "cross_replace",
+    "self_replace",
+    "replacement",
+    "reweight",
+    "inversion_correction",
+    "source_guidance_scale",
+)
 
 
 def check_given(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> None:
