@@ -1,7 +1,8 @@
 """Model -> ONNX graphs, one engine folder for each module: `OUT/onnx-PRECISION/MODULE/{model.onnx, model.onnx.data, engine.json}`.
 
 A graph takes and returns float32 whatever its precision, and batch, height, width and text length are free in it. The
-weights lie beside it in `model.onnx.data` (a protobuf ends at 2 GB). A half-precision graph has explicit float32 islands,
+weights lie beside it in `model.onnx.data` (a protobuf ends at 2 GB); those that a graph with ControlNets has in common with the UNet's are
+in one file for all (`shared_weights`). A half-precision graph has explicit float32 islands,
 norms and softmax, and the time embeddings of all timesteps are a table that was computed in float32, so the file means the
 same wherever it runs. Images of layouts enter through the graphs `control-embedding-NAME`, once for each edit; the conditioning scales
 are inputs of the fused graphs. Names of inputs and outputs are in `runtime/model/module_io.py`.
@@ -30,6 +31,7 @@ from ..runtime.model import module_io
 from ..runtime.model.model import Model
 from ..runtime.model.module_io import CONTROL_EMBEDDING_PREFIX, CONTROLNET_PREFIX
 from .build_folder import build_once
+from .shared_weights import share_weights
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 OPSETS = (22, 23)  # 23 has the Attention operator, 22 spells it as MatMul and Softmax
@@ -482,6 +484,10 @@ def _export(
         except Exception as error:
             reason = first_line(error.__cause__ or error, 200)  # the exporter's own text is advice to its developers
             raise RunError(f"export of {module}: {reason}; use the versions of constraints.txt") from error
+        if names := module_io.layouts(module):
+            parts = ["unet", *(f"unet+{name}" for name in names if len(names) > 1)]
+            saved = share_weights(folder, GRAPH, WEIGHTS, [engine_folder(out, part, precision) for part in parts])
+            say(f"shares {saved / 2**20:.1f} MiB of weights with other engines")
         unknown = unsupported_operators(proto)
         if unknown:
             say(f"warning: TensorRT's parser does not know {', '.join(unknown)}")

@@ -38,35 +38,77 @@ class ControlInput:
 
 
 @dataclass(frozen=True)
+class AttentionControl:
+    """What becomes of the attention maps of the samples of a call (Prompt-to-prompt, Hertz et al. 2022, arXiv:2208.01626).
+
+    With P the attention probabilities of an edited sample and P_source those of the sample before it, its source, cross-attention takes
+    `P_source @ cross + P * own`, and self-attention of a picture of at most `self_queries` cells takes P_source. Samples that are not
+    edited keep their maps.
+
+    Attributes:
+        edited: (B,) bool; the sample before an edited one is its source.
+        cross: (B, L, L): from which token of the source (rows) each token of the edit (columns) takes its map, and with which weight.
+        own: (B, L): weight of each token's own map.
+        self_queries: 0 replaces no self-attention.
+    """
+
+    edited: Tensor
+    cross: Tensor
+    own: Tensor
+    self_queries: int
+
+    @staticmethod
+    def none(like: AttentionControl, samples: int) -> AttentionControl:
+        """For `samples` samples that keep their maps, to go into a call with those of `like`."""
+        return AttentionControl(
+            like.edited.new_zeros(samples), like.cross.new_zeros(samples, *like.cross.shape[1:]),
+            like.own.new_ones(samples, like.own.shape[1]), like.self_queries,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Condition:
     """What the network is told about each sample.
 
     Attributes:
         prompt_embeds: (B, L, D) output of the text encoder.
         controls: one for each ControlNet; their residuals are summed.
+        attention: what becomes of the attention maps; None leaves them.
+        together: so many samples in a row belong together: they are never split into two calls.
     """
 
     prompt_embeds: Tensor
     controls: tuple[ControlInput, ...] = ()
+    attention: AttentionControl | None = None
+    together: int = 1
 
     def __len__(self) -> int:
         return self.prompt_embeds.shape[0]
 
     @property
     def batching_key(self) -> tuple[Any, ...]:
-        """Conditions with equal keys can share a call of the network: text length, and names, scales and sizes of the controls."""
-        return (self.prompt_embeds.shape[1:], *((c.name, c.scale, c.image.shape[1:]) for c in self.controls))
+        """Conditions with equal keys can share a call of the network: text length, and names, scales and sizes of the controls; with
+        control of attention only those with the same."""
+        attention = None if self.attention is None else (self.attention.self_queries, self.together)
+        return (self.prompt_embeds.shape[1:], attention, *((c.name, c.scale, c.image.shape[1:]) for c in self.controls))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        """With every tensor of samples changed."""
+        a = self.attention
+        return replace(
+            self,
+            prompt_embeds=change(self.prompt_embeds),
+            controls=tuple(replace(c, image=change(c.image)) for c in self.controls),
+            attention=a and replace(a, edited=change(a.edited), cross=change(a.cross), own=change(a.own)),
+        )
 
     def take(self, index: Tensor | slice) -> Condition:
         """The samples of `index`."""
-        return Condition(self.prompt_embeds[index], tuple(replace(c, image=c.image[index]) for c in self.controls))
+        return self._each(lambda values: values[index])
 
     def repeat(self, times: int, block: int = 1) -> Condition:
         """Each block of `block` samples `times` times in a row."""
-        return Condition(
-            repeat(self.prompt_embeds, times, block),
-            tuple(replace(c, image=repeat(c.image, times, block)) for c in self.controls),
-        )
+        return self._each(lambda values: repeat(values, times, block))
 
     def with_prompt(self, prompt_embeds: Tensor) -> Condition:
         """The same controls under another prompt; `prompt_embeds` may be (1, L, D)."""
@@ -74,24 +116,33 @@ class Condition:
         return replace(self, prompt_embeds=same)
 
     @staticmethod
-    def interleave(a: Condition, b: Condition) -> Condition:
-        """(2B, ...): the samples of the two in turn; both must have the same controls, text length and number."""
-        both, index = Condition.cat([a, b]), torch.arange(2 * len(a)).view(2, len(a)).T.flatten()
-        return both.take(index.to(both.prompt_embeds.device))
+    def interleave(*conditions: Condition) -> Condition:
+        """(nB, ...): the samples of n conditions in turn; all must have the same controls, text length and number."""
+        every, index = Condition.cat(conditions), interleaved(len(conditions), len(conditions[0]))
+        return every.take(index.to(every.prompt_embeds.device))
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
-        """One batch of several; all must have the same controls and text length."""
+        """One batch of several; all must have the same controls and text length. Where some have control of attention, the samples of
+        the others keep their maps."""
         first = conditions[0]
         names = [(c.name, c.scale) for c in first.controls]
         if any([(c.name, c.scale) for c in one.controls] != names for one in conditions):
             raise ValueError("Condition.cat: the conditions have different controls")
+        controlled = [one.attention for one in conditions if one.attention is not None]
+        attention = None
+        if controlled:
+            every = [one.attention or AttentionControl.none(controlled[0], len(one)) for one in conditions]
+            edited, cross, own = (torch.cat(tensors) for tensors in zip(*((a.edited, a.cross, a.own) for a in every)))
+            attention = AttentionControl(edited, cross, own, controlled[0].self_queries)
         return Condition(
             torch.cat([one.prompt_embeds for one in conditions]),
             tuple(
                 replace(c, image=torch.cat([one.controls[i].image for one in conditions]))
                 for i, c in enumerate(first.controls)
             ),
+            attention,
+            max(one.together for one in conditions),
         )
 
 
@@ -143,6 +194,8 @@ class DenoiseStep:
         timestep: what the network is told of the level; None is the timestep of `level`.
         blend: what is put back at level `to`.
         update: the ITO update at level `to`.
+        eta: share of the noise at level `to` that is fresh, 0 (DDIM) to 1 (DDPM), as in `schedule.ddim_coefficients`.
+        noise: (B, C, h, w) that fresh noise at its standard deviation, added before the blend; None adds none.
     """
 
     x: Tensor
@@ -154,6 +207,8 @@ class DenoiseStep:
     timestep: int | None = None
     blend: Blend | None = None
     update: ItoUpdate | None = None
+    eta: float = 0.0
+    noise: Tensor | None = None
 
     @property
     def guided(self) -> bool:
@@ -174,6 +229,7 @@ class Transition:
         guided, scale: as of `DenoiseStep`.
         c_x, c_out: (B,) as of `kernels.guided_step.guided_step`.
         blend, update: what follows at the level that is reached.
+        noise: (B, C, h, w) fresh noise, added before the blend.
     """
 
     x: Tensor
@@ -183,6 +239,7 @@ class Transition:
     c_out: Tensor
     blend: Blend | None = None
     update: ItoUpdate | None = None
+    noise: Tensor | None = None
 
     def __call__(self, output: Tensor) -> Tensor:
         """(B or 2B, C, h, w) of the network -> (B, C, h, w) at the level that is reached."""
@@ -194,6 +251,8 @@ class Transition:
             else {"mask": b.mask, "reference": b.reference, "noise": b.noise, "reference_abar": b.reference_abar}
         )
         y = guided_step(self.x, cond, uncond, self.scale, self.c_x, self.c_out, **kept)
+        if self.noise is not None:  # m (y + noise) + (1 - m) reference
+            y = y + (self.noise if b is None else b.mask * self.noise)
         return y if self.update is None else self.update(y)
 
     @property
@@ -243,6 +302,11 @@ def repeat(values: Tensor, times: int, block: int = 1) -> Tensor:
     for i in range(times):
         out[:, i] = blocks
     return out.flatten(0, 2)
+
+
+def interleaved(conditions: int, samples: int) -> Tensor:
+    """(conditions * samples,) int64: the samples of several batches, one after the other, in turn."""
+    return torch.arange(conditions * samples).view(conditions, samples).T.flatten()
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

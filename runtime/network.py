@@ -152,22 +152,27 @@ class Network:
         if step.to is None:
             return None
         x = step.x
-        key = (step.level.abar, step.to.abar, len(x), x.dtype, x.device)
+        key = (step.level.abar, step.to.abar, step.eta, len(x), x.dtype, x.device)
         if key not in self._constants:
-            coefficients = ddim_coefficients(step.level.abar, step.to.abar, self.prediction)
+            coefficients = ddim_coefficients(step.level.abar, step.to.abar, self.prediction, step.eta)
             values = torch.tensor(coefficients, dtype=x.dtype, device=x.device)
             self._constants[key] = values.unsqueeze(1).expand(2, len(x)).contiguous().unbind()
         c_x, c_out = self._constants[key]
-        return Transition(x, step.guided, step.scale, c_x, c_out, step.blend, step.update)
+        return Transition(x, step.guided, step.scale, c_x, c_out, step.blend, step.update, step.noise)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, owners: Sequence[str]) -> Tensor:
         """In calls of at most `max_batch` samples, each of which counts for its owner's stage; of an even number where they are
-        split, so that two samples that are compared (see `sampling.estimate_mask`) are in one call and rounded alike."""
+        split, so that two samples that are compared (see `sampling.estimate_mask`) are in one call and rounded alike. Samples that belong
+        together stay together, also where those are more than `max_batch`."""
         parts: list[Tensor] = []
-        start = 0
+        start, least = 0, condition.together
+
+        def size(most: int) -> int:
+            return even(most) if least == 1 else max(least, most - most % least)
+
         while start < len(x):
             left = len(x) - start
-            stop = len(x) if left <= self.max_batch else start + even(self.max_batch)
+            stop = len(x) if left <= self.max_batch else start + size(self.max_batch)
             piece = slice(start, stop)
             cut = condition
             if stop - start < len(x):
@@ -177,12 +182,13 @@ class Network:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                if self.max_batch == 1:
+                if stop - start <= least:
+                    what = "one sample" if least == 1 else f"one edit, which takes {least} samples together,"
                     raise RunError(
-                        f"out of memory in {self.profile.where}: one sample of {tuple(x.shape[1:])} does not fit; "
+                        f"out of memory in {self.profile.where}: {what} of {tuple(x.shape[1:])} does not fit; "
                         "use a smaller image, a smaller dtype or another device"
                     ) from error
-                self.max_batch = even(len(x[piece]) // 2)
+                self.max_batch = size((stop - start) // 2)
                 self.profile.note(f"out of memory in {self.profile.where}: going on with batches of {self.max_batch}")
                 continue
             self.profile.count(Counter(owners[piece]))

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 
 from . import METHODS
 from .errors import UsageError
-from .model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_SIDE, MIN_SIDE
+from .model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_INNER_STEPS, MAX_REWEIGHT, MAX_SIDE, MIN_SIDE
 
 if TYPE_CHECKING:
     from .model.model import Model
 
 # METHOD section 3, row 3; ITO's section 4 compares with DiffEdit at 0.7 and with ControlNet + DiffEdit at 1.0.
-RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "controlnet-diffedit": 1.0}
+RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "controlnet-diffedit": 1.0, "p2p": 1.0}
+CORRECTIONS = ("none", "direct")  # of the errors of an inversion
+REPLACEMENTS = ("auto", "replace", "refine")  # of cross-attention maps, see `alignment`
 SPACINGS = ("leading", "linspace", "trailing")  # of timesteps, by diffusers' names
 STEPS = {"iedit": 50}  # METHOD section 3, row 3; ITO's section 4 uses 25 for all that it compares
 
@@ -54,7 +56,8 @@ class MaskOptions:
 
     Attributes:
         mode: "single" (one evaluation at the noise level of `strength`), "trajectory" (both conditions are denoised and
-            compared at the last step) or "none" (ITO then preserves everywhere, Eq. 3; other methods do not blend).
+            compared at the last step) or "none" (ITO then preserves everywhere, Eq. 3; other methods do not blend). None is the
+            method's own, see `mask_mode`.
         seeds: noises that the difference is averaged over.
         strength: where the comparison starts, share of the steps; None is what the checkpoint recommends, else 0.5.
         guided: compare predictions after guidance.
@@ -63,7 +66,7 @@ class MaskOptions:
         threshold: cells above it are edited; None is 0.5 for clamp, and for minmax what the checkpoint recommends, else 0.1.
     """
 
-    mode: str = "single"
+    mode: str | None = None
     seeds: int = 10
     strength: float | None = None
     guided: bool = True
@@ -110,6 +113,14 @@ class Options:
         kept_area: normalise the preservation loss by the kept area.
         composite: "none"; "latent" (source latent outside the mask at the end); "pixel" (feathered paste of the input).
         feather: width of the pixel paste's edge, pixels.
+        cross_replace: share of p2p's steps, from the noisiest on, in which the edit takes the source's cross-attention maps.
+        self_replace: likewise of self-attention maps.
+        self_replace_cells: self-attention is replaced where a picture has at most this share of the latent's cells; the published code for
+            real pictures takes 32x32 of 64x64.
+        replacement: how tokens take each other's maps: "replace", "refine" or "auto", see `alignment.alignment`.
+        reweight: (word, factor) pairs: the maps of each such word of the prompt are multiplied while cross-attention is replaced.
+        inversion_correction: what becomes of the errors of p2p's inversion: "none" leaves them, "direct" puts the source's branch back on the
+            inversion at every step (PnP inversion).
         resize: a picture with a longer side is worked on at this size of it, pixels, and the edit is pasted back into the picture
             as it was: where there is a mask, nothing outside it changes.
     """
@@ -136,6 +147,12 @@ class Options:
     kept_area: bool = False
     composite: str = "none"
     feather: float = 4.0
+    cross_replace: float = 0.8
+    self_replace: float = 0.4
+    self_replace_cells: float = 0.25
+    replacement: str = "auto"
+    reweight: tuple[tuple[str, float], ...] = ()
+    inversion_correction: str = "direct"
     resize: int | None = None
 
     def settled(self, model: Model, steps: int, layouts: bool = False) -> Options:
@@ -163,16 +180,24 @@ class Options:
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}, expected {low:g} to {high:g}")
 
-        one_of("mask mode", self.mask.mode, ("single", "trajectory", "none"))
+        if self.mask.mode is not None:
+            one_of("mask mode", self.mask.mode, ("single", "trajectory", "none"))
         one_of("mask norm", self.mask.norm, ("minmax", "clamp"))
         if self.timestep_spacing is not None:
             one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
         one_of("guidance_path", self.guidance_path, ("inverted", "drawn"))
         one_of("inversion", self.inversion, ("source", "unconditional"))
         one_of("inversion_evaluate", self.inversion_evaluate, ("target", "source"))
+        one_of("replacement", self.replacement, REPLACEMENTS)
+        one_of("inversion_correction", self.inversion_correction, CORRECTIONS)
         one_of("composite", self.composite, ("none", "latent", "pixel"))
         within("lambda", self.lam, 0, 1)
         within("guidance_until", self.guidance_until, 0, 1)
+        within("cross_replace", self.cross_replace, 0, 1)
+        within("self_replace", self.self_replace, 0, 1)
+        within("self_replace_cells", self.self_replace_cells, 0, 1)
+        for word, factor in self.reweight:
+            within(f"reweight {word}", factor, -MAX_REWEIGHT, MAX_REWEIGHT)
         within("mask threshold", 0 if self.mask.threshold is None else self.mask.threshold, 0, 1)
         within("mask seeds", self.mask.seeds, 1, 1000)
         within("mask sigma", self.mask.sigma, 0, 1000)
@@ -208,8 +233,17 @@ class Options:
 UNMASKED = ("sdedit", "controlnet")
 ITO = ("ito",)
 MASKED = tuple(m for m in METHODS if m not in UNMASKED)
-INVERTING = ("ito", "diffedit", "controlnet-diffedit")
+INVERTING = ("ito", "diffedit", "controlnet-diffedit", "p2p")
+P2P = ("p2p",)
+LOCALISED = P2P  # they keep what the prompt leaves alone without a mask: one is used where it is given or asked for
+TEXT_ONLY = P2P  # they take no layouts
+LAYOUTS = tuple(m for m in METHODS if m not in TEXT_ONLY)
 NOISING = tuple(m for m in METHODS if m not in ITO)
+
+
+def mask_mode(method: str, asked: str | None) -> str:
+    """`MaskOptions.mode` for a method: what was asked for, else "single", or "none" for a method that needs no mask."""
+    return asked or ("none" if method in LOCALISED else "single")
 
 
 @dataclass(frozen=True)
@@ -218,6 +252,7 @@ class OptionContext:
 
     Attributes:
         lambdas: of all edits that are asked for together.
+        mask_mode: as `mask_mode` says it.
         mask_given: a mask was given, so none is estimated.
         guidance_scale: None where it is left to a checkpoint that is not loaded yet.
         inverts_with_negative: the inversion reads the negative prompt too.
@@ -231,6 +266,8 @@ class OptionContext:
     composite: str = "none"
     refine: bool = False
     resize: bool = False
+    cross_replace: float = 0.8
+    self_replace: float = 0.4
     guidance_scale: float | None = None
     inverts_with_negative: bool = False
 
@@ -256,6 +293,8 @@ class OptionContext:
             "guidance": (guided, "guidance scale 1 is without the unconditional half"),
             "a guidance image": (min(self.lambdas) < 1, "lambda 1 makes no guidance image"),
             "refinement": (self.refine, "the guidance image is not refined (--refine)"),
+            "replaced cross-attention": (self.cross_replace > 0, "cross_replace 0 replaces none"),
+            "replaced self-attention": (self.self_replace > 0, "self_replace 0 replaces none"),
             "the pixel composite or resize": (pasted, "the composite is not pixel, and nothing is resized"),
         }[need]
         return "" if fulfilled else why
@@ -285,8 +324,8 @@ USES = (
     OptionUse("options.timestep_spacing", METHODS, "--timestep-spacing"),
     OptionUse("options.guidance_until", METHODS, "--guidance-until", "guidance"),
     OptionUse("options.guidance_path", ITO, "--guidance-path", "a guidance image"),
-    OptionUse("options.control_scale", METHODS, "--control-scale", "layouts"),
-    OptionUse("options.control_scales", METHODS, needs="layouts"),
+    OptionUse("options.control_scale", LAYOUTS, "--control-scale", "layouts"),
+    OptionUse("options.control_scales", LAYOUTS, needs="layouts"),
     OptionUse("options.mask.mode", MASKED, "--mask-mode", "no given mask"),
     OptionUse("options.mask.threshold", MASKED, "--mask-threshold", "a mask to estimate"),
     OptionUse("options.mask.strength", MASKED, "--mask-strength", "a mask to estimate"),
@@ -308,6 +347,12 @@ USES = (
     OptionUse("options.inversion", INVERTING),
     OptionUse("options.inversion_scale", INVERTING),
     OptionUse("options.inversion_evaluate", INVERTING),
+    OptionUse("options.cross_replace", P2P, "--cross-replace"),
+    OptionUse("options.self_replace", P2P, "--self-replace"),
+    OptionUse("options.self_replace_cells", P2P, needs="replaced self-attention"),
+    OptionUse("options.replacement", P2P, "--replacement", "replaced cross-attention"),
+    OptionUse("options.reweight", P2P, "--reweight", "replaced cross-attention"),
+    OptionUse("options.inversion_correction", P2P, "--inversion-correction"),
     OptionUse("options.composite", MASKED, "--composite", "a mask"),
     OptionUse("options.feather", MASKED, needs="the pixel composite or resize"),
     OptionUse("options.resize", METHODS, "--resize"),

@@ -17,15 +17,17 @@ from torch import Tensor
 from ..kernels.guided_step import blend
 from ..kernels.mask_map import mask_map
 from . import images as pictures
-from .backends.base import Denoiser
+from .backends.base import Backend, Denoiser, refuse
 from .codec import Codec
 from .denoise_step import Condition, ControlInput, Sampler, joined
 from .errors import RunError
 from .model.model import Model
+from .model.module_io import CONTROLLED_UNET
 from .network import Network
-from .options import RATIOS, UNMASKED
+from .options import INVERTING, ITO, P2P, RATIOS, UNMASKED, mask_mode
 from .profile import Profile
 from .request import PreparedRequest, estimates_mask
+from .rivals import prompt_to_prompt
 from .sampling import (
     NoisedReference,
     Reference,
@@ -82,7 +84,10 @@ class Pipeline:
         self.prompt_embeds: dict[str, Tensor] = {}
         mask = o.mask.settled(model)  # a request settles it only where it estimates a mask
         assert mask.strength is not None and mask.threshold is not None
+        self.mask_mode = mask_mode(self.method, o.mask.mode)
         self.strength, self.threshold = mask.strength, mask.threshold
+        if self.method in P2P and isinstance(denoiser, Backend):  # before anything is run
+            refuse(denoiser, CONTROLLED_UNET, len(requests), height, width)
         self.network = Network(denoiser, model.schedule.prediction, max_batch, profile)
         self.model_key = [model.digest, backend, str(model.dtype), model.device.type, schedule.digest]
         self.run_stages = StageRunner(self.network, cache, profile, model.device, self.model_key).run
@@ -97,7 +102,7 @@ class Pipeline:
         self.find_masks()
         if only_mask:
             return "encode"
-        # 3. Every method but ITO: masked sampling from the noised or inverted input.
+        # 3. Every method but ITO: sampling from the noised or inverted input.
         if self.method != "ito":
             if self.inverts:
                 self.run_stages(self.inversion_of_input())
@@ -190,16 +195,16 @@ class Pipeline:
             noise = torch.stack([self._noise(members, f"mask-{i}") for i in range(o.seeds)], dim=1)
             return estimate_mask(
                 self._stacked(members, "encode"), noise, path, self._condition(members), self._condition(members, source=True),
-                uncond=self.prompt_embeds[self.options.negative_prompt], scale=self.scale, mode=o.mode,
+                uncond=self.prompt_embeds[self.options.negative_prompt], scale=self.scale, mode=self.mask_mode,
                 prediction=self.model.schedule.prediction, guided=o.guided, rounding=rounding_level(self.model.dtype),
             )  # fmt: skip
 
-        settings = [self.levels.steps, self.scale, o.mode, o.seeds, self.strength, o.guided]
+        settings = [self.levels.steps, self.scale, self.mask_mode, o.seeds, self.strength, o.guided]
 
         def key_parts(r: PreparedRequest) -> list[Any]:
             return [r.digest, self._condition_key(r), self._condition_key(r, source=True), r.request.seed, settings]
 
-        steps = 1 if o.mode == "single" else len(path) - 1
+        steps = 1 if self.mask_mode == "single" else len(path) - 1
         return self._stage("mask", self.requests, compare, key_parts, steps=steps, shape=(1, *self.shape[1:]))
 
     def inversion_of_input(self) -> Stage:
@@ -207,9 +212,11 @@ class Pipeline:
         return self._inversion("invert", "encode", self.requests, lambda r: r.digest, source=True)
 
     def sampling(self) -> Stage:
-        """Masked sampling, of every method but ITO."""
+        """Of every method but ITO: masked sampling, or the sampler of its own."""
 
         def sample(members: Requests) -> Sampler[Tensor]:
+            if self.method in P2P:
+                return (yield from self._prompt_to_prompt(members))
             source: Reference
             if self.inverts:
                 trajectory = self._trajectory(members, "invert")
@@ -218,12 +225,24 @@ class Pipeline:
                 x0, noise = self._stacked(members, "encode"), self._noise(members, "sample")
                 y = add_noise(x0, noise, self.path[0].abar)
                 source = NoisedReference(x0, noise, self.path)
-            masks = [r.mask for r in members if r.mask is not None]
             condition, uncond = self._both(members)
-            return masked_sampling(y, self.path, condition, uncond, self.scale, source=source,
-                                   mask=torch.cat(masks) if masks else None, guided=self.guided_steps)  # fmt: skip
+            return (yield from masked_sampling(y, self.path, condition, uncond, self.scale, source=source,
+                                               mask=self._mask(members), guided=self.guided_steps))  # fmt: skip
 
         return self._stage("sample", self.requests, sample)
+
+    def _prompt_to_prompt(self, members: Requests) -> Sampler[Tensor]:
+        """From the input's inversion."""
+        o, steps, trajectory = self.options, len(self.path) - 1, self._trajectory(members, "invert")
+        cross, own = (torch.stack(v).to(trajectory.device) for v in zip(*(r.aligned for r in members if r.aligned)))
+        edit, uncond = self._both(members)
+        latents = yield from prompt_to_prompt(
+            trajectory, self.path, self._condition(members, source=True), edit, uncond, self.scale, cross=cross, own=own,
+            cross_steps=int(steps * o.cross_replace), self_steps=int(steps * o.self_replace),
+            self_queries=int(o.self_replace_cells * self.shape[1] * self.shape[2]), direct=o.inversion_correction == "direct",
+            prediction=self.model.schedule.prediction, mask=self._mask(members), guided=self.guided_steps,
+        )  # fmt: skip
+        return latents[1]
 
     def guidance_image(self) -> Stage:
         """ITO with lambda 1 from random noise: more freedom than an inversion gives (METHOD section 2, row 10)."""
@@ -330,8 +349,8 @@ class Pipeline:
 
     @property
     def inverts(self) -> bool:
-        """Whether masked sampling starts from an inversion."""
-        return self.method in ("diffedit", "controlnet-diffedit")
+        """Whether sampling starts from an inversion."""
+        return self.method in INVERTING and self.method not in ITO
 
     @property
     def estimates_mask(self) -> bool:
@@ -409,6 +428,11 @@ class Pipeline:
         """(len(path), B, C, h, w) results of an inversion."""
         return torch.stack([r.results[stage] for r in members], dim=1)
 
+    def _mask(self, members: Requests) -> Tensor | None:
+        """(B, 1, h, w), or None where nothing is blended."""
+        masks = [r.mask for r in members if r.mask is not None]
+        return torch.cat(masks) if masks else None
+
     def _masks(self, members: Requests) -> Tensor:
         """(B, 1, h, w); with no mask all of the picture is preserved (ITO Eq. 3)."""
         nothing = torch.zeros(1, 1, *self.shape[1:], device=self.model.device)
@@ -436,13 +460,15 @@ class Pipeline:
         run, costs = len(self.path) - 1, {}
         denoise = run + self.guided_steps * (both - 1)
         if self.estimates_mask:
-            if o.mask.mode == "single":
+            if self.mask_mode == "single":
                 # The unconditional halves of two texts cancel (see `sampling.estimate_mask`), those of two layouts do not.
                 each = both if o.mask.guided and self.requests[0].maps else 1
             else:
                 compared = self.levels.steps - self.levels.start(self.strength)
                 each = compared * both - (0 if o.mask.guided else both - 1)
             costs["mask"] = o.mask.seeds * 2 * each
+        if self.method in P2P:  # beside each evaluation of the edit one of its source, where that needs one
+            denoise = run * 2 + self.guided_steps * (both - 1) * (1 if o.inversion_correction == "direct" else 2)
         if self.method != "ito":
             return costs | {"sample": denoise} | ({"invert": run * inversion} if self.inverts else {})
         costs |= {"invert": run * inversion, "final": denoise}

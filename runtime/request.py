@@ -18,11 +18,25 @@ from torch import Tensor
 from . import METHODS
 from . import images as pictures
 from . import layouts as layout_maps
+from .alignment import alignment
 from .codec import token_chunks
 from .errors import UsageError
 from .model.checkpoint import check_layouts, check_side
 from .model.model import Model
-from .options import ITO, STEPS, UNMASKED, USES, OptionContext, Options, OptionUse, check_uses, unused_notes
+from .options import (
+    ITO,
+    P2P,
+    STEPS,
+    TEXT_ONLY,
+    UNMASKED,
+    USES,
+    OptionContext,
+    Options,
+    OptionUse,
+    check_uses,
+    mask_mode,
+    unused_notes,
+)
 from .profile import Profile
 
 # A PIL image, a path, or an array; in a checked request a PIL image.
@@ -40,7 +54,7 @@ class EditRequest:
         method: one of `METHODS`.
         layouts: ControlNet name -> map of the picture's size, for the edited picture.
         source_layouts: the same for the picture as it is; those not given are annotated from it where that can be done.
-        mask: "L" picture of the same size, white edits; None estimates one.
+        mask: "L" picture of the same size, white edits; None estimates one, where the method needs one.
         seed: of every noise; 0 is a seed.
         steps: sampling steps; None is 50 for iedit and 25 for the others.
     """
@@ -107,6 +121,7 @@ class PreparedRequest:
         mask_picture: the given mask, at the size of the picture that was given.
         full: the picture that was given, RGB, where a smaller one is worked on (`Options.resize`).
         chunks: pieces of the tokenizer's length that the longest text has.
+        aligned: `cross` and `own` of `alignment.alignment`, for p2p.
         results: stage results by stage name.
         keys: their cache keys, of the stages that the cache keeps.
         mask: (1, 1, h, w) in [0, 1], given or estimated; None until then, and where there is none.
@@ -124,6 +139,7 @@ class PreparedRequest:
     full: Image.Image | None
     chunks: int
     source_prompt: str
+    aligned: tuple[Tensor, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
     results: dict[str, Tensor] = field(default_factory=dict)
@@ -151,7 +167,7 @@ class PreparedRequest:
 
 def estimates_mask(request: EditRequest) -> bool:
     """Whether the method uses a mask and the options let it be estimated where none is given."""
-    return request.method not in UNMASKED and request.options.mask.mode != "none"
+    return request.method not in UNMASKED and mask_mode(request.method, request.options.mask.mode) != "none"
 
 
 def option_context(
@@ -168,11 +184,13 @@ def option_context(
         request.method,
         lambdas=(o.lam,) if lambdas is None else tuple(lambdas),
         mask_given=request.mask is not None,
-        mask_mode=o.mask.mode,
+        mask_mode=mask_mode(request.method, o.mask.mode),
         layouts=bool(request.layouts),
         composite=o.composite,
         refine=o.refine,
         resize=o.resize is not None,
+        cross_replace=o.cross_replace,
+        self_replace=o.self_replace,
         guidance_scale=guidance_scale if o.guidance_scale is None else o.guidance_scale,
         inverts_with_negative=o.inversion == "unconditional" or o.inversion_scale != 1,
     )
@@ -265,6 +283,12 @@ def _check_fields(model: Model, request: EditRequest) -> None:
             raise UsageError(f"the {name} holds bytes that are no UTF-8; type it again, or set the terminal to UTF-8")
     if request.method.startswith("controlnet") and not request.layouts:
         raise UsageError(f"method {request.method} needs at least one layout (--layout pose=FILE)")
+    if request.method in TEXT_ONLY and request.layouts:
+        raise UsageError(f"method {request.method} takes no layouts; leave them out, or name a method that does")
+    if request.method in P2P and not request.source_prompt.strip():
+        raise UsageError(
+            f"method {request.method} needs a source prompt, whose attention it takes: say what the picture shows now"
+        )
     request.options.check()
     for name, _ in request.options.control_scales:
         if name not in model.controlnets:
@@ -322,6 +346,10 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         given_mask = pictures.mask_to_latent(small, latent, padded.size).to(model.device)
     source_prompt = request.source_prompt or (request.prompt if request.layouts else "")
     texts = (request.prompt, source_prompt, request.options.negative_prompt)
+    chunks = max(len(token_chunks(model, t)) for t in texts)
+    aligned, o = None, request.options
+    if request.method in P2P:
+        aligned = alignment(model, source_prompt, request.prompt, chunks, o.replacement, o.reweight)
     return PreparedRequest(
         request=request,
         size=size,
@@ -332,8 +360,9 @@ def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] |
         given_mask=given_mask,
         mask_picture=mask,
         full=full,
-        chunks=max(len(token_chunks(model, t)) for t in texts),
+        chunks=chunks,
         source_prompt=source_prompt,
+        aligned=aligned,
         notes=[
             *pictures.dropped(request.image),
             *unused_notes(context, bool(request.source_prompt), bool(request.source_layouts)),

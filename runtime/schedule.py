@@ -156,16 +156,23 @@ class Schedule:
         return Levels((*times, 0), (*(self.alphas_cumprod[t] for t in times), self.final_abar))
 
 
-def ddim_coefficients(abar_from: float, abar_to: float, prediction: str = "epsilon") -> tuple[float, float]:
+def ddim_coefficients(
+    abar_from: float, abar_to: float, prediction: str = "epsilon", eta: float = 0.0
+) -> tuple[float, float]:
     """`(c_x, c_out)` of the DDIM step `x_to = c_x * x_from + c_out * output` (ITO Eqs. 1 and 2), in float64.
 
     With x_from = a x0 + b eps and x_to = A x0 + B eps (a, A: roots of abar; b, B: of 1 - abar) both are linear in what the
     network predicts. For v and sample no term divides by a, so they also start from pure noise (abar_from 0).
 
+    With `eta` they are those of the mean of x_to, around which fresh noise of standard deviation `ddim_sigma` lies
+    (DDIM, arXiv:2010.02502, Eq. 12; 1 is DDPM's): B is then the root of 1 - abar - sigma^2.
+
     Raises:
         ValueError: another prediction type.
     """
-    a, b, to_a, to_b = math.sqrt(abar_from), math.sqrt(1 - abar_from), math.sqrt(abar_to), math.sqrt(1 - abar_to)
+    sigma = ddim_sigma(abar_from, abar_to, eta)
+    a, b, to_a = math.sqrt(abar_from), math.sqrt(1 - abar_from), math.sqrt(abar_to)
+    to_b = math.sqrt(max(0.0, 1 - abar_to - sigma**2))
     if prediction == "epsilon":
         c_x = math.sqrt(abar_to / abar_from)
         return c_x, to_b - c_x * b
@@ -174,6 +181,11 @@ def ddim_coefficients(abar_from: float, abar_to: float, prediction: str = "epsil
     if prediction == "sample":  # eps = (x - a x0) / b
         return to_b / b, to_a - to_b * a / b
     raise ValueError(f"ddim_coefficients: prediction is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+
+
+def ddim_sigma(abar_from: float, abar_to: float, eta: float) -> float:
+    """Standard deviation of the fresh noise of a step to less noise (DDIM Eq. 16): 0 for `eta` 0, and to a clean level of abar 1."""
+    return 0.0 if eta == 0 else eta * math.sqrt((1 - abar_to) / (1 - abar_from) * (1 - abar_from / abar_to))
 
 
 def to_epsilon(output: Tensor, x: Tensor, abar: float, prediction: str) -> Tensor:

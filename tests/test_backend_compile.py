@@ -81,6 +81,29 @@ def test_the_last_compilation_that_is_allowed_is_told_in_a_line(tiny: Any, monke
             backend.encode_tokens(torch.randint(0, 50, (batch, 8)))
 
 
+def test_the_first_shapes_may_be_compiled_each_for_itself(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA. What a compiled graph takes for its inputs says whether it is for one shape or for many."""
+    compile_, batches = torch.compile, []
+
+    def traced(graph: Any, inputs: Any) -> Any:
+        symbolic = any(isinstance(i, torch.SymInt) for i in inputs)
+        (batch,) = {i.shape[0] for i in inputs if torch.is_tensor(i) and i.dtype == torch.int64 and i.ndim == 2} - {1}
+        batches.append("any" if symbolic else batch)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, fullgraph, dynamic, **_: compile_(f, fullgraph=fullgraph, dynamic=dynamic, backend=traced),
+    )
+    torch._dynamo.reset()
+    backend, eager = CompileBackend(tiny, static_shapes=2), TorchBackend(tiny)
+    for batch in (5, 3, 5, 3, 4, 6, 7, 5):
+        ids = torch.randint(0, 50, (batch, 8))
+        assert torch.equal(backend.encode_tokens(ids), eager.encode_tokens(ids))
+    assert batches == [5, 3, "any"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_six_layout_sets_at_four_batches_and_three_sizes_run_in_one_process(

@@ -24,7 +24,7 @@ from iedit.runtime.editor import METHODS, EditRequest, EditResult, MaskOptions, 
 from iedit.runtime.editor import Editor as RealEditor
 from iedit.runtime.errors import Cancelled, RunError, UsageError
 from iedit.runtime.model.model import load_model
-from iedit.runtime.options import ItoSettings
+from iedit.runtime.options import LOCALISED, UNMASKED, ItoSettings
 from iedit.runtime.pipeline import Pipeline
 from iedit.runtime.profile import Profile, Progress
 from iedit.runtime.stage_cache import StageCache, tensor_digest
@@ -65,7 +65,7 @@ def test_every_method_returns_what_it_declares(
 ) -> None:
     result = editor.edit(ask(picture(0, size), method))
     assert result.image.mode == "RGB" and result.image.size == size
-    masked = method not in ("sdedit", "controlnet")
+    masked = method not in (*UNMASKED, *LOCALISED)
     assert (result.mask is not None) == masked
     if result.mask is not None:
         assert result.mask.mode == "L" and result.mask.size == size

@@ -216,6 +216,33 @@ def test_an_engine_that_fails_at_its_third_call_is_left_for_torch_once(
     assert made[0].calls == 3 and "CUDA error: an illegal access" in reasons(other, "onnx")
 
 
+@pytest.mark.parametrize("module", ["unet", "vae_decoder", "text_encoder"])
+def test_an_engine_that_overflows_is_left_for_torch(
+    tiny: Any,
+    tiny_engines: Path,
+    request_: EditRequest,
+    exact: EditResult,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+) -> None:
+    """As one in half precision may at any call."""
+    call = OnnxBackend._run
+    calls = []
+
+    def overflowing(self: Any, name: str, *more: Any, **options: Any) -> Any:
+        outputs = call(self, name, *more, **options)
+        calls.append(name)
+        if name == module and calls.count(name) > (module == "unet"):
+            outputs[0, ..., -1] = float("inf")
+        return outputs
+
+    monkeypatch.setattr(OnnxBackend, "_run", overflowing)
+    result = Editor(tiny, load_backend("auto", tiny, tiny_engines)).edit(request_)
+    says_the_same(result, exact)
+    assert "it failed: its answer holds NaN or infinity" in reasons(result, "onnx")
+    assert calls.count(module) == 1 + (module == "unet")
+
+
 def test_an_engine_by_name_never_steps_down(
     tiny: Any, tiny_engines: Path, request_: EditRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -619,6 +619,23 @@ def test_auto_without_engines_is_torch_and_says_why(tiny: Any, tmp_path: Path, p
     assert "there are no ONNX engines in it" in result.profile.fallbacks[("all", "onnx")][0]
 
 
+def test_a_method_that_changes_attention_is_refused_before_anything_is_run_and_auto_gives_it_to_torch(
+    tiny: Any, backend: OnnxBackend, picture: Any
+) -> None:
+    source, prompt = "a red car on grass at noon", "a blue car on grass at noon"
+    asked, seen = EditRequest(picture(0), prompt, source, "p2p", steps=3), list[Any]()
+    with pytest.raises(UsageError, match=r"'onnx' cannot run unet with attention control: .*--backend torch, or auto"):
+        Editor(tiny, backend).edit(asked, seen.append)
+    assert seen == []
+    result = Editor(tiny, FallbackBackend([backend, TorchBackend(tiny)], tiny.vae_scale_factor)).edit(asked)
+    wanted = Editor(tiny, TorchBackend(tiny)).edit(asked)
+    assert (result.latent - wanted.latent).abs().max() < 1e-4 * wanted.latent.abs().max()
+    ran = result.receipt["backend"]
+    assert ran["modules"]["vae_encoder"] == ["onnx"] and sorted(ran["modules"]["unet"]) == ["onnx", "torch"]
+    (why,) = [f for f in ran["fallbacks"] if f["module"] == "unet with attention control"]
+    assert why["backend"] == "onnx" and "the attention of an engine is fixed" in why["reasons"][0]
+
+
 def test_several_threads_share_a_backend(tiny: Any, built: tuple[Path, list[EngineSpec]]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -77,6 +77,8 @@ METHODS = {
         Method("diffedit", "diffedit", TEXT_KINDS),
         Method("sdedit", "sdedit", TEXT_KINDS),
         Method("iedit", "iedit", TEXT_KINDS),
+        Method("p2p", "p2p", TEXT_KINDS),
+        Method("p2p without correction", "p2p", TEXT_KINDS, {"inversion_correction": "none"}),
         Method("controlnet", "controlnet", LAYOUT_KINDS),
         Method("controlnet-diffedit", "controlnet-diffedit", LAYOUT_KINDS),
         Method("round trip of the target", "", KINDS),

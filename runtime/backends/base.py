@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..denoise_step import Condition, Transition
 from ..errors import IeditError, UsageError, first_line
+from ..model.module_io import CONTROLLED_UNET
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ class Backend(Denoiser, Modules, Protocol):
 
 
 def unet_module(condition: Condition) -> str:
-    """The name of the module that answers for a condition: "unet", or "unet+pose+scribble", names sorted."""
+    """The name of the module that answers for a condition: "unet", or "unet+pose+scribble", names sorted; `CONTROLLED_UNET` with control
+    of attention."""
+    if condition.attention is not None:
+        return CONTROLLED_UNET
     return "+".join(["unet", *sorted(c.name for c in condition.controls)])
 
 

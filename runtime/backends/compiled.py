@@ -1,9 +1,13 @@
 """torch.compile: a model's networks as fused kernels; on CUDA each denoising step is one replay of a CUDA graph.
 
 The UNet and the ControlNets of a condition are one function, with the control embeddings, their scales and the per-sample timesteps as
-inputs, so another prompt, scale or level does not compile again. Shapes are dynamic: one function serves all sizes and numbers of samples but
-for what Dynamo takes for a constant, a batch of one among it, which makes three or four compilations of each set of layouts: six sets at four
-numbers of samples and three sizes, 72 shapes, are 21. Compiling is not part of what a step costs: such calls are cold in the profile.
+inputs, so another prompt, scale or level does not compile again. Compiling is not part of what a step costs: such calls are cold in the profile.
+What compiles when:
+
+- On a CPU shapes are dynamic: one function serves all sizes and numbers of samples but for what Dynamo takes for a constant, a batch of one
+  among it, which makes three or four compilations of each set of layouts: six sets at four numbers of samples and three sizes, 72 shapes, are 21.
+- On CUDA the first `STATIC_SHAPES` shapes of a module are compiled each for itself, because with dynamic shapes Inductor does without its
+  channels-last convolutions; those are the shapes of an edit, over and over. What comes after them shares a dynamic function as on a CPU.
 
 On CUDA a step's graph holds the network, the guidance, the DDIM step, the blend and the ITO update (`step`), recorded when
 an outline of inputs comes for the second time. Where recording fails the compiled functions run without, and the profile says why.
@@ -22,8 +26,9 @@ from torch import Tensor
 from ..denoise_step import Condition, Transition, joined
 from ..errors import RunError
 from ..model.model import Model
+from ..model.module_io import CONTROLLED_UNET
 from ..profile import module_call
-from .base import BackendOptions, unet_module
+from .base import BackendOptions, refuse, unet_module
 from .cuda_graphs import CudaGraphCache, capture
 from .torch_modules import PreparedCondition, TorchModules, summed_residuals
 
@@ -50,6 +55,7 @@ class CompileBackend(TorchModules):
 
     Args:
         graphs: CUDA graphs of the model's device; by default new ones, which record on CUDA and nowhere else.
+        static_shapes: how many shapes of a module are compiled each for itself; by default `STATIC_SHAPES` on CUDA and none elsewhere.
     """
 
     name = "compile"
@@ -62,16 +68,26 @@ class CompileBackend(TorchModules):
         attention: str = "sdpa",
         channels_last: bool = False,
         graphs: CudaGraphCache | None = None,
+        static_shapes: int | None = None,
     ):
         super().__init__(model, attention=attention, channels_last=channels_last)
         on_cuda = model.device.type == "cuda"
         self.graphs = graphs or CudaGraphCache(model.device, capture=capture if on_cuda else None)
+        self.static_shapes = (STATIC_SHAPES if on_cuda else 0) if static_shapes is None else static_shapes
         self._compiled: dict[str, Callable[..., Tensor]] = {}
+
+    def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
+        """See `base.Backend`."""
+        if module == CONTROLLED_UNET:
+            return [
+                "its functions are compiled without control of attention, which this method needs; use --backend torch, or auto"
+            ]
+        return super().why_not(module, batch, height, width)
 
     def _function(self, module: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`function` compiled, the first that came for the module."""
         if module not in self._compiled:
-            self._compiled[module] = compiled(function)
+            self._compiled[module] = compiled(function, self.static_shapes)
         return self._compiled[module]
 
     def _call(
@@ -113,6 +129,7 @@ class CompileBackend(TorchModules):
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `base.Denoiser`."""
+        refuse(self, unet_module(condition), len(x), *x.shape[-2:])
         prepared = self.prepared(condition)
         inputs = (x.to(self.dtype), t, prepared.prompt_embeds, *_controls(prepared))
         return self._run(unet_module(condition), self._unet(condition), *inputs)
@@ -122,7 +139,7 @@ class CompileBackend(TorchModules):
         self, t: Sequence[Tensor], condition: Condition, transitions: Sequence[Transition]
     ) -> list[tuple[Tensor, Tensor]] | None:
         """See `base.Stepper`; None where there are no graphs, or a state is carried from step to step."""
-        if not self.graphs.enabled or not all(s.stateless for s in transitions):
+        if not self.graphs.enabled or condition.attention is not None or not all(s.stateless for s in transitions):
             return None
         prepared, module = self.prepared(condition), unet_module(condition)
 
@@ -170,15 +187,33 @@ def _controls(prepared: PreparedCondition) -> tuple[list[Tensor], list[Tensor]]:
 _LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` by Inductor: whole or an error, never half of it in eager."""
-    # freezing: weights are constants, repacked for the kernels that read them.
-    made = torch.compile(function, fullgraph=True, dynamic=True, options={"freezing": True})
+# Shapes of a module that are compiled each for itself on CUDA: an edit without layouts calls the UNet with three or four numbers of samples at
+# one size. Each has its own copy of the convolutions' weights where they are not channels-last already (`channels_last`).
+STATIC_SHAPES = 4
+
+
+def compiled(function: Callable[..., Tensor], static_shapes: int = 0) -> Callable[..., Tensor]:
+    """`function` by Inductor: whole or an error, never half of it in eager.
+
+    Args:
+        function: of tensors and lists of tensors.
+        static_shapes: so many first shapes of the inputs are compiled each for itself, all others with dynamic shapes.
+    """
+
+    def made(dynamic: bool) -> Callable[..., Tensor]:
+        # freezing: weights are constants, repacked for the kernels that read them.
+        return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"freezing": True})
+
+    any_shape, one_shape = made(True), made(False)
+    static: set[tuple[torch.Size, ...]] = set()
 
     def call(*inputs: Any) -> Tensor:
+        shape = tuple(t.shape for i in inputs for t in (i if isinstance(i, list) else [i]))
+        if len(static) < static_shapes:
+            static.add(shape)
         try:
             with torch._dynamo.config.patch(_LIMITS):  # 10 microseconds
-                output: Tensor = made(*inputs)
+                output: Tensor = (one_shape if shape in static else any_shape)(*inputs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise RunError(
                 f"torch.compile: this process has compiled a module {_LIMITS['recompile_limit']} times, for as many kinds of shapes, and "

@@ -79,6 +79,8 @@ class TorchBackend(TorchModules):
                 yield outputs
 
         added = summed_residuals(residuals())
+        if prepared.control is not None:
+            added["cross_attention_kwargs"] = {"control": prepared.control}
         with module_call("unet", self.name, len(x), device=x.device):
             output: Tensor = self.unet(x, t, prompt_embeds, return_dict=False, **added)[0].float()
         return output

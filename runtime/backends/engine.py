@@ -114,6 +114,8 @@ class EngineBackend:
     def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
         """See `base.Backend`. A fused UNet needs the engines of its control embeddings too. A batch that is too large for the engines is run
         in several calls (`pieces`)."""
+        if module == module_io.CONTROLLED_UNET:
+            return ["the attention of an engine is fixed, and this method changes it; use --backend torch, or auto"]
         parts = (module, *module_io.control_embedding_modules(module))
         return [why for part in parts for why in self._why_not(part, batch, height, width)]
 

@@ -5,13 +5,14 @@ Why the backends before it could not goes to the running profile, once, and from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from .. import profile
 from ..denoise_step import Condition
-from ..errors import Cancelled, UsageError
+from ..errors import Cancelled, RunError, UsageError
 from ..model.module_io import CONTROLNET_PREFIX
 from .base import Backend, described, out_of_memory, unet_module
 
@@ -19,8 +20,8 @@ from .base import Backend, described, out_of_memory, unet_module
 class FallbackBackend:
     """The first backend of several that can run a module at a shape. The last one must be able to run everything.
 
-    A backend that can and then fails (its engine cannot be loaded, a provider is not there, the device refuses) steps down too: the
-    next one answers that call, and the module is not given to it again. Where memory runs out the caller makes smaller
+    A backend that can and then fails (its engine cannot be loaded, a provider is not there, the device refuses, its answer is not finite) steps
+    down too: the next one answers that call, and the module is not given to it again. Where memory runs out the caller makes smaller
     batches first; only one sample that does not fit is a failure.
 
     Args:
@@ -59,7 +60,12 @@ class FallbackBackend:
             try:
                 reasons = reasons or backend.why_not(module, batch, height, width)
                 if not reasons:
-                    return call(backend)
+                    output = call(backend)
+                    # On a GPU to look is to wait for the call, which leaves it idle for the tens of microseconds until the next one is
+                    # launched; an engine's call takes milliseconds.
+                    if math.isfinite(output.sum().item()):
+                        return output
+                    raise RunError("its answer holds NaN or infinity")
             except Cancelled:
                 raise
             except UsageError as error:  # refused at a closer look: of this call only

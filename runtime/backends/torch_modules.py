@@ -16,12 +16,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..denoise_step import Condition, IdentityCache
+from ..denoise_step import AttentionControl, Condition, IdentityCache
 from ..errors import UsageError
 from ..model.model import Model
 from .base import described, missing
 
 ATTENTION = ("sdpa", "xformers")
+
+
+@dataclass(frozen=True)
+class PreparedControl:
+    """An `AttentionControl` as the attention processors take it.
+
+    Attributes:
+        edited, sources: (n,) int64, the samples that are edited, and of each its source.
+        whose: (B,) int64, whose self-attention map each sample takes.
+        cross, own: (n, L, L) and (B, L, 1) of the networks' dtype; L counts the text's tokens.
+        self_queries: as of `AttentionControl`.
+    """
+
+    edited: Tensor
+    sources: Tensor
+    whose: Tensor
+    cross: Tensor
+    own: Tensor
+    self_queries: int
+
+    @staticmethod
+    def of(control: AttentionControl, dtype: torch.dtype) -> PreparedControl:
+        edited = control.edited.nonzero().flatten()
+        whose = torch.arange(len(control.edited), device=edited.device) - control.edited.long()
+        return PreparedControl(edited, edited - 1, whose, control.cross[edited].to(dtype),
+                               control.own.unsqueeze(-1).to(dtype), control.self_queries)  # fmt: skip
 
 
 @dataclass
@@ -33,6 +59,7 @@ class PreparedCondition:
         prompt_embeds: (B, L, D) in the networks' dtype.
         control_embeddings: ControlNet name -> (B, C0, h, w) embedding of the layout.
         scales: ControlNet name -> its scale, a scalar tensor.
+        control: of the UNet's attention maps.
         keys_values: attention module -> its keys and values of the text, (B, L, inner) each; filled at the first step.
     """
 
@@ -40,6 +67,7 @@ class PreparedCondition:
     prompt_embeds: Tensor
     control_embeddings: dict[str, Tensor]
     scales: dict[str, Tensor]
+    control: PreparedControl | None = None
     keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -61,8 +89,18 @@ class Attention:
         self.current, self.attention = current, attention
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        control: PreparedControl | None = None,
+        **_: Any,
     ) -> Tensor:
+        """See diffusers; `control` comes through the UNet's `cross_attention_kwargs`.
+
+        Maps are never formed: as `(P @ M) @ V = P @ (M @ V)`, what is injected is an attention of the source's queries and keys to values
+        that were moved, in place of maps that were.
+        """
         query = attn.to_q(hidden_states)
         if encoder_hidden_states is None:
             key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
@@ -72,16 +110,29 @@ class Attention:
             key, value = kept or (attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
             if prepared is not None:
                 prepared.keys_values[id(attn)] = (key, value)
+        if control is None:
+            mixed = self._mix(attn, query, key, value)
+        elif encoder_hidden_states is None:
+            whose = control.whose if query.shape[1] <= control.self_queries else slice(None)
+            mixed = self._mix(attn, query[whose], key[whose], value)
+        else:
+            mixed = self._mix(attn, query, key, value * control.own)
+            source, edited = control.sources, control.edited
+            mixed[edited] += self._mix(attn, query[source], key[source], control.cross @ value[edited])
+        mixed = attn.to_out[0](mixed)
+        return (mixed + hidden_states if attn.residual_connection else mixed) / attn.rescale_output_factor
+
+    def _mix(self, attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, N, inner), (B, M, inner) and (B, M, inner) -> (B, N, inner), in heads."""
         query, key, value = (v.unflatten(-1, (attn.heads, -1)) for v in (query, key, value))
         if self.attention == "xformers":
             from xformers.ops import memory_efficient_attention
 
-            mixed = memory_efficient_attention(query, key, value)
+            mixed: Tensor = memory_efficient_attention(query, key, value)
         else:
             query, key, value = (v.transpose(1, 2) for v in (query, key, value))
             mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-        mixed = attn.to_out[0](mixed.flatten(2))
-        return (mixed + hidden_states if attn.residual_connection else mixed) / attn.rescale_output_factor
+        return mixed.flatten(2)
 
     @staticmethod
     def takes(attn: Any) -> bool:
@@ -215,7 +266,8 @@ class TorchModules:
         embeddings = {c.name: self.control_embedding(c.name, c.image) for c in condition.controls}
         prompt_embeds = condition.prompt_embeds.to(self.dtype)
         scales = {c.name: prompt_embeds.new_tensor(c.scale) for c in condition.controls}
-        return PreparedCondition(condition, prompt_embeds, embeddings, scales)
+        control = None if condition.attention is None else PreparedControl.of(condition.attention, self.dtype)
+        return PreparedCondition(condition, prompt_embeds, embeddings, scales, control)
 
     @torch.no_grad()
     def control_embedding(self, name: str, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from .. import BACKENDS
 from ..errors import UsageError
 from ..files import check_outputs, printable, write_outputs
 from ..model.checkpoint import MAX_INNER_STEPS
-from ..options import UNMASKED
+from ..options import CORRECTIONS, REPLACEMENTS, UNMASKED, mask_mode
 from ..presets import PRESETS
 from . import params
 from .help import Choice, Grouped
@@ -35,6 +35,16 @@ edit_options = params.together([
     params.method_option("--ratio", type=params.Between(0, 1, min_open=True), default=None,
                   help="Share of the steps that the other methods noise the picture by. Default: the method's own."),
     params.method_option("--refine", is_flag=True, help="Refine the guidance image with the input (ITO A.5)."),
+    params.method_option("--cross-replace", type=params.Between(0, 1), default=0.8, show_default=True,
+                  help="Share of the steps in which the edit takes the source's cross-attention maps: where each word looks."),
+    params.method_option("--self-replace", type=params.Between(0, 1), default=0.4, show_default=True,
+                  help="Share of the steps in which it takes the source's self-attention maps: which parts belong together."),
+    params.method_option("--replacement", type=Choice(REPLACEMENTS), default="auto", show_default=True,
+                  help="replace: word for word; refine: only the words that both prompts have; auto: replace for equally many words."),
+    params.method_option("--reweight", multiple=True, callback=params.factors, metavar="WORD=FACTOR",
+                  help="Weight of a word of the prompt; repeat for more."),
+    params.method_option("--inversion-correction", type=Choice(CORRECTIONS), default="direct", show_default=True,
+                  help="What becomes of the inversion's errors: direct puts the source back on it at every step."),
     params.method_option("--composite", type=Choice(["none", "latent", "pixel"]), default="none", show_default=True,
                   help="pixel leaves everything outside the mask exactly as it was."),
     click.option("--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ..."),
@@ -77,6 +87,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     sdedit               noises the picture and repaints all of it
     diffedit             inverts the picture and repaints inside the mask
     controlnet           sdedit with layouts; controlnet-diffedit: diffedit with layouts
+    p2p                  inverts the picture and denoises it with the attention of the source prompt (Prompt-to-prompt)
 
     The output PNG carries a receipt; `iedit replay OUT.png` makes it again. Exit code 2: it cannot be done as asked, and
     nothing was written. 1: it failed while running; nothing was written but what the error says.
@@ -156,8 +167,8 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
     check_outputs([target], [], params.files_read(image, values), overwrite)
     if values["method"] in UNMASKED:
         raise UsageError(f"method {values['method']} uses no mask; name one that does, such as --method ito")
-    if values["mask_mode"] == "none":
-        raise UsageError("--mask-mode none estimates no mask; use single or trajectory")
+    if mask_mode(values["method"], values["mask_mode"]) == "none":
+        raise UsageError("--mask-mode none, which is p2p's default, estimates no mask; use single or trajectory")
     params.check_given(values)
     inputs = params.read_inputs(image, values)
     with live_progress(values["model"]) as tell:

@@ -15,8 +15,8 @@ import click
 
 from .. import BACKENDS, METHODS, machine
 from ..errors import UsageError
-from ..model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_SIDE, MIN_SIDE, check_engines
-from ..options import SPACINGS, USES, OptionContext, check_uses, used_by
+from ..model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_REWEIGHT, MAX_SIDE, MIN_SIDE, check_engines
+from ..options import P2P, SPACINGS, TEXT_ONLY, USES, OptionContext, check_uses, mask_mode, used_by
 from ..presets import PRESETS, with_preset
 from .help import Choice
 from .live import quiet_libraries
@@ -46,17 +46,35 @@ class Between(click.FloatRange):
         return number
 
 
-def pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+def pairs(
+    ctx: click.Context,
+    parameter: click.Parameter,
+    values: tuple[str, ...],
+    wanted: str = "NAME=FILE, for example pose=skeleton.png",
+) -> dict[str, str]:
     """NAME=FILE, given any number of times, as a mapping of name to file."""
     paths: dict[str, str] = {}
     for value in values:
         name, sign, path = value.partition("=")
         if not sign or not name or not path:
-            raise click.BadParameter(f"{value!r}: expected NAME=FILE, for example pose=skeleton.png")
+            raise click.BadParameter(f"{value!r}: expected {wanted}")
         if name in paths:
             raise click.BadParameter(f"{name} is given twice")
         paths[name] = path
     return paths
+
+
+def factors(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    """WORD=FACTOR, given any number of times, as pairs."""
+    found: dict[str, float] = {}
+    for word, text in pairs(ctx, parameter, values, "WORD=FACTOR, for example red=2").items():
+        try:
+            found[word] = float(text)
+        except ValueError:
+            raise click.BadParameter(f"{word}={text}: {text!r} is no number") from None
+        if not -MAX_REWEIGHT <= found[word] <= MAX_REWEIGHT:
+            raise click.BadParameter(f"{word}={text}: expected {-MAX_REWEIGHT:g} to {MAX_REWEIGHT:g}")
+    return tuple(found.items())
 
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -120,8 +138,8 @@ request_options = together([
     method_option("--control-scale", type=Between(0, MAX_CONTROL), default=1.0, show_default=True, help="Weight of the layouts."),
     click.option("--resize", type=click.IntRange(MIN_SIDE, MAX_SIDE), default=None, metavar="N",
                  help="Work on a larger picture with its longer side at N pixels, and paste the edit back at full size."),
-    method_option("--mask-mode", type=Choice(["single", "trajectory", "none"]), default="single", show_default=True,
-                 help="How the mask is estimated: one evaluation per seed, whole trajectories, or not at all."),
+    method_option("--mask-mode", type=Choice(["single", "trajectory", "none"]), default=None,
+                 help="How the mask is estimated: one evaluation per seed, whole trajectories, or not at all. Default: single; none for p2p."),
     method_option("--mask-threshold", type=Between(0, 1), default=None,
                  help="Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1."),
     method_option("--mask-strength", type=Between(0, 1, min_open=True), default=None,
@@ -144,6 +162,10 @@ speed_options = together([
 ])  # fmt: skip
 
 
+# Fields of `Options` that are options of the command line by the same name.
+RIVAL_FIELDS = ("cross_replace", "self_replace", "replacement", "reweight", "inversion_correction")
+
+
 def check_given(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> None:
     """Refuse what was given on the command line, at whatever value, and would not be used."""
     command = click.get_current_context().command
@@ -159,10 +181,12 @@ def option_context(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) ->
         values["method"],
         lambdas=tuple(lambdas),
         mask_given=bool(values.get("mask")),
-        mask_mode=values["mask_mode"],
+        mask_mode=mask_mode(values["method"], values["mask_mode"]),
         layouts=bool(values["layout"]),
         composite=values.get("composite", "none"),
         refine=values.get("refine", False),
+        cross_replace=values.get("cross_replace", 0.8),
+        self_replace=values.get("self_replace", 0.4),
         guidance_scale=values["guidance_scale"],
     )
 
@@ -194,6 +218,7 @@ def _make_options(values: dict[str, Any], lam: float) -> Options:
         guidance_path=values.get("guidance_path", "inverted"),
         composite=values.get("composite", "none"),
         resize=values["resize"],
+        **{name: values[name] for name in RIVAL_FIELDS if name in values},
     )
 
 
@@ -210,6 +235,10 @@ def read_inputs(image: str, values: dict[str, Any]) -> dict[str, Any]:
     check_engines(values["engines"])
     if not values["prompt"].strip():
         raise UsageError("the prompt is empty: say what the edited picture shows")
+    if values["method"] in P2P and not values["source_prompt"].strip():
+        raise UsageError(
+            f"method {values['method']} needs a source prompt, whose attention it takes: say what the picture shows now with --source-prompt"
+        )
     picture = load_image(image)
     inputs: dict[str, Any] = {
         "image": picture,
@@ -240,6 +269,8 @@ def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
     maps, source_maps = inputs["layouts"], inputs["source_layouts"]
     if values["method"].startswith("controlnet") and not maps:
         raise UsageError(f"method {values['method']} needs at least one layout (--layout pose=FILE)")
+    if maps and values["method"] in TEXT_ONLY:
+        raise UsageError(f"method {values['method']} takes no layouts; leave them out, or name a method that does")
     checkpoint = find_checkpoint(values["model"], values["controlnet"] or None)
     check_layouts(values["model"], checkpoint.controlnets, [*maps, *source_maps])
     image, longest = inputs["image"], values["resize"]

@@ -132,6 +132,7 @@ MAX_CONTROL = 10.0  # a ControlNet is trained at 1
 MIN_SIDE, MAX_SIDE = 8, 4096  # of a picture that is worked on, pixels
 # Of the side that a model was trained on: far above it a model repeats things, and 16 times the area takes 16 to 256 times as long.
 MAX_TIMES = 4
+MAX_REWEIGHT = 10.0  # of a word's attention: Prompt-to-prompt shows -2 to 2
 MAX_INNER_STEPS = 1000  # of ITO at one timestep; the paper's largest is 30
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 CONTROL_EMBEDDING_PREFIX = "control-embedding-"
 CONTROLNET_PREFIX = "controlnet-"
+# The UNet where a condition has control of its attention: as torch modules alone, no engine is of it.
+CONTROLLED_UNET = "unet with attention control"
 NOISY = ("sample", "timestep", "encoder_hidden_states")
 INTEGERS = ("timestep", "ids")  # int64; every other input and every output is float32
 

@@ -1,0 +1,355 @@
+"""The methods that ITO and iEdit are compared with: identities, and each written a second time or taken from diffusers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from iedit.runtime.backends.compiled import CompileBackend
+from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.codec import Codec
+from iedit.runtime.denoise_step import AttentionControl, Condition
+from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
+from iedit.runtime.errors import RunError, UsageError
+from iedit.runtime.network import Network
+from iedit.runtime.profile import Profile
+from iedit.runtime.rivals import prompt_to_prompt
+from iedit.runtime.sampling import invert, masked_sampling
+from iedit.runtime.schedule import ddim_coefficients
+
+SOURCE, PROMPT, LONGER = (
+    "a red car on grass at noon",
+    "a blue house on sand at noon",
+    "a red car and a tree on grass at noon",
+)
+SHAPE = (4, 8, 8)
+STEPS = 6
+Picture = Callable[..., Image.Image]
+
+
+class OneByOne:
+    """The network, as few samples at a time as belong together: it rounds the same in every batch."""
+
+    def __init__(self, model: Any):
+        self.inner = TorchBackend(model)
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        n = condition.together
+        pieces = [slice(i, i + n) for i in range(0, len(x), n)]
+        return torch.cat([self.inner.predict(x[p], t[p], condition.take(p)) for p in pieces])
+
+
+def ask(picture: Picture, method: str = "p2p", prompt: str = PROMPT, **more: Any) -> EditRequest:
+    options = {"guidance_scale": 5.0} | more.pop("options", {})
+    return EditRequest(picture(more.pop("scene", 0)), prompt, SOURCE, method, steps=more.pop("steps", STEPS),
+                       options=Options(**options), **more)  # fmt: skip
+
+
+def network(model: Any, denoiser: Any = None, max_batch: int = 64) -> Network:
+    return Network(denoiser or TorchBackend(model), model.schedule.prediction, max_batch, Profile())
+
+
+def told(model: Any, *texts: str) -> Condition:
+    return Condition(Codec(model).encode_text(texts))
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference in units of the largest value."""
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def disc() -> Image.Image:
+    mask = Image.new("L", (64, 64))
+    ImageDraw.Draw(mask).ellipse((12, 16, 45, 50), fill=255)
+    return mask
+
+
+# --- Prompt-to-prompt ---------------------------------------------------------------------------------------------
+
+
+class Maps:
+    """An attention processor that forms its maps, keeps them, and puts those of another run in their place."""
+
+    def __init__(self, cross: Tensor, own: Tensor, queries: int):
+        self.cross, self.own, self.queries = cross, own, queries
+        self.kept: dict[int, Tensor] = {}
+        self.injects = (False, False)  # cross-attention, self-attention
+
+    def __call__(self, attn: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (attn.head_to_batch_dim(v) for v in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
+        maps = attn.get_attention_scores(query, key)
+        cross_on, self_on = self.injects
+        if encoder_hidden_states is not None and cross_on:
+            maps = self.kept[id(attn)] @ self.cross + maps * self.own
+        elif encoder_hidden_states is None and self_on and maps.shape[1] <= self.queries:
+            maps = self.kept[id(attn)]
+        else:
+            self.kept[id(attn)] = maps
+        out: Tensor = attn.to_out[0](attn.batch_to_head_dim(maps @ value))
+        return out
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, LONGER])
+@pytest.mark.parametrize("correction", ["none", "direct"])
+@pytest.mark.parametrize("more", [{}, {"self_replace": 1.0, "cross_replace": 0.5}, {"reweight": (("noon", 2.5),)}])
+def test_p2p_is_the_paper_with_maps_that_are_formed_and_read(
+    tiny_folder: Any, picture: Picture, prompt: str, correction: str, more: dict[str, Any]
+) -> None:
+    """Source and edit one after the other through diffusers' UNet, whose maps are read from the one and put into the other."""
+    from iedit.runtime.alignment import alignment
+    from iedit.runtime.model.model import load_model
+
+    model = load_model(str(tiny_folder), [], device="cpu")
+    options = {"inversion_correction": correction, "self_replace_cells": 0.25} | more
+    result = Editor(model, TorchBackend(model)).edit(ask(picture, prompt=prompt, options=options))
+    text = {t: Codec(model).encode_text([t]) for t in (SOURCE, prompt, "")}
+    path = model.schedule.levels(STEPS).path()
+    trajectory = network(model).run(invert(result.source_latent[None], path, Condition(text[SOURCE])))
+    cross, own = alignment(model, SOURCE, prompt, 1, reweight=more.get("reweight", ()))
+    maps = Maps(cross, own, queries=16)
+    model.unet.set_attn_processor(maps)
+    assert any(p.__class__ is Maps for p in model.unet.attn_processors.values())
+    cross_steps, self_steps = int(STEPS * more.get("cross_replace", 0.8)), int(STEPS * more.get("self_replace", 0.4))
+
+    @torch.no_grad()
+    def guided(x: Tensor, t: int, prompt: str, injects: tuple[bool, bool]) -> Tensor:
+        maps.injects = (False, False)
+        kept = dict(maps.kept)
+        low: Tensor = model.unet(x, torch.tensor([t]), text[""]).sample
+        maps.kept, maps.injects = kept, injects  # the unconditional half's maps are nobody's
+        high: Tensor = model.unet(x, torch.tensor([t]), text[prompt]).sample
+        return low + 5.0 * (high - low)
+
+    x = y = trajectory[0]
+    for i, (level, cleaner) in enumerate(pairwise(path)):
+        x = trajectory[i] if correction == "direct" else x
+        c_x, c_out = ddim_coefficients(level.abar, cleaner.abar)
+        of_source = guided(x, level.timestep, SOURCE, (False, False))
+        y = c_x * y + c_out * guided(y, level.timestep, prompt, (i < cross_steps, i < self_steps))
+        x = c_x * x + c_out * of_source
+    assert gap(result.latent[None], y) < 2e-5
+    free = Editor(model, TorchBackend(model)).edit(
+        ask(picture, prompt=prompt, options=options | {"cross_replace": 0.0, "self_replace": 0.0, "reweight": ()})
+    )
+    assert gap(free.latent, result.latent) > 1e-3  # the maps matter
+
+
+def run_p2p(model: Any, trajectory: Tensor, denoiser: Any = None, max_batch: int = 64, **more: Any) -> Tensor:
+    """The sampler on a batch of two; by default with everything replaced."""
+    from iedit.runtime.alignment import alignment
+
+    pairs = [alignment(model, SOURCE, p, 1) for p in (PROMPT, LONGER)]
+    cross, own = (torch.stack(v) for v in zip(*pairs))
+    path = model.schedule.levels(STEPS).path()
+    given = {
+        "cross_steps": STEPS,
+        "self_steps": STEPS,
+        "self_queries": 64,
+        "direct": True,
+        "prediction": model.schedule.prediction,
+    }
+    sampler = prompt_to_prompt(trajectory, path, told(model, SOURCE, SOURCE), told(model, PROMPT, LONGER), told(model, "", ""), 5.0,
+                               cross=cross, own=own, **(given | more))  # fmt: skip
+    return network(model, denoiser, max_batch).run(sampler)
+
+
+@pytest.fixture(scope="module")
+def trajectory(tiny: Any) -> Tensor:
+    x0 = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return network(tiny).run(invert(x0, tiny.schedule.levels(STEPS).path(), told(tiny, SOURCE, SOURCE)))
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_p2p_that_replaces_nothing_is_plain_sampling_of_both_branches(
+    tiny: Any, trajectory: Tensor, direct: bool
+) -> None:
+    got = run_p2p(tiny, trajectory, cross_steps=0, self_steps=0, direct=direct)
+    path, low = tiny.schedule.levels(STEPS).path(), told(tiny, "", "")
+    plain = [network(tiny).run(masked_sampling(trajectory[0], path, c, low, 5.0))
+             for c in (told(tiny, SOURCE, SOURCE), told(tiny, PROMPT, LONGER))]  # fmt: skip
+    assert gap(got[1], plain[1]) < 1e-5
+    assert torch.equal(got[0], trajectory[-1]) if direct else gap(got[0], plain[0]) < 1e-5
+
+
+class Spy(OneByOne):
+    def __init__(self, model: Any):
+        super().__init__(model)
+        self.seen: list[tuple[Tensor, Condition]] = []
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        self.seen.append((x, condition))
+        return super().predict(x, t, condition)
+
+
+def test_the_source_of_direct_inversion_is_its_trajectory_bit_for_bit(tiny: Any, trajectory: Tensor) -> None:
+    spy = Spy(tiny)
+    got = run_p2p(tiny, trajectory, spy)
+    assert torch.equal(got[0], trajectory[-1])
+    assert len(spy.seen) == STEPS
+    for i, (x, condition) in enumerate(spy.seen):
+        rows = x.unflatten(0, (2, 3))  # of each picture: the unconditional half of the edit, the source, the edit
+        assert torch.equal(rows[:, 1], trajectory[i]) and torch.equal(rows[:, 0], rows[:, 2])
+        assert condition.together == 3 and condition.attention is not None
+        assert condition.attention.edited.tolist() == [False, False, True] * 2
+
+
+def test_p2p_with_the_source_prompt_and_no_guidance_reconstructs(tiny: Any, picture: Picture) -> None:
+    editor, errors = Editor(tiny, TorchBackend(tiny)), []
+    for steps in (10, 50):
+        result = editor.edit(ask(picture, prompt=SOURCE, steps=steps, options={"guidance_scale": 1.0}))
+        errors.append(gap(result.latent, result.source_latent))
+    assert errors[1] < 0.5 * errors[0]  # what is left is the error of the inversion's steps
+
+
+def test_p2p_with_the_source_prompt_and_direct_inversion_moves_only_by_the_guidance(
+    tiny: Any, picture: Picture
+) -> None:
+    """With the maps of the source in every layer the error that is left is smaller than without."""
+    editor = Editor(tiny, TorchBackend(tiny))
+    everywhere = {"cross_replace": 1.0, "self_replace": 1.0, "self_replace_cells": 1.0, "guidance_scale": 1.0}
+    held = editor.edit(ask(picture, prompt=SOURCE, options=everywhere))
+    loose = editor.edit(
+        ask(picture, prompt=SOURCE, options={"cross_replace": 0.0, "self_replace": 0.0, "guidance_scale": 1.0})
+    )
+    assert gap(held.latent, held.source_latent) < gap(loose.latent, loose.source_latent)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("max_batch", [1, 4, 5, 7])
+def test_what_belongs_together_is_never_split(tiny: Any, trajectory: Tensor, direct: bool, max_batch: int) -> None:
+    want = run_p2p(tiny, trajectory, OneByOne(tiny), direct=direct)
+    spy = Spy(tiny)
+    assert torch.equal(run_p2p(tiny, trajectory, spy, max_batch, direct=direct), want)
+    size = 3 if direct else 4
+    assert {len(x) for x, _ in spy.seen} <= {size, 2 * size}
+    assert len(spy.seen) == STEPS * (2 if max_batch < 2 * size else 1)
+
+
+def test_memory_that_runs_out_halves_to_one_edit_and_no_further(tiny: Any, trajectory: Tensor) -> None:
+    class Small(Spy):
+        fits = 3
+
+        def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            if len(x) > self.fits:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().predict(x, t, condition)
+
+    small = Small(tiny)
+    assert torch.equal(run_p2p(tiny, trajectory, small), run_p2p(tiny, trajectory, OneByOne(tiny)))
+    assert {len(x) for x, _ in small.seen} == {3}
+    small.fits = 2
+    with pytest.raises(RunError, match=r"one edit, which takes 3 samples together, of .* does not fit"):
+        run_p2p(tiny, trajectory, small)
+
+
+def test_conditions_with_other_control_share_no_call(tiny: Any) -> None:
+    a = told(tiny, SOURCE, PROMPT)
+    length = a.prompt_embeds.shape[1]
+    control = AttentionControl(torch.tensor([False, True]), torch.zeros(2, length, length), torch.ones(2, length), 16)
+    b = dataclasses.replace(a, attention=control, together=2)
+    assert a.batching_key != b.batching_key != dataclasses.replace(b, together=4).batching_key
+    both = Condition.cat([a, b])
+    assert both.together == 2 and both.attention is not None
+    assert both.attention.edited.tolist() == [False, False, False, True]
+    assert both.attention.own[:2].eq(1).all() and not both.attention.cross[:2].any()
+    # Samples that are not edited keep their maps: what is computed of them is what is computed without control.
+    x, t = torch.randn(4, *SHAPE), torch.full((4,), 300)
+    backend = TorchBackend(tiny)
+    torch.testing.assert_close(
+        backend.predict(x, t, both)[:3], backend.predict(x, t, Condition.cat([a, a]))[:3], rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"inversion_correction": "none", "replacement": "refine", "reweight": (("a", 2.0),)}]
+)
+def test_a_batch_of_p2p_is_its_single_runs(
+    tiny: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    encode = Codec.encode
+    monkeypatch.setattr(Codec, "encode", lambda self, x, note=None: torch.cat([encode(self, i) for i in x.split(1)]))
+    requests = [ask(picture, options=options), ask(picture, prompt=LONGER, scene=1, options=options),
+                ask(picture, prompt="a green tree on snow", scene=2, options=options)]  # fmt: skip
+    together = Editor(tiny, OneByOne(tiny)).edit_many(requests)
+    assert len({id(r.profile) for r in together}) == 1
+    for asked, result in zip(requests, together, strict=True):
+        assert torch.equal(result.latent, Editor(tiny, OneByOne(tiny)).edit(asked).latent)
+    for asked, result in zip(requests, Editor(tiny, TorchBackend(tiny)).edit_many(requests), strict=True):
+        assert gap(result.latent, Editor(tiny, TorchBackend(tiny)).edit(asked).latent) < 1e-4
+
+
+def test_a_weight_of_one_is_no_change_and_another_is_one(editor: Editor, picture: Picture) -> None:
+    plain, one, three = (
+        editor.edit(ask(picture, options={"reweight": words})).latent
+        for words in ((), (("blue", 1.0), ("house", 1.0)), (("house", 3.0),))
+    )
+    assert torch.equal(plain, one) and gap(three, plain) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"composite": "pixel"}])
+def test_p2p_blends_where_a_mask_is_given_or_asked_for(
+    editor: Editor, picture: Picture, options: dict[str, Any]
+) -> None:
+    free = editor.edit(ask(picture))
+    assert free.mask is None and "mask" not in free.profile.evaluations
+    empty = editor.edit(ask(picture, mask=Image.new("L", (64, 64)), options=options))
+    assert torch.equal(empty.latent, empty.source_latent)
+    whole = editor.edit(ask(picture, mask=Image.new("L", (64, 64), 255)))
+    assert torch.equal(whole.latent, free.latent)
+    part = editor.edit(ask(picture, mask=disc(), options=options))
+    assert not torch.equal(part.latent, free.latent) and not torch.equal(part.latent, part.source_latent)
+    found = editor.edit(ask(picture, options={"mask": MaskOptions(mode="single", seeds=2)}))
+    assert found.mask is not None and found.profile.evaluations["mask"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "sample"),
+    [
+        ({}, 3 * STEPS),
+        ({"inversion_correction": "none"}, 4 * STEPS),
+        ({"guidance_scale": 1.0}, 2 * STEPS),
+        ({"guidance_until": 0.5}, 3 * STEPS // 2 + 2 * STEPS // 2),
+        ({"ratio": 0.5}, 3 * STEPS // 2),
+    ],
+)
+def test_what_p2p_costs(editor: Editor, picture: Picture, options: dict[str, Any], sample: int) -> None:
+    profile = editor.edit(ask(picture, options=options)).profile
+    assert profile.evaluations["sample"] == sample and profile.expected == sum(profile.evaluations.values())
+    assert editor.edit(ask(picture, options=options)).profile.cached == ["encode", "invert"]
+
+
+def test_a_compiled_function_says_why_it_cannot_before_anything_is_run(tiny: Any, picture: Picture) -> None:
+    seen: list[Any] = []
+    with pytest.raises(
+        UsageError, match=r"backend 'compile' cannot run unet with attention control: .*--backend torch, or auto"
+    ):
+        Editor(tiny, CompileBackend(tiny)).edit(ask(picture), seen.append)
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"source_prompt": " "}, "needs a source prompt"),
+        ({"layouts": {"pose": Image.new("RGB", (64, 64))}}, "method p2p takes no layouts"),
+        ({"options": Options(reweight=(("boat", 2.0),))}, "no word 'boat'; its words are a, blue, house"),
+        ({"options": Options(reweight=(("blue", 200.0),))}, "reweight blue is 200.0, expected -10 to 10"),
+        ({"options": Options(reweight=(("blue", 2.0),), cross_replace=0.0)}, "--reweight: .* cross_replace 0"),
+        ({"prompt": LONGER, "options": Options(replacement="replace")}, "equally many words"),
+        ({"options": Options(replacement="swap")}, "replacement is 'swap', expected one of"),
+        ({"options": Options(inversion_correction="exact")}, "inversion_correction is 'exact'"),
+        ({"options": Options(composite="pixel")}, "--composite: it would not be used, there is no mask"),
+    ],
+)
+def test_what_p2p_cannot_do_is_a_line(editor: Editor, picture: Picture, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        editor.edit(dataclasses.replace(ask(picture), **changes))
