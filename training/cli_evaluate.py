@@ -360,8 +360,8 @@ def write_card(output: Path, reader: Path, **found: Any) -> None:
 @click.option("--kinds", default="all", show_default=True, metavar="LIST",
               help="Comma-separated: thing, colour, background (sky or ground), pose, scribble.")  # fmt: skip
 @click.option("--methods", default="all", show_default=True, metavar="LIST",
-              help="Comma-separated: ito, ito adam (the paper's update), ito lambda=1, diffedit, sdedit (text kinds), "
-                   "controlnet, controlnet-diffedit (layout kinds), round trip of the target.")  # fmt: skip
+              help="Comma-separated: ito, ito adam (the paper's update), ito lambda=1, diffedit, sdedit, iedit, p2p, "
+                   "p2p without correction (text kinds), controlnet, controlnet-diffedit (layout kinds), round trip of the target.")  # fmt: skip
 @click.option("--sheet", type=click.IntRange(0), default=0, show_default=True,
               help="Show the first so many cases of each kind and method in OUTPUT/METHOD-KIND.png.")  # fmt: skip
 @click.option("--by-things", is_flag=True, help="Scenes of one and two things in rows of their own.")
@@ -394,10 +394,13 @@ def truth(
     One method:    iedit evaluate truth --methods ito --kinds pose,scribble
     Two cores:     iedit evaluate truth --n 50 --backend onnx --processes 2
     """
+    from ..runtime.cli.params import use_threads
     from . import evaluate as machinery
     from . import truth as suite
 
     asked_kinds, asked_methods = names(suite.KINDS, kinds), names(tuple(suite.METHODS), methods)
+    if processes == 1:
+        use_threads()
     load = functools.partial(load_suite, model, reader, backend, engines)
     editor, judge = load()
     with _progress("truth") as tell:
