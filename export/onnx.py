@@ -191,7 +191,9 @@ def function(model: Model, module: str, precision: str = "fp32") -> Function:
     embedding = (zeros(batch, channels, h, w), ("batch", channels, "height", "width"))
     ids = (torch.ones((batch, length), dtype=torch.int64, device=model.device), ("batch", "length"))
     prompt_embeds = (zeros(batch, length, width), ("batch", "length", width))
-    noisy = [latent, (torch.tensor([1, 500], device=model.device), ("batch",)), prompt_embeds]
+    wide = int(model.unet.config.in_channels)  # twice the latent's for InstructPix2Pix
+    sample = (zeros(batch, wide, h, w), ("batch", wide, "height", "width"))
+    noisy = [sample, (torch.tensor([1, 500], device=model.device), ("batch",)), prompt_embeds]
     scale = (zeros(batch) + 0.5, ("batch",))
 
     def made(of: nn.Module, given: Sequence[Example], dims: tuple[str | int, ...], *outputs: str) -> Function:

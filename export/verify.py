@@ -89,7 +89,8 @@ def _inputs(
     controls = tuple(
         ControlInput(name, images.roll(i, 0), 0.5 + 0.25 * i) for i, name in enumerate(module_io.layouts(module))
     )
-    return lambda b: b.predict(latents, times, Condition(text, controls))
+    image = latents.roll(1, 0) if model.instructs else None
+    return lambda b: b.predict(latents, times, Condition(text, controls, image))
 
 
 Case = tuple[int, tuple[int, int], int]  # batch, (height, width) in pixels, tokens

@@ -2,4 +2,4 @@
 
 VERSION = "0.1.0"
 BACKENDS = ("tensorrt", "onnx", "compile", "torch")  # in the order in which "auto" tries them
-METHODS = ("ito", "iedit", "sdedit", "diffedit", "controlnet", "controlnet-diffedit", "p2p", "ddpm")
+METHODS = ("ito", "iedit", "sdedit", "diffedit", "controlnet", "controlnet-diffedit", "p2p", "ddpm", "ip2p")

@@ -29,6 +29,11 @@ class Codec:
         self.model, self.modules = model, modules
 
     @property
+    def scaling(self) -> float:
+        """What the VAE's latents are multiplied by, once they are shifted."""
+        return float(self.model.vae.config.scaling_factor)
+
+    @property
     def shift(self) -> float:
         """What the VAE's latents are shifted by; Stable Diffusion's are not."""
         return float(getattr(self.model.vae.config, "shift_factor", None) or 0.0)
@@ -51,7 +56,7 @@ class Codec:
             latents = encode_image(self._float32_vae("encoding", note), images.float())
         if not _is_finite(latents):
             raise RunError("stage encode: the VAE returned NaN or infinity, in float32 too; check the checkpoint")
-        return (latents - self.shift) * self.model.vae.config.scaling_factor
+        return (latents - self.shift) * self.scaling
 
     @torch.no_grad()
     def decode(self, latents: Tensor, note: Note | None = None) -> Tensor:
@@ -60,7 +65,7 @@ class Codec:
         Raises:
             RunError: NaN or infinity in float32 too.
         """
-        z = latents.to(self.model.device) / self.model.vae.config.scaling_factor + self.shift
+        z = latents.to(self.model.device) / self.scaling + self.shift
         if self.modules is None:
             images = decode_latent(self.model.vae, z.to(self.model.dtype))
         else:

@@ -73,12 +73,14 @@ class Condition:
     Attributes:
         prompt_embeds: (B, L, D) output of the text encoder.
         controls: one for each ControlNet; their residuals are summed.
+        image: (B, C, h, w) latents that an InstructPix2Pix UNet takes beside the noisy ones, as further channels; else None.
         attention: what becomes of the attention maps; None leaves them.
         together: so many samples in a row belong together: they are never split into two calls.
     """
 
     prompt_embeds: Tensor
     controls: tuple[ControlInput, ...] = ()
+    image: Tensor | None = None
     attention: AttentionControl | None = None
     together: int = 1
 
@@ -90,7 +92,17 @@ class Condition:
         """Conditions with equal keys can share a call of the network: text length, and names, scales and sizes of the controls; with
         control of attention only those with the same."""
         attention = None if self.attention is None else (self.attention.self_queries, self.together)
-        return (self.prompt_embeds.shape[1:], attention, *((c.name, c.scale, c.image.shape[1:]) for c in self.controls))
+        image = None if self.image is None else self.image.shape[1:]
+        return (
+            self.prompt_embeds.shape[1:],
+            image,
+            attention,
+            *((c.name, c.scale, c.image.shape[1:]) for c in self.controls),
+        )
+
+    def network_input(self, x: Tensor) -> Tensor:
+        """What the UNet takes for noisy latents x: (B, C, h, w), or (B, 2C, h, w) with the image beside them."""
+        return x if self.image is None else torch.cat([x, self.image.to(x.dtype)], dim=1)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Condition:
         """With every tensor of samples changed."""
@@ -99,6 +111,7 @@ class Condition:
             self,
             prompt_embeds=change(self.prompt_embeds),
             controls=tuple(replace(c, image=change(c.image)) for c in self.controls),
+            image=None if self.image is None else change(self.image),
             attention=a and replace(a, edited=change(a.edited), cross=change(a.cross), own=change(a.own)),
         )
 
@@ -123,7 +136,7 @@ class Condition:
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
-        """One batch of several; all must have the same controls and text length. Where some have control of attention, the samples of
+        """One batch of several; all must have the same controls and text length, and an image each or none. Where some have control of attention, the samples of
         the others keep their maps."""
         first = conditions[0]
         names = [(c.name, c.scale) for c in first.controls]
@@ -135,12 +148,14 @@ class Condition:
             every = [one.attention or AttentionControl.none(controlled[0], len(one)) for one in conditions]
             edited, cross, own = (torch.cat(tensors) for tensors in zip(*((a.edited, a.cross, a.own) for a in every)))
             attention = AttentionControl(edited, cross, own, controlled[0].self_queries)
+        images = [one.image for one in conditions if one.image is not None]
         return Condition(
             torch.cat([one.prompt_embeds for one in conditions]),
             tuple(
                 replace(c, image=torch.cat([one.controls[i].image for one in conditions]))
                 for i, c in enumerate(first.controls)
             ),
+            torch.cat(images) if images else None,
             attention,
             max(one.together for one in conditions),
         )

@@ -6,7 +6,7 @@ stage first asks the cache for what it has (see `stage_cache`), so a second edit
     encode -> mask -> invert -> guidance -> invert-guidance -> (refine -> invert-guidance ->) final -> decode    ito
     encode -> mask -> invert -> sample -> decode                                                            diffedit
     encode -> (mask) -> invert -> sample -> decode                                                    p2p, ddpm
-    encode -> (mask) -> sample -> decode                                                              sdedit and iedit
+    encode -> (mask) -> sample -> decode                                                        sdedit, iedit, ip2p
 """
 
 from __future__ import annotations

@@ -124,6 +124,7 @@ class Options:
         kept_area: normalise the preservation loss by the kept area.
         composite: "none"; "latent" (source latent outside the mask at the end); "pixel" (feathered paste of the input).
         feather: width of the pixel paste's edge, pixels.
+        image_guidance_scale: of ip2p, how far the picture is followed, beside `guidance_scale` for the text.
         cross_replace: share of p2p's steps, from the noisiest on, in which the edit takes the source's cross-attention maps.
         self_replace: likewise of self-attention maps.
         self_replace_cells: self-attention is replaced where a picture has at most this share of the latent's cells; the published code for
@@ -159,6 +160,7 @@ class Options:
     kept_area: bool = False
     composite: str = "none"
     feather: float = 4.0
+    image_guidance_scale: float = 1.5
     cross_replace: float = 0.8
     self_replace: float = 0.4
     self_replace_cells: float = 0.25
@@ -234,6 +236,7 @@ class Options:
         within("resize", MIN_SIDE if self.resize is None else self.resize, MIN_SIDE, MAX_SIDE)
         within("guidance_scale", 0 if self.guidance_scale is None else self.guidance_scale, 0, MAX_GUIDANCE)
         within("source_guidance_scale", self.source_guidance_scale or 0, 0, MAX_GUIDANCE)
+        within("image_guidance_scale", self.image_guidance_scale, 0, MAX_GUIDANCE)
         within("inversion_scale", self.inversion_scale, 0, MAX_GUIDANCE)
         within("control_scale", self.control_scale, 0, MAX_CONTROL)
         if self.guidance_path == "drawn" and (self.refine or self.round_trip):
@@ -266,13 +269,15 @@ MASKED = tuple(m for m in METHODS if m not in UNMASKED)
 INVERTING = ("ito", "diffedit", "controlnet-diffedit", "p2p")
 P2P = ("p2p",)
 DDPM = ("ddpm",)
+IP2P = ("ip2p",)
 LOCALISED = (
     *P2P,
     *DDPM,
+    *IP2P,
 )  # they keep what the prompt leaves alone without a mask: one is used where it is given or asked for
-TEXT_ONLY = (*P2P, *DDPM)  # they take no layouts
+TEXT_ONLY = (*P2P, *DDPM, *IP2P)  # they take no layouts
 LAYOUTS = tuple(m for m in METHODS if m not in TEXT_ONLY)
-NOISING = tuple(m for m in METHODS if m not in ITO)
+NOISING = tuple(m for m in METHODS if m not in (*ITO, "ip2p"))
 
 
 def mask_mode(method: str, asked: str | None) -> str:
@@ -388,6 +393,7 @@ USES = (
     OptionUse("options.reweight", P2P, "--reweight", "replaced cross-attention"),
     OptionUse("options.inversion_correction", P2P, "--inversion-correction"),
     OptionUse("options.source_guidance_scale", DDPM, "--source-guidance-scale"),
+    OptionUse("options.image_guidance_scale", IP2P, "--image-guidance-scale"),
     OptionUse("options.composite", MASKED, "--composite", "a mask"),
     OptionUse("options.feather", MASKED, needs="the pixel composite or resize"),
     OptionUse("options.resize", METHODS, "--resize"),

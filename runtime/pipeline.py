@@ -24,10 +24,10 @@ from .errors import RunError
 from .model.model import Model
 from .model.module_io import CONTROLLED_UNET
 from .network import Network
-from .options import DDPM, INVERTING, ITO, P2P, RATIOS, UNMASKED, mask_mode
+from .options import DDPM, INVERTING, IP2P, ITO, P2P, RATIOS, UNMASKED, mask_mode
 from .profile import Profile
 from .request import PreparedRequest, estimates_mask
-from .rivals import IndependentReference, ddpm_invert, ddpm_sample, prompt_to_prompt
+from .rivals import IndependentReference, ddpm_invert, ddpm_sample, instruct, prompt_to_prompt
 from .sampling import (
     NoisedReference,
     Reference,
@@ -243,6 +243,14 @@ class Pipeline:
                                                source=self._independent(members), mask=self._mask(members),
                                                guided=self.guided_steps))  # fmt: skip
             source: Reference
+            if self.method in IP2P:
+                x0, y = self._stacked(members, "encode"), self._noise(members, "sample")
+                told = dataclasses.replace(condition, image=x0 / self.codec.scaling + self.codec.shift)
+                return (yield from instruct(
+                    y, self.path, told, self.prompt_embeds[self.options.negative_prompt], self.scale,
+                    self.options.image_guidance_scale, prediction=self.model.schedule.prediction,
+                    source=NoisedReference(x0, y, self.path), mask=self._mask(members), guided=self.guided_steps,
+                ))  # fmt: skip
             if self.inverts:
                 trajectory = self._trajectory(members, "invert")
                 y, source = trajectory[0], TrajectoryReference(trajectory, self.path)
@@ -498,6 +506,9 @@ class Pipeline:
             costs["mask"] = self.seeds * 2 * each
         if self.method in P2P:  # beside each evaluation of the edit one of its source, where that needs one
             denoise = run * 2 + self.guided_steps * (both - 1) * (1 if o.inversion_correction == "direct" else 2)
+        if self.method in IP2P:
+            weights = (self.scale, o.image_guidance_scale - self.scale, 1 - o.image_guidance_scale)
+            denoise = run + self.guided_steps * (sum(w != 0 for w in weights) - 1)
         if self.method in DDPM:
             costs["invert"] = run * (1 if o.source_guidance_scale == 1 else 2)
         if self.method != "ito":

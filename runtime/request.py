@@ -24,6 +24,7 @@ from .errors import UsageError
 from .model.checkpoint import check_layouts, check_side
 from .model.model import Model
 from .options import (
+    IP2P,
     ITO,
     P2P,
     STEPS,
@@ -293,6 +294,14 @@ def _check_fields(model: Model, request: EditRequest) -> None:
     if request.method in P2P and not request.source_prompt.strip():
         raise UsageError(
             f"method {request.method} needs a source prompt, whose attention it takes: say what the picture shows now"
+        )
+    if (request.method in IP2P) != model.instructs:
+        raise UsageError(
+            f"method {request.method} needs an InstructPix2Pix checkpoint, whose UNet takes {2 * model.channels} channels, those of the "
+            f"noisy latent and of the picture; {model.name}'s takes {model.channels}: name one with --model, or use another method"
+            if request.method in IP2P
+            else f"{model.name} is an InstructPix2Pix checkpoint, whose UNet takes the picture too: use method ip2p, and say in the prompt "
+            "what to change"
         )
     request.options.check()
     for name, _ in request.options.control_scales:

@@ -1,7 +1,8 @@
 """The samplers of the methods that ITO and iEdit are compared with. Each is a generator, as those of `sampling`.
 
 Prompt-to-prompt (Hertz et al. 2022, arXiv:2208.01626) on the inversion of a picture, whose errors direct inversion takes out (PnP inversion,
-Ju et al. 2024, arXiv:2310.01506); edit-friendly DDPM inversion (Huberman-Spiegelglas et al. 2024, arXiv:2304.06140).
+Ju et al. 2024, arXiv:2310.01506); edit-friendly DDPM inversion (Huberman-Spiegelglas et al. 2024, arXiv:2304.06140);
+InstructPix2Pix (Brooks et al. 2023, arXiv:2211.09800).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .denoise_step import AttentionControl, Blend, Condition, DenoiseStep, Sampler, Transition, interleaved
-from .sampling import Path, TrajectoryReference
+from .sampling import Path, Reference, TrajectoryReference
 from .schedule import Level, add_noise, ddim_coefficients
 
 
@@ -156,6 +157,53 @@ def ddpm_sample(
         low = uncond if guided is None or number < guided else None
         blend = None if mask is None else Blend(mask, source.at(cleaner))
         y = yield DenoiseStep(y, level, cleaner, condition, low, scale, blend=blend, eta=1.0, noise=maps[number + 1])
+    return y
+
+
+def instruct(
+    y: Tensor,
+    path: Path,
+    edit: Condition,
+    uncond: Tensor,
+    scale: float,
+    image_scale: float,
+    *,
+    prediction: str,
+    source: Reference | None = None,
+    mask: Tensor | None = None,
+    guided: int | None = None,
+) -> Sampler[Tensor]:
+    """Sampling of an InstructPix2Pix network, guided by text and image apart (Eq. 3 of the paper).
+
+    With e of no image and no text, of the image alone, and of both:
+    `e(0, 0) + image_scale (e(image, 0) - e(0, 0)) + scale (e(image, text) - e(image, 0))`. Terms of weight 0 are not evaluated.
+
+    Args:
+        y: (B, C, h, w) noise at the path's first level.
+        edit: the instructions, with the pictures as `Condition.image`.
+        uncond: (1 or B, L, D) embeddings of the negative prompt.
+        source, mask: outside the mask the source is put back after each step.
+        guided: the first so many steps are guided; the rest asks for text and image alone. None is all.
+
+    Returns:
+        (B, C, h, w) clean latents.
+    """
+    assert edit.image is not None
+    untold = edit.with_prompt(uncond)
+    unseen = replace(untold, image=torch.zeros_like(edit.image))
+
+    def rows(scale: float, image_scale: float) -> tuple[list[float], Condition]:
+        terms = [(edit, scale), (untold, image_scale - scale), (unseen, 1 - image_scale)]
+        kept = [(c, w) for c, w in terms if w != 0]
+        return [w for _, w in kept], Condition.cat([c for c, _ in kept])
+
+    asked, free = rows(scale, image_scale), rows(1.0, 1.0)
+    for number, (level, cleaner) in enumerate(pairwise(path)):
+        weights, condition = asked if guided is None or number < guided else free
+        answers = yield DenoiseStep(y.repeat(len(weights), 1, 1, 1), level, None, condition)
+        output = torch.stack([w * e for w, e in zip(weights, answers.chunk(len(weights)), strict=True)]).sum(0)
+        blend = source.blend(mask, cleaner) if mask is not None and source is not None else None
+        y = _next(y, level, cleaner, output, None, 1.0, prediction, blend)
     return y
 
 

@@ -110,7 +110,9 @@ def test_stderr_that_is_no_terminal_gets_no_progress_bar(edit: list[str]) -> Non
     assert first.startswith("loading ") and len(rest) == 1 and "network evaluations" in rest[0]
 
 
-@pytest.mark.parametrize("method", runtime.METHODS)
+@pytest.mark.parametrize(
+    "method", [m for m in runtime.METHODS if m != "ip2p"]
+)  # needs a checkpoint of its own: test_rivals.py
 def test_every_method_of_the_library_can_be_asked_for(edit: list[str], method: str) -> None:
     maps = ["--layout", "pose=pose.png"] if "controlnet" in method else []
     maps += ["--source-layout", "pose=old.png"] if method == "controlnet-diffedit" else []

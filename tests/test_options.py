@@ -125,7 +125,7 @@ def test_every_option_of_the_table_exists_and_its_help_says_who_uses_it() -> Non
     for use in options.USES:
         if use.option:
             assert options.used_by(use.option) in shown[use.option]
-    assert "[ito only]" in shown["--k"] and "[not ito]" in shown["--ratio"]
+    assert "[ito only]" in shown["--k"] and "[not ito, ip2p]" in shown["--ratio"]
 
 
 def table() -> str:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from iedit.runtime.backends.compiled import CompileBackend
 from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.cli.main import main
 from iedit.runtime.codec import Codec
 from iedit.runtime.denoise_step import AttentionControl, Condition
 from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
 from iedit.runtime.errors import RunError, UsageError
+from iedit.runtime.images import to_tensor
 from iedit.runtime.network import Network
 from iedit.runtime.profile import Profile
 from iedit.runtime.rivals import IndependentReference, ddpm_invert, prompt_to_prompt
 from iedit.runtime.sampling import invert, masked_sampling
-from iedit.runtime.schedule import PREDICTIONS, ddim_coefficients, ddim_sigma
+from iedit.runtime.schedule import PREDICTIONS, ddim_coefficients, ddim_sigma, seeded_noise
+
+logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # pytest would keep all that the tracer tells
 
 SOURCE, PROMPT, LONGER = (
     "a red car on grass at noon",
@@ -438,3 +446,142 @@ def test_what_the_checkpoint_recommends_scales_ddpms_guidance(editor: Editor, pi
         asked = dataclasses.replace(ask(picture, "ddpm"), options=Options())
         options = Editor(model, editor.denoiser).edit(asked).receipt["request"]["options"]
         assert options["guidance_scale"] == edit and options["source_guidance_scale"] == pytest.approx(source)
+
+
+# --- InstructPix2Pix ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def instructing_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random checkpoint with a UNet of 8 channels and no ControlNets, as diffusers saves an InstructPix2Pix one."""
+    from diffusers import UNet2DConditionModel
+
+    folder = tmp_path_factory.mktemp("instructing") / "checkpoint"
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("controlnet-*"))
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionInstructPix2PixPipeline"}')
+    torch.manual_seed(5)
+    unet: Any = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet") | {"in_channels": 8})
+    with torch.no_grad():
+        for name, p in unet.named_parameters():
+            if "attn2.to_out.0.weight" in name or "conv_out.weight" in name:
+                p *= 3
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def instructing(instructing_folder: Path) -> Any:
+    from iedit.runtime.model.model import load_model
+
+    return load_model(str(instructing_folder), device="cpu")
+
+
+def instruction(picture: Picture, **more: Any) -> EditRequest:
+    return dataclasses.replace(ask(picture, "ip2p", "make it a blue house", **more), source_prompt="")
+
+
+@pytest.mark.parametrize("image_scale", [1.5, 1.0])
+@pytest.mark.parametrize("negative", ["", "a green tree"])
+def test_ip2p_is_diffusers_pipeline(
+    instructing: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch, image_scale: float, negative: str
+) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
+
+    options = {"guidance_scale": 7.5, "image_guidance_scale": image_scale, "negative_prompt": negative}
+    result = Editor(instructing, TorchBackend(instructing)).edit(
+        instruction(picture, options=options, seed=5, steps=20)
+    )
+    pipe = StableDiffusionInstructPix2PixPipeline(
+        vae=instructing.vae, text_encoder=instructing.text_encoder, tokenizer=instructing.tokenizer, unet=instructing.unet,
+        scheduler=DDIMScheduler.from_pretrained(instructing.folder / "scheduler"), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(pipe.image_processor, "preprocess", lambda image: to_tensor(image))
+    want = pipe(prompt="make it a blue house", negative_prompt=negative, image=picture(0), num_inference_steps=20,
+                guidance_scale=7.5, image_guidance_scale=image_scale, latents=seeded_noise(5, "sample", SHAPE)[None],
+                output_type="latent").images  # fmt: skip
+    assert gap(result.latent[None], want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "sample"),
+    [
+        ({}, 3 * STEPS),
+        ({"image_guidance_scale": 1.0}, 2 * STEPS),
+        ({"image_guidance_scale": 1.0, "guidance_scale": 1.0}, STEPS),
+        ({"image_guidance_scale": 5.0}, 2 * STEPS),
+        ({"guidance_until": 0.5}, 2 * STEPS),
+    ],
+)
+def test_what_ip2p_costs(instructing: Any, picture: Picture, options: dict[str, Any], sample: int) -> None:
+    profile = Editor(instructing, TorchBackend(instructing)).edit(instruction(picture, options=options)).profile
+    assert profile.evaluations == {"encode": 0, "sample": sample, "decode": 0} and profile.expected == sample
+
+
+def test_ip2p_follows_its_picture_and_blends_with_it(instructing: Any, picture: Picture) -> None:
+    editor = Editor(instructing, TorchBackend(instructing))
+    free, other = editor.edit(instruction(picture)), editor.edit(instruction(picture, scene=1))
+    assert gap(free.latent, other.latent) > 1e-2  # the same noise and instruction, another picture
+    empty = editor.edit(instruction(picture, mask=Image.new("L", (64, 64))))
+    assert torch.equal(empty.latent, empty.source_latent)
+    assert torch.equal(editor.edit(instruction(picture, mask=Image.new("L", (64, 64), 255))).latent, free.latent)
+
+
+def test_a_batch_of_ip2p_is_its_single_runs(
+    instructing: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Codec.encode
+    monkeypatch.setattr(Codec, "encode", lambda self, x, note=None: torch.cat([encode(self, i) for i in x.split(1)]))
+    requests = [
+        instruction(picture, seed=1),
+        instruction(picture, scene=1),
+        dataclasses.replace(instruction(picture), prompt="a tree"),
+    ]
+    for asked, result in zip(requests, Editor(instructing, OneByOne(instructing)).edit_many(requests), strict=True):
+        assert torch.equal(result.latent, Editor(instructing, OneByOne(instructing)).edit(asked).latent)
+
+
+def test_a_checkpoint_runs_the_methods_that_it_was_trained_for(
+    instructing: Any,
+    instructing_folder: Path,
+    editor: Editor,
+    picture: Picture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(
+        UsageError, match=r"ip2p needs an InstructPix2Pix checkpoint, whose UNet takes 8 channels.*takes 4"
+    ):
+        editor.edit(instruction(picture))
+    with pytest.raises(UsageError, match=r"is an InstructPix2Pix checkpoint.*use method ip2p"):
+        Editor(instructing, TorchBackend(instructing)).edit(ask(picture, "sdedit"))
+    monkeypatch.chdir(tmp_path)
+    picture(0).save("in.png")
+    words = ["edit", "in.png", "--model", str(instructing_folder), "--prompt", "make it night", "--steps", "2"]
+    done = CliRunner().invoke(main, [*words, "--method", "ip2p", "--image-guidance-scale", "2"])
+    assert done.exit_code == 0 and Path("in-edited.png").is_file(), done.output
+    again = CliRunner().invoke(main, ["replay", "in-edited.png", "--model", str(instructing_folder)])
+    assert again.exit_code == 0 and "identical" in again.stdout, again.output
+    refused = CliRunner().invoke(main, [*words, "--output", "other.png"])
+    assert refused.exit_code == 2 and "use method ip2p" in refused.stderr
+    assert (
+        CliRunner().invoke(main, [*words, "--method", "ip2p", "--ratio", "0.5", "--output", "other.png"]).exit_code == 2
+    )
+
+
+def test_an_unet_of_8_channels_is_exported_and_says_what_torch_says(smallest: Any, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    from iedit.export.onnx import export_onnx
+    from iedit.runtime.backends.ort import OnnxBackend
+
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel.from_config(smallest.unet.config, in_channels=8)
+    model = dataclasses.replace(smallest, unet=unet.eval().requires_grad_(False), controlnets={})
+    export_onnx(model, tmp_path, modules=("unet",))
+    told_all = dataclasses.replace(told(model, "a", "b", "c"), image=torch.randn(3, *SHAPE))
+    x, t = torch.randn(3, *SHAPE), torch.tensor([1, 300, 999])
+    want = TorchBackend(model).predict(x, t, told_all)
+    got = OnnxBackend(model, tmp_path).predict(x, t, told_all)
+    assert got.shape == x.shape and gap(got, want) < 1e-5

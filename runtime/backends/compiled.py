@@ -131,7 +131,7 @@ class CompileBackend(TorchModules):
         """See `base.Denoiser`."""
         refuse(self, unet_module(condition), len(x), *x.shape[-2:])
         prepared = self.prepared(condition)
-        inputs = (x.to(self.dtype), t, prepared.prompt_embeds, *_controls(prepared))
+        inputs = (condition.network_input(x.to(self.dtype)), t, prepared.prompt_embeds, *_controls(prepared))
         return self._run(unet_module(condition), self._unet(condition), *inputs)
 
     @torch.no_grad()
@@ -139,7 +139,12 @@ class CompileBackend(TorchModules):
         self, t: Sequence[Tensor], condition: Condition, transitions: Sequence[Transition]
     ) -> list[tuple[Tensor, Tensor]] | None:
         """See `base.Stepper`; None where there are no graphs, or a state is carried from step to step."""
-        if not self.graphs.enabled or condition.attention is not None or not all(s.stateless for s in transitions):
+        if (
+            not self.graphs.enabled
+            or condition.attention is not None
+            or condition.image is not None
+            or not all(s.stateless for s in transitions)
+        ):
             return None
         prepared, module = self.prepared(condition), unet_module(condition)
 

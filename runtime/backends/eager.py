@@ -62,7 +62,7 @@ class TorchBackend(TorchModules):
         """See `base.Denoiser`."""
         self.current.prepared = prepared = self.prepared(condition)
         try:
-            return self._predict(x.to(self.dtype), t, prepared)
+            return self._predict(condition.network_input(x.to(self.dtype)), t, prepared)
         finally:
             self.current.prepared = None
 

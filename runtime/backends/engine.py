@@ -181,7 +181,7 @@ class EngineBackend:
         """See `base.Denoiser`."""
         module, factor = unet_module(condition), self.model.vae_scale_factor
         height, width = x.shape[-2] * factor, x.shape[-1] * factor
-        inputs = [x, t.expand(len(x)), condition.prompt_embeds]
+        inputs = [condition.network_input(x), t.expand(len(x)), condition.prompt_embeds]
         if condition.controls:
             refuse(self, module, len(x), height, width)  # before the embeddings, so that it is the UNet that is named
             embeddings = self._control_embeddings(condition)

@@ -113,7 +113,7 @@ class OnnxBackend(EngineBackend):
             return (batch, 3, height * factor, width * factor)
         if module == "text_encoder":
             return (*first.shape, int(model.text_encoder.config.hidden_size))
-        return tuple(first.shape)
+        return (batch, model.channels, height, width)  # what an InstructPix2Pix UNet takes is wider
 
     def _run(self, module: str, inputs: Sequence[Tensor], height: int, width: int) -> Tensor:
         first = inputs[0]

@@ -47,6 +47,8 @@ edit_options = params.together([
                   help="What becomes of the inversion's errors: direct puts the source back on it at every step."),
     params.method_option("--source-guidance-scale", type=params.Between(0, MAX_GUIDANCE), default=None,
                   help="Classifier-free guidance while the noise of the picture is found. Default: 3.5 of 7.5 of the checkpoint's."),
+    params.method_option("--image-guidance-scale", type=params.Between(0, MAX_GUIDANCE), default=1.5, show_default=True,
+                  help="How far the picture is followed; --guidance-scale is for the text."),
     params.method_option("--composite", type=Choice(["none", "latent", "pixel"]), default="none", show_default=True,
                   help="pixel leaves everything outside the mask exactly as it was."),
     click.option("--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Variants: seeds SEED, SEED+1, ..."),
@@ -91,6 +93,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     controlnet           sdedit with layouts; controlnet-diffedit: diffedit with layouts
     p2p                  inverts the picture and denoises it with the attention of the source prompt (Prompt-to-prompt)
     ddpm                 finds the noise that would draw the picture, and draws with it under the prompt
+    ip2p                 follows an instruction ("make it night"); needs an InstructPix2Pix checkpoint
 
     The output PNG carries a receipt; `iedit replay OUT.png` makes it again. Exit code 2: it cannot be done as asked, and
     nothing was written. 1: it failed while running; nothing was written but what the error says.
@@ -172,7 +175,7 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
         raise UsageError(f"method {values['method']} uses no mask; name one that does, such as --method ito")
     if mask_mode(values["method"], values["mask_mode"]) == "none":
         raise UsageError(
-            "--mask-mode none, which is the default of p2p and ddpm, estimates no mask; use single or trajectory"
+            "--mask-mode none, which is the default of p2p, ddpm and ip2p, estimates no mask; use single or trajectory"
         )
     params.check_given(values)
     inputs = params.read_inputs(image, values)

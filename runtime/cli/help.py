@@ -15,7 +15,7 @@ GROUPS = {
     "Masks": ("--mask", "--mask-mode", "--mask-threshold", "--mask-strength", "--mask-seeds", "--composite"),
     "Layouts": ("--layout", "--source-layout", "--controlnet", "--control-scale"),
     "Of single methods": ("--t-u", "--k", "--update", "--refine", "--ratio", "--cross-replace", "--self-replace",
-                          "--replacement", "--reweight", "--inversion-correction", "--source-guidance-scale"),
+                          "--replacement", "--reweight", "--inversion-correction", "--source-guidance-scale", "--image-guidance-scale"),
     "Speed": ("--preset", "--guidance-until", "--guidance-path", "--timestep-spacing", "--backend", "--engines", "--trust-engines", "--device", "--dtype", "--attention", "--channels-last", "--cache"),
     "Output": ("--output", "--overwrite", "--no-receipt", "--stages", "--profile", "--json", "--runs", "--trace", "--plot",
                "--launches", "--help"),

@@ -122,7 +122,7 @@ overwrite_option = click.option(
 
 
 request_options = together([
-    click.option("--prompt", required=True, help="What the edited picture shows."),
+    click.option("--prompt", required=True, help="What the edited picture shows; for ip2p the instruction."),
     click.option("--source-prompt", default="", help="What the picture shows now; sharpens mask and inversion."),
     click.option("--layout", multiple=True, callback=pairs, metavar="NAME=FILE",
                  help="Pose, scribble, edge or line map of the edited picture; repeat for several at once."),
@@ -139,7 +139,7 @@ request_options = together([
     click.option("--resize", type=click.IntRange(MIN_SIDE, MAX_SIDE), default=None, metavar="N",
                  help="Work on a larger picture with its longer side at N pixels, and paste the edit back at full size."),
     method_option("--mask-mode", type=Choice(["single", "trajectory", "none"]), default=None,
-                 help="How the mask is estimated: one evaluation per seed, whole trajectories, or not at all. Default: single; none for p2p and ddpm."),
+                 help="How the mask is estimated: one evaluation per seed, whole trajectories, or not at all. Default: single; none for p2p, ddpm and ip2p."),
     method_option("--mask-threshold", type=Between(0, 1), default=None,
                  help="Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1."),
     method_option("--mask-strength", type=Between(0, 1, min_open=True), default=None,
@@ -172,6 +172,7 @@ RIVAL_FIELDS = (
     "reweight",
     "inversion_correction",
     "source_guidance_scale",
+    "image_guidance_scale",
 )
 
 

@@ -112,6 +112,7 @@ PIPELINES = (
     "StableDiffusionControlNetPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",
     "StableDiffusionDiffEditPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionSAGPipeline",
     "StableDiffusionPAGPipeline",
     "StableDiffusionPanoramaPipeline",

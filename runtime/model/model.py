@@ -70,7 +70,12 @@ class Model:
     @property
     def channels(self) -> int:
         """Latent channels."""
-        return int(self.unet.config.in_channels)
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def instructs(self) -> bool:
+        """Whether the UNet takes the picture's latent beside the noisy one (InstructPix2Pix)."""
+        return int(self.unet.config.in_channels) == 2 * self.channels
 
     @property
     def vae_scale_factor(self) -> int:
@@ -323,7 +328,7 @@ def _schedule(config: Path) -> Schedule:
 def _check_fit(unet: Any, vae: Any, text_encoder: Any, controlnets: Mapping[str, Any]) -> None:
     """Raises UsageError where the parts are of models that do not go together."""
     latent, ins, outs = vae.config.latent_channels, unet.config.in_channels, unet.config.out_channels
-    if ins != latent or outs != latent:
+    if ins not in (latent, 2 * latent) or outs != latent:
         raise UsageError(
             f"model: the UNet takes {ins} and returns {outs} channels but the VAE's latent "
             f"has {latent}; inpainting, depth and upscaling checkpoints cannot be used here"
