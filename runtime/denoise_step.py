@@ -24,17 +24,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ControlInput:
-    """What one ControlNet is given.
+    """What one ControlNet or T2I-Adapter is given.
 
     Attributes:
-        name: of the layout and of the ControlNet that reads it.
+        name: of the layout and of the network that reads it.
         image: (B, 3, H, W) layout map in [0, 1], at picture resolution.
-        scale: factor of the ControlNet's residuals.
+        scale: factor of what that network adds to the UNet.
+        adapter: a T2I-Adapter reads it, whose features are of no timestep; else a ControlNet.
     """
 
     name: str
     image: Tensor
     scale: float
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Condition:
 
     Attributes:
         prompt_embeds: (B, L, D) output of the text encoder.
-        controls: one for each ControlNet; their residuals are summed.
+        controls: one for each ControlNet and T2I-Adapter; the residuals of each kind are summed.
         image: (B, C, h, w) latents that an InstructPix2Pix UNet takes beside the noisy ones, as further channels; else None.
         attention: what becomes of the attention maps; None leaves them.
         together: so many samples in a row belong together: they are never split into two calls.

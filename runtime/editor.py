@@ -190,7 +190,7 @@ class Editor:
         maps = {n: torch.cat([(pictures.to_tensor(m) + 1) / 2 for m in ms]) for n, ms in (layouts or {}).items()}
         condition = Condition(
             self.codec.encode_text(prompts, chunks),
-            tuple(ControlInput(n, m.to(model.device), 1.0) for n, m in maps.items()),
+            tuple(ControlInput(n, m.to(model.device), 1.0, n in model.adapters) for n, m in maps.items()),
         )
         uncond = condition.with_prompt(self.codec.encode_text([""], chunks))
         shape = (model.channels, height // model.vae_scale_factor, width // model.vae_scale_factor)

@@ -22,7 +22,7 @@ from .codec import Codec
 from .denoise_step import Condition, ControlInput, Sampler, joined
 from .errors import RunError
 from .model.model import Model
-from .model.module_io import CONTROLLED_UNET
+from .model.module_io import ADAPTER_PREFIX, CONTROLLED_UNET
 from .network import Network
 from .options import DDPM, INVERTING, IP2P, ITO, P2P, RATIOS, UNMASKED, mask_mode
 from .profile import Profile
@@ -86,8 +86,10 @@ class Pipeline:
         assert mask.strength is not None and mask.threshold is not None and mask.seeds is not None
         self.mask_mode = mask_mode(self.method, o.mask.mode)
         self.strength, self.threshold, self.seeds = mask.strength, mask.threshold, mask.seeds
-        if self.method in P2P and isinstance(denoiser, Backend):  # before anything is run
-            refuse(denoiser, CONTROLLED_UNET, len(requests), height, width)
+        if isinstance(denoiser, Backend):  # what no engine can ever run is refused before anything is run
+            adapters = [ADAPTER_PREFIX + name for name in requests[0].maps if name in model.adapters]
+            for module in [CONTROLLED_UNET] * (self.method in P2P) + ["+".join(["unet", *adapters])] * bool(adapters):
+                refuse(denoiser, module, len(requests), height, width)
         self.network = Network(denoiser, model.schedule.prediction, max_batch, profile)
         self.model_key = [model.digest, backend, str(model.dtype), model.device.type, schedule.digest]
         self.run_stages = StageRunner(self.network, cache, profile, model.device, self.model_key).run
@@ -435,7 +437,8 @@ class Pipeline:
         embeds = torch.cat([self.prompt_embeds[r.source_prompt if source else r.request.prompt] for r in members])
         names = sorted(self.requests[0].maps) if controls else []
         return Condition(embeds, tuple(
-            ControlInput(n, torch.cat([(r.source_maps if source else r.maps)[n] for r in members]), scales.get(n, o.control_scale))
+            ControlInput(n, torch.cat([(r.source_maps if source else r.maps)[n] for r in members]), scales.get(n, o.control_scale),
+                         n in self.model.adapters)
             for n in names
         ))  # fmt: skip
 

@@ -53,7 +53,7 @@ class EditRequest:
         prompt: what the edited picture shows.
         source_prompt: what the picture shows now. With layouts and no source prompt, `prompt` stands for both.
         method: one of `METHODS`.
-        layouts: ControlNet name -> map of the picture's size, for the edited picture.
+        layouts: name of a ControlNet or T2I-Adapter -> map of the picture's size, for the edited picture.
         source_layouts: the same for the picture as it is; those not given are annotated from it where that can be done.
         mask: "L" picture of the same size, white edits; None estimates one, where the method needs one.
         seed: of every noise; 0 is a seed.
@@ -305,10 +305,10 @@ def _check_fields(model: Model, request: EditRequest) -> None:
         )
     request.options.check()
     for name, _ in request.options.control_scales:
-        if name not in model.controlnets:
-            known = ", ".join(model.controlnets) or "none"
-            raise UsageError(f"control_scales: {model.name} has no ControlNet {name!r}; it has {known}")
-    check_layouts(model.name, model.controlnets, [*request.layouts, *request.source_layouts])
+        if name not in model.layouts:
+            known = ", ".join(model.layouts) or "none"
+            raise UsageError(f"control_scales: {model.name} has no ControlNet or T2I-Adapter {name!r}; it has {known}")
+    check_layouts(model.name, model.layouts, [*request.layouts, *request.source_layouts])
     extra = sorted(set(request.source_layouts) - set(request.layouts))
     if extra:
         raise UsageError(f"source layout {extra[0]!r} has no layout to go with it: give layouts[{extra[0]!r}] too")

@@ -30,7 +30,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("words", "says"),
     [
         (["--prompt", "  "], "the prompt is empty"),
-        (["--layout", "depth=map.png"], "layout 'depth': .* has no ControlNet of that name; it has pose, scribble"),
+        (
+            ["--layout", "depth=map.png"],
+            "layout 'depth': .* has no ControlNet or T2I-Adapter of that name; it has pose, scribble",
+        ),
         (["--layout", "pose=map.png"], "--source-layout pose=FILE"),
         (["--layout", "scribble=small.png"], "layout scribble: it is 16x16 and the image 32x32"),
         (["--source-layout", "depth=map.png"], "layout 'depth'"),

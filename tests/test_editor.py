@@ -493,7 +493,10 @@ def test_an_empty_or_full_mask_is_said(editor: RealEditor, picture: Picture, fil
         ({"method": "controlnet"}, "needs at least one layout"),
         ({"steps": 0}, "steps is 0, expected 1 to 1000"),
         ({"steps": 1001}, "steps is 1001"),
-        ({"layouts": {"depth": layout()}}, "layout 'depth': .* has no ControlNet of that name; it has pose, scribble"),
+        (
+            {"layouts": {"depth": layout()}},
+            "layout 'depth': .* has no ControlNet or T2I-Adapter of that name; it has pose, scribble",
+        ),
         ({"layouts": {"pose": layout((32, 64))}}, "layout pose: it is 32x64 and the image 64x64"),
         ({"layouts": {"pose": layout()}}, "nothing here can find a pose"),
         ({"source_layouts": {"pose": layout()}}, r"source layout 'pose' has no layout to go with it"),
@@ -694,7 +697,7 @@ def test_layouts_are_chosen_by_name_or_by_folder(tiny_folder: Path) -> None:
     assert set(load_model(str(tiny_folder), ["pose"], device="cpu").controlnets) == {"pose"}
     own = load_model(str(tiny_folder), {"mine": str(tiny_folder / "controlnet-scribble")}, device="cpu")
     assert set(own.controlnets) == {"mine"}
-    refused(tiny_folder, "no ControlNet for depth", "pose, scribble", layouts=["depth"])
+    refused(tiny_folder, "no ControlNet or T2I-Adapter for depth", "pose, scribble", layouts=["depth"])
     refused(tiny_folder, "not a ControlNet folder", layouts={"mine": str(tiny_folder / "tokenizer")})
 
 

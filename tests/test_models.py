@@ -102,7 +102,7 @@ def test_the_layouts_to_load_can_be_named(tiny_checkpoint_cli: Path) -> None:
     assert set(load_model(str(tiny_checkpoint_cli)).controlnets) == {"pose", "scribble"}
     assert set(load_model(str(tiny_checkpoint_cli), ["pose"]).controlnets) == {"pose"}
     assert load_model(str(tiny_checkpoint_cli), []).controlnets == {}
-    with pytest.raises(UsageError, match="no ControlNet for depth; it has pose, scribble"):
+    with pytest.raises(UsageError, match="no ControlNet or T2I-Adapter for depth; it has pose, scribble"):
         load_model(str(tiny_checkpoint_cli), ["depth"])
 
 

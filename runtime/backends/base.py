@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..denoise_step import Condition, Transition
 from ..errors import IeditError, UsageError, first_line
-from ..model.module_io import CONTROLLED_UNET
+from ..model.module_io import ADAPTER_PREFIX, CONTROLLED_UNET
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class Backend(Denoiser, Modules, Protocol):
 
 
 def unet_module(condition: Condition) -> str:
-    """The name of the module that answers for a condition: "unet", or "unet+pose+scribble", names sorted; `CONTROLLED_UNET` with control
-    of attention."""
+    """The name of the module that answers for a condition: "unet", or "unet+pose+scribble", names sorted, "adapter-" before those
+    of T2I-Adapters; `CONTROLLED_UNET` with control of attention."""
     if condition.attention is not None:
         return CONTROLLED_UNET
-    return "+".join(["unet", *sorted(c.name for c in condition.controls)])
+    return "+".join(["unet", *sorted(ADAPTER_PREFIX * c.adapter + c.name for c in condition.controls)])
 
 
 class UnavailableError(UsageError):

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..denoise_step import Condition, Transition, joined
 from ..errors import RunError
 from ..model.model import Model
-from ..model.module_io import CONTROLLED_UNET
+from ..model.module_io import ADAPTER_PREFIX, CONTROLLED_UNET, layouts
 from ..profile import module_call
 from .base import BackendOptions, refuse, unet_module
 from .cuda_graphs import CudaGraphCache, capture
@@ -82,6 +82,8 @@ class CompileBackend(TorchModules):
             return [
                 "its functions are compiled without control of attention, which this method needs; use --backend torch, or auto"
             ]
+        if any(name.startswith(ADAPTER_PREFIX) for name in layouts(module)):
+            return ["its functions are compiled without the features of T2I-Adapters; use --backend torch, or auto"]
         return super().why_not(module, batch, height, width)
 
     def _function(self, module: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -141,7 +143,7 @@ class CompileBackend(TorchModules):
         """See `base.Stepper`; None where there are no graphs, or a state is carried from step to step."""
         if (
             not self.graphs.enabled
-            or condition.attention is not None
+            or self.why_not(unet_module(condition), 1, 0, 0)
             or condition.image is not None
             or not all(s.stateless for s in transitions)
         ):

@@ -71,6 +71,8 @@ class TorchBackend(TorchModules):
 
         def residuals() -> Iterator[Any]:
             for c in prepared.condition.controls:
+                if c.adapter:
+                    continue
                 embedding = prepared.control_embeddings[c.name]
                 with module_call(CONTROLNET_PREFIX + c.name, self.name, len(x), device=x.device):
                     outputs = self.controlnets[c.name](
@@ -81,6 +83,8 @@ class TorchBackend(TorchModules):
         added = summed_residuals(residuals())
         if prepared.control is not None:
             added["cross_attention_kwargs"] = {"control": prepared.control}
+        if prepared.features:
+            added["down_intrablock_additional_residuals"] = list(prepared.features)  # the UNet takes them out of it
         with module_call("unet", self.name, len(x), device=x.device):
             output: Tensor = self.unet(x, t, prompt_embeds, return_dict=False, **added)[0].float()
         return output

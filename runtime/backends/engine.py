@@ -116,6 +116,8 @@ class EngineBackend:
         in several calls (`pieces`)."""
         if module == module_io.CONTROLLED_UNET:
             return ["the attention of an engine is fixed, and this method changes it; use --backend torch, or auto"]
+        if any(name.startswith(module_io.ADAPTER_PREFIX) for name in module_io.layouts(module)):
+            return ["no engine takes the features of a T2I-Adapter; use --backend torch, or auto"]
         parts = (module, *module_io.control_embedding_modules(module))
         return [why for part in parts for why in self._why_not(part, batch, height, width)]
 

@@ -22,6 +22,7 @@ from ..model.model import Model
 from .base import described, missing
 
 ATTENTION = ("sdpa", "xformers")
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, what Pillow's "L" takes
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class PreparedCondition:
         control_embeddings: ControlNet name -> (B, C0, h, w) embedding of the layout.
         scales: ControlNet name -> its scale, a scalar tensor.
         control: of the UNet's attention maps.
+        features: of the T2I-Adapters, summed with their scales, one for each block on the way down.
         keys_values: attention module -> its keys and values of the text, (B, L, inner) each; filled at the first step.
     """
 
@@ -68,6 +70,7 @@ class PreparedCondition:
     control_embeddings: dict[str, Tensor]
     scales: dict[str, Tensor]
     control: PreparedControl | None = None
+    features: list[Tensor] = field(default_factory=list)
     keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -263,11 +266,26 @@ class TorchModules:
         return self._conditions.get([condition], lambda: self._prepare(condition))
 
     def _prepare(self, condition: Condition) -> PreparedCondition:
-        embeddings = {c.name: self.control_embedding(c.name, c.image) for c in condition.controls}
+        nets = [c for c in condition.controls if not c.adapter]
+        embeddings = {c.name: self.control_embedding(c.name, c.image) for c in nets}
         prompt_embeds = condition.prompt_embeds.to(self.dtype)
-        scales = {c.name: prompt_embeds.new_tensor(c.scale) for c in condition.controls}
+        scales = {c.name: prompt_embeds.new_tensor(c.scale) for c in nets}
         control = None if condition.attention is None else PreparedControl.of(condition.attention, self.dtype)
-        return PreparedCondition(condition, prompt_embeds, embeddings, scales, control)
+        features: list[Tensor] = []
+        for c in condition.controls:
+            if c.adapter:
+                own = [c.scale * f for f in self.adapter_features(c.name, c.image)]
+                features = [a + b for a, b in zip(features, own, strict=True)] if features else own
+        return PreparedCondition(condition, prompt_embeds, embeddings, scales, control, features)
+
+    @torch.no_grad()
+    def adapter_features(self, name: str, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) layout maps in [0, 1] -> a T2I-Adapter's features, (B, C, h, w) for each block on the way down; unscaled."""
+        net = self.model.adapters[name]
+        if net.config.in_channels == 1:  # as a picture in colour becomes grey
+            images = (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+        features: list[Tensor] = net(images.to(self.dtype))
+        return features
 
     @torch.no_grad()
     def control_embedding(self, name: str, images: Tensor) -> Tensor:

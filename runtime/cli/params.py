@@ -100,7 +100,7 @@ model_options = together([
     click.option("--model", default="picturebook", show_default=True,
                  help="The embedded model, a diffusers folder, or a hub id (owner/name)."),
     click.option("--controlnet", multiple=True, callback=pairs, metavar="NAME=FOLDER",
-                 help="ControlNet that reads layout NAME; repeat for more. Default: those inside the model's folder."),
+                 help="ControlNet or T2I-Adapter that reads layout NAME; repeat for more. Default: those inside the model's folder."),
     click.option("--backend", default="auto", show_default=True, type=Choice(["auto", *BACKENDS]),
                  help="What runs the networks; auto takes the first that can, per module and size, and says why not the others."),
     click.option("--engines", type=FilePath(file_okay=False), default=None,
@@ -282,7 +282,7 @@ def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
     if maps and values["method"] in TEXT_ONLY:
         raise UsageError(f"method {values['method']} takes no layouts; leave them out, or name a method that does")
     checkpoint = find_checkpoint(values["model"], values["controlnet"] or None)
-    check_layouts(values["model"], checkpoint.controlnets, [*maps, *source_maps])
+    check_layouts(values["model"], [*checkpoint.controlnets, *checkpoint.adapters], [*maps, *source_maps])
     image, longest = inputs["image"], values["resize"]
     worked_on = image if longest is None or max(image.size) <= longest else fit(image, longest)
     check_side(worked_on.size, checkpoint.side, values["model"])

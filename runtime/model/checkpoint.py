@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UsageError, first_line
 from ..files import parse_json
-from .module_io import CONTROLNET_PREFIX
+from .module_io import ADAPTER_PREFIX, CONTROLNET_PREFIX
 
 PICTUREBOOK = "picturebook"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -20,7 +20,7 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 # top) of a ControlNet. Everything would be 17 GB for SD 1.5: pickles, float16 and non-EMA copies of the same weights.
 HUB_FILES = tuple(
     f"{folder}{name}"
-    for folder in ("", *(f"{p}/" for p in PARTS), f"{CONTROLNET_PREFIX}*/")
+    for folder in ("", *(f"{p}/" for p in PARTS), f"{CONTROLNET_PREFIX}*/", f"{ADAPTER_PREFIX}*/")
     for name in (
         "*.json",
         "merges.txt",
@@ -169,13 +169,14 @@ class Checkpoint:
 
     Attributes:
         folder: of the parts.
-        controlnets: layout name -> folder.
+        controlnets, adapters: layout name -> folder of the ControlNet or of the T2I-Adapter that reads it.
         recommended: by its `iedit.json`.
         side: pixels of the square pictures that it was trained on; None where its configs do not say.
     """
 
     folder: Path
     controlnets: Mapping[str, Path]
+    adapters: Mapping[str, Path]
     recommended: Recommended
     side: int | None
 
@@ -189,40 +190,63 @@ def find_checkpoint(model: str, layouts: Mapping[str, str] | Sequence[str] | Non
     folder = find_folder(model)
     for part in PARTS:
         check_files(folder, part)
-    inside = {
-        p.name.removeprefix(CONTROLNET_PREFIX): p for p in sorted(folder.glob(CONTROLNET_PREFIX + "*")) if p.is_dir()
-    }
-    controlnets: Mapping[str, Path]
+    inside = layout_folders(folder)
+    readers: Mapping[str, Path]
     if layouts is None:
-        controlnets = inside
+        readers = inside
     elif isinstance(layouts, Mapping):
-        controlnets = {name: find_folder(str(path)) for name, path in layouts.items()}
+        readers = {name: find_folder(str(path)) for name, path in layouts.items()}
     else:
         unknown = [n for n in layouts if n not in inside]
         if unknown:
             raise UsageError(
-                f"layouts: {model} has no ControlNet for {', '.join(unknown)}; it has {', '.join(inside) or 'none'}"
+                f"layouts: {model} has no ControlNet or T2I-Adapter for {', '.join(unknown)}; it has {', '.join(inside) or 'none'}"
             )
-        controlnets = {name: inside[name] for name in layouts}
+        readers = {name: inside[name] for name in layouts}
     _check_pipeline(folder)
     _check_scheduler(folder / "scheduler" / "scheduler_config.json")
     _check_unet(folder / "unet" / "config.json")
     _check_vae(folder / "vae" / "config.json")
     text = folder / "text_encoder" / "config.json"
     _whole_numbers(text, read_json(text), "hidden_size", "max_position_embeddings", "vocab_size")
-    for path in controlnets.values():
-        if not (path / "config.json").is_file() or not weights_of(path):
-            raise UsageError(f"layouts: {path} is not a ControlNet folder (config.json and *.safetensors)")
-        _check_controlnet(path / "config.json", folder / "vae" / "config.json")
-    return Checkpoint(folder, controlnets, _recommended(folder / "iedit.json"), _side(folder))
+    adapters = {}
+    for name, path in readers.items():
+        config = path / "config.json"
+        if not config.is_file() or not weights_of(path):
+            raise UsageError(f"layouts: {path} is no ControlNet or T2I-Adapter folder (config.json and *.safetensors)")
+        if read_json(config).get("_class_name") == "T2IAdapter":
+            _check_adapter(config, folder / "unet" / "config.json", folder / "vae" / "config.json")
+            adapters[name] = path
+        else:
+            _check_controlnet(config, folder / "vae" / "config.json")
+    controlnets = {name: path for name, path in readers.items() if name not in adapters}
+    return Checkpoint(folder, controlnets, adapters, _recommended(folder / "iedit.json"), _side(folder))
 
 
-def check_layouts(model: str, controlnets: Collection[str], names: Iterable[str]) -> None:
-    """Raises UsageError for a layout that a model has no ControlNet for."""
+def layout_folders(folder: Path) -> dict[str, Path]:
+    """What reads layouts inside a checkpoint: layout name -> `controlnet-NAME` or `adapter-NAME`.
+
+    Raises:
+        UsageError: one name has both.
+    """
+    found: dict[str, Path] = {}
+    for prefix in (CONTROLNET_PREFIX, ADAPTER_PREFIX):
+        for path in sorted(p for p in folder.glob(prefix + "*") if p.is_dir()):
+            name = path.name.removeprefix(prefix)
+            if name in found:
+                raise UsageError(
+                    f"layouts: {folder} has both {found[name].name} and {path.name}; rename one, as a layout of that name has one reader"
+                )
+            found[name] = path
+    return found
+
+
+def check_layouts(model: str, readers: Collection[str], names: Iterable[str]) -> None:
+    """Raises UsageError for a layout that a model has neither ControlNet nor T2I-Adapter for."""
     for name in names:
-        if name not in controlnets:
-            known = ", ".join(controlnets) or "none"
-            raise UsageError(f"layout {name!r}: {model} has no ControlNet of that name; it has {known}")
+        if name not in readers:
+            known = ", ".join(readers) or "none"
+            raise UsageError(f"layout {name!r}: {model} has no ControlNet or T2I-Adapter of that name; it has {known}")
 
 
 def check_engines(folder: str | os.PathLike[str] | None) -> None:
@@ -349,6 +373,44 @@ def _check_controlnet(path: Path, vae: Path) -> None:
         raise UsageError(
             f"layouts: {path} reads a layout at 1/{2 ** (len(halvings) - 1)} of its size, the VAE's latent is 1/{2 ** (len(blocks) - 1)} "
             "of the picture; it is for another model"
+        )
+
+
+def _check_adapter(path: Path, unet: Path, vae: Path) -> None:
+    """An adapter adds a picture of features to each block on the way down, of that block's channels and size."""
+    config, network, blocks = read_json(path), read_json(unet), read_json(vae).get("block_out_channels")
+    _whole_numbers(path, config, "in_channels", "downscale_factor")
+    kind, channels, inputs = (
+        config.get("adapter_type", "full_adapter"),
+        config.get("channels"),
+        config.get("in_channels", 3),
+    )
+    if kind not in ("full_adapter", "light_adapter"):
+        raise UsageError(
+            f"layouts: {path} has adapter_type {kind!r}, expected full_adapter or light_adapter: it is for SDXL"
+        )
+    if inputs not in (1, 3):
+        raise UsageError(f"layouts: {path} has in_channels {inputs!r}, expected 3, or 1 for maps without colour")
+    # A light adapter has one more block than channels: the last one's twice.
+    made = (
+        [*channels, channels[-1]] if kind == "light_adapter" and isinstance(channels, list) and channels else channels
+    )
+    if made != network.get("block_out_channels"):
+        raise UsageError(
+            f"layouts: {path} makes features of {made!r} channels, the UNet's blocks have {network.get('block_out_channels')!r}; it is for "
+            "another model"
+        )
+    factor = config.get("downscale_factor", 8)
+    if isinstance(blocks, list) and factor != 2 ** (len(blocks) - 1):
+        raise UsageError(
+            f"layouts: {path} reads a layout at 1/{factor} of its size, the VAE's latent is 1/{2 ** (len(blocks) - 1)} of the picture; it is "
+            "for another model"
+        )
+    down = network.get("down_block_types")
+    if isinstance(down, list) and any(name != "CrossAttnDownBlock2D" for name in down[:-1]):
+        raise UsageError(
+            f"layouts: {path} cannot be added to a UNet of {', '.join(map(str, down))}: all blocks but the last must be CrossAttnDownBlock2D, "
+            "as in Stable Diffusion 1.x"
         )
 
 

@@ -15,8 +15,8 @@ import torch
 from .. import machine
 from ..errors import UsageError, first_line
 from ..schedule import Schedule
-from .checkpoint import PICTUREBOOK, find_checkpoint, read_json, weights_of
-from .module_io import CONTROL_EMBEDDING_PREFIX, CONTROLNET_PREFIX
+from .checkpoint import PICTUREBOOK, Checkpoint, find_checkpoint, layout_folders, read_json, weights_of
+from .module_io import ADAPTER_PREFIX, CONTROL_EMBEDDING_PREFIX, CONTROLNET_PREFIX
 from .module_io import layouts as layouts_of
 
 
@@ -26,13 +26,13 @@ class Model:
 
     Attributes:
         name, folder: as asked for, and where it was found.
-        controlnets: layout name -> ControlNetModel.
+        controlnets, adapters: layout name -> ControlNetModel or T2IAdapter.
         digest: sha256 over everything of the checkpoint that a result depends on beside the noise schedule: weights and configs
             of every part in use, the tokenizer, and which ControlNet goes by which name; 16 hex digits.
         weights_digest: over the weights alone; names the folder that engines are kept in.
         words, reconstruction_error: what its `iedit.json` says of its world (see `checkpoint.Recommended`).
         notes: what was settled otherwise than asked while it was loaded; every result of an edit repeats them.
-        part_digests: over weights and config of each part: unet, vae, text_encoder, controlnet-NAME.
+        part_digests: over weights and config of each part: unet, vae, text_encoder, controlnet-NAME, adapter-NAME.
         guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
         mask_strength, mask_threshold: of `MaskOptions`, where the checkpoint's `iedit.json` recommends them.
         text_update_share: share of the steps that ITO updates (`ItoSettings.t_u`) in an edit without layouts, likewise.
@@ -62,6 +62,12 @@ class Model:
     notes: tuple[str, ...] = ()
     words: frozenset[str] = frozenset()
     reconstruction_error: float | None = None
+    adapters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layouts(self) -> list[str]:
+        """Names of the layouts that it can read."""
+        return [*self.controlnets, *self.adapters]
 
     def module_digest(self, module: str) -> str:
         """Digest of the parts that an engine for `module` is made of (see `engine_spec.EngineSpec`), 16 hex digits."""
@@ -126,7 +132,7 @@ class Digests:
 def read_digests(model: str) -> Digests:
     """The digests of a checkpoint with the ControlNets inside it; its weights are not loaded."""
     checkpoint = find_checkpoint(model)
-    return _digests(checkpoint.folder, {CONTROLNET_PREFIX + n: path for n, path in checkpoint.controlnets.items()})
+    return _digests(checkpoint)
 
 
 @contextlib.contextmanager
@@ -178,10 +184,13 @@ def _config_bytes(path: Path) -> bytes:
     return json.dumps({k: v for k, v in read_json(path).items() if k not in _ORIGIN}, sort_keys=True).encode()
 
 
-def _digests(folder: Path, controlnets: Mapping[str, Path]) -> Digests:
-    """The digests, 16 hex digits each, of the checkpoint in `folder` with `controlnets`: `controlnet-NAME` -> folder."""
+def _digests(checkpoint: Checkpoint) -> Digests:
+    """The digests, 16 hex digits each."""
+    folder = checkpoint.folder
+    readers = {CONTROLNET_PREFIX + name: path for name, path in checkpoint.controlnets.items()}
+    readers |= {ADAPTER_PREFIX + name: path for name, path in checkpoint.adapters.items()}
     whole, weights, parts = hashlib.sha256(), hashlib.sha256(), {}
-    for name, where in ({p: folder / p for p in ("unet", "vae", "text_encoder")} | dict(controlnets)).items():
+    for name, where in ({p: folder / p for p in ("unet", "vae", "text_encoder")} | readers).items():
         part = hashlib.sha256(_config_bytes(where / "config.json"))
         for path in weights_of(where):
             with path.open("rb") as handle:
@@ -225,8 +234,8 @@ def load_model(
 
     Args:
         model: "picturebook" (embedded), a diffusers folder, or a hub id.
-        layouts: ControlNets: a mapping of layout name to folder or hub id, or names of those that lie in the checkpoint
-            as `controlnet-NAME`. None takes all that lie there.
+        layouts: ControlNets and T2I-Adapters: a mapping of layout name to folder or hub id, or names of those that lie in the checkpoint
+            as `controlnet-NAME` or `adapter-NAME`. None takes all that lie there.
         device: default the GPU if there is one.
         dtype: default float16 on a GPU and float32 on a CPU. A half that the CPU has no arithmetic for becomes float32, with
             a note in the model.
@@ -235,7 +244,7 @@ def load_model(
     Raises:
         UsageError: a part is missing, unreadable or does not fit the others.
     """
-    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from diffusers import AutoencoderKL, ControlNetModel, T2IAdapter, UNet2DConditionModel
     from transformers import CLIPTextModel
 
     checkpoint = find_checkpoint(model, layouts)
@@ -248,10 +257,11 @@ def load_model(
     tokenizer = _tokenizer(folder / "tokenizer", text_encoder)
     schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
     controlnets = {name: _read(ControlNetModel, path, used_dtype) for name, path in checkpoint.controlnets.items()}
+    adapters = {name: _read(T2IAdapter, path, used_dtype) for name, path in checkpoint.adapters.items()}
     _check_fit(unet, vae, text_encoder, controlnets)
-    for part in (unet, vae, text_encoder, *controlnets.values()):
+    for part in (unet, vae, text_encoder, *controlnets.values(), *adapters.values()):
         part.to(used_device)
-    digests = _digests(folder, {CONTROLNET_PREFIX + name: path for name, path in checkpoint.controlnets.items()})
+    digests = _digests(checkpoint)
     return Model(
         name=model,
         folder=folder,
@@ -276,6 +286,7 @@ def load_model(
         guidance_until=recommended.guidance_until,
         guidance_path=recommended.guidance_path,
         mask_seeds=recommended.mask_seeds,
+        adapters=adapters,
     )
 
 
@@ -358,11 +369,10 @@ def describe(model: str) -> dict[str, str]:
     except KeyError as error:
         return {"problem": f"model: {folder / 'unet' / 'config.json'} has no {error}; fetch it again"}
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    controls = [p.name.removeprefix(CONTROLNET_PREFIX) for p in sorted(folder.glob(CONTROLNET_PREFIX + "*"))]
     return {
         "name": model,
         "folder": str(folder),
         "size": f"{size / 1e6:.1f} MB",
         "unet": unet,
-        "layouts": ", ".join(controls) or "none",
+        "layouts": ", ".join(layout_folders(folder)) or "none",
     } | ({"words": ", ".join(checkpoint.recommended.words)} if checkpoint.recommended.words else {})
