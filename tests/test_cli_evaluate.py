@@ -16,7 +16,7 @@ from PIL import Image
 
 from iedit.runtime import editor
 from iedit.runtime.cli.main import main
-from iedit.training import classifier, truth
+from iedit.training import classifier, truth, workers
 from iedit.training.cli_evaluate import evaluate
 
 
@@ -231,3 +231,16 @@ def test_the_truth_command_runs_every_method_on_its_kinds_and_writes_card_rows_a
     assert json.loads((output / "figures.json").read_text())["edits"][0]["n"] == 2
     CliRunner().invoke(evaluate, arguments, catch_exceptions=False)
     assert len(Editor.asked) == sum(counted.values())  # nothing was run again
+
+
+@pytest.mark.slow
+def test_the_truth_suite_gives_the_same_figures_twice_in_one_process_or_in_two(tmp_path: Path) -> None:
+    classifier.Classifier().save(tmp_path / "reader.safetensors")
+    rows = []
+    for name, processes in (("one", 1), ("two", 2)):
+        done = invoke("truth", "--reader", tmp_path / "reader.safetensors", "--output", tmp_path / name, "--n", 2, "--kinds", "background",
+                      "--methods", "sdedit", "--steps", 2, "--batch", 1, "--processes", processes)  # fmt: skip
+        assert done.exit_code == 0, done.output
+        found = workers.read_rows(tmp_path / name / "cases.csv", truth.WORDS, truth.WHOLE)
+        rows.append(sorted(str({k: v for k, v in row.items() if k != "seconds"}) for row in found))
+    assert rows[0] == rows[1] and len(rows[0]) == 2

@@ -316,6 +316,9 @@ def run(
         for (_, cost), some in groups.items():
             parts = range(0, len(some), settings.batch)
             todo += [_Batch(method, by[method.name], tuple(some[at : at + settings.batch]), cost) for at in parts]
+    todo.sort(
+        key=lambda b: b.cases[0][0]
+    )  # all methods on the first cases first: the time left is then that of all of them
     total = len(methods) * len(benchmark.cases)
     tell(len(done), total)
     among = tuple(dict.fromkeys(c.new for c in benchmark.cases if c.new))
