@@ -30,6 +30,7 @@ from iedit.runtime.backends import load_backend
 from iedit.runtime.editor import Editor, EditRequest
 from iedit.runtime.errors import UsageError
 from iedit.runtime.model.model import load_model
+from iedit.runtime.presets import with_preset
 from iedit.runtime.profile import module_call, peak_memory
 from iedit.runtime.stage_cache import StageCache
 from iedit.training import truth
@@ -47,12 +48,14 @@ def requests_of(model: str, size: int, count: int, steps: int) -> tuple[list[Edi
     """The edits, and the world's cases where they are of the world."""
     if model == "picturebook":
         cases = world_edits(count)
-        return [EditRequest(c.source, c.prompts[1], c.prompts[0], steps=steps) for c in cases], cases
+        requests = [EditRequest(c.source, c.prompts[1], c.prompts[0], steps=steps) for c in cases]
+        return [with_preset(r, "exact") for r in requests], cases  # the plain composition is of the full method
     rng = np.random.default_rng(0)
     smooth = [
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((size, size), 3) for _ in range(count)
     ]
-    return [EditRequest(s, "a blue house on sand", "a red car on grass", steps=steps) for s in smooth], []
+    requests = [EditRequest(s, "a blue house on sand", "a red car on grass", steps=steps) for s in smooth]
+    return [with_preset(r, "exact") for r in requests], []
 
 
 class Run:

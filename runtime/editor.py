@@ -172,6 +172,7 @@ class Editor:
         steps: int = 25,
         guidance_scale: float | None = None,
         size: tuple[int, int] | None = None,
+        guidance_until: float | None = None,
     ) -> list[Image.Image]:
         """Plain text-to-image with DDIM, to see what a model can draw.
 
@@ -179,6 +180,7 @@ class Editor:
             layouts: name -> one map per prompt.
             seeds: one per prompt; 0, 1, ... by default.
             size: (width, height); the UNet's training size by default.
+            guidance_until: share of the steps, the noisiest first, with guidance; what the checkpoint recommends by default, else 1.
         """
         model, profile = self.model, Profile()
         if size is None and model.side is None:
@@ -196,9 +198,16 @@ class Editor:
         levels = model.schedule.levels(steps)
         noise = torch.stack([seeded_noise(s, "generate", shape) for s in numbers]).to(model.device)
         scale = model.guidance_scale if guidance_scale is None else guidance_scale
+        until = (
+            (1.0 if model.guidance_until is None else model.guidance_until)
+            if guidance_until is None
+            else guidance_until
+        )
         network = Network(self.denoiser, model.schedule.prediction, self.max_batch(shape), profile)
         with profile.stage("sample"):
-            latents = network.run(masked_sampling(noise, levels.path(), condition, uncond, scale), steps)
+            latents = network.run(
+                masked_sampling(noise, levels.path(), condition, uncond, scale, guided=round(steps * until)), steps
+            )
         return [pictures.to_image(i) for i in vae_batches(self.codec.decode, latents)]
 
     def reconstruct(self, images: Sequence[Image.Image]) -> list[Image.Image]:

@@ -26,6 +26,7 @@ RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "cont
 DDPM_SCALES = (15 / 7.5, 3.5 / 7.5)
 CORRECTIONS = ("none", "direct", "null-text")  # of the errors of an inversion
 REPLACEMENTS = ("auto", "replace", "refine")  # of cross-attention maps, see `alignment`
+PATHS = ("inverted", "drawn")  # of the guidance image
 SPACINGS = ("leading", "linspace", "trailing")  # of timesteps, by diffusers' names
 STEPS = {"iedit": 50}  # METHOD section 3, row 3; ITO's section 4 uses 25 for all that it compares
 
@@ -61,7 +62,7 @@ class MaskOptions:
         mode: "single" (one evaluation at the noise level of `strength`), "trajectory" (both conditions are denoised and
             compared at the last step) or "none" (ITO then preserves everywhere, Eq. 3; other methods do not blend). None is the
             method's own, see `mask_mode`.
-        seeds: noises that the difference is averaged over.
+        seeds: noises that the difference is averaged over; None is what the checkpoint recommends for ITO, else 10.
         strength: where the comparison starts, share of the steps; None is what the checkpoint recommends, else 0.5.
         guided: compare predictions after guidance.
         sigma: of the Gaussian smoothing, latent pixels.
@@ -70,21 +71,25 @@ class MaskOptions:
     """
 
     mode: str | None = None
-    seeds: int = 10
+    seeds: int | None = None
     strength: float | None = None
     guided: bool = True
     sigma: float = 1.0
     norm: str = "minmax"
     threshold: float | None = None
 
-    def settled(self, model: Model) -> MaskOptions:
+    def settled(self, model: Model, method: str) -> MaskOptions:
         """With a number for what was left to the checkpoint."""
-        strength, threshold = self.strength, self.threshold
+        strength, threshold, seeds = self.strength, self.threshold, self.seeds
+        if seeds is None:
+            seeds = model.mask_seeds if method in ITO and model.mask_seeds is not None else 10
         if strength is None:
             strength = 0.5 if model.mask_strength is None else model.mask_strength
         if threshold is None and self.norm == "minmax":
             threshold = 0.1 if model.mask_threshold is None else model.mask_threshold
-        return dataclasses.replace(self, strength=strength, threshold=0.5 if threshold is None else threshold)
+        return dataclasses.replace(
+            self, seeds=seeds, strength=strength, threshold=0.5 if threshold is None else threshold
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ class Options:
         source_guidance_scale: of ddpm, while the noise of the picture is found; None is 3.5 / 7.5 of the checkpoint's.
         negative_prompt: text of the unconditional half.
         guidance_until: share of the steps of denoising, from the noisiest on, that have classifier-free guidance; the rest asks for the
-            prompt alone, at half the evaluations (limited-interval guidance, arXiv:2404.07724).
+            prompt alone, at half the evaluations (limited-interval guidance, arXiv:2404.07724). None is what the checkpoint recommends for
+            ITO, else 1.
         control_scale: of every ControlNet's residuals.
         control_scales: (name, scale) pairs that differ from `control_scale`.
         timestep_spacing: "leading", "linspace" or "trailing", as diffusers calls it; None is the checkpoint's. With few steps "leading", which
@@ -107,7 +113,8 @@ class Options:
         mask: how the mask is estimated.
         guidance, final: ITO's updates while the guidance image is made and in the final pass.
         guidance_path: what the final pass takes for the guidance image at every level: the guidance image "inverted", as in the
-            paper, or the latents that it was "drawn" through, which saves that inversion.
+            paper, or the latents that it was "drawn" through, which saves that inversion. None is what the checkpoint recommends, else
+            inverted; and inverted where it is refined or goes through the VAE.
         refine: refine the guidance image with the input (ITO A.5).
         refinement: the updates of that refinement.
         inversion: condition of the inversion: the "source" prompt or "unconditional".
@@ -134,7 +141,7 @@ class Options:
     guidance_scale: float | None = None
     source_guidance_scale: float | None = None
     negative_prompt: str = ""
-    guidance_until: float = 1.0
+    guidance_until: float | None = None
     control_scale: float = 1.0
     control_scales: tuple[tuple[str, float], ...] = ()
     timestep_spacing: str | None = None
@@ -143,7 +150,7 @@ class Options:
     mask: MaskOptions = MaskOptions()
     guidance: ItoSettings = ItoSettings()
     final: ItoSettings = ItoSettings()
-    guidance_path: str = "inverted"
+    guidance_path: str | None = None
     refine: bool = False
     refinement: ItoSettings = ItoSettings(t_u=6)
     inversion: str = "source"
@@ -163,7 +170,7 @@ class Options:
     resize: int | None = None
 
     def settled(self, model: Model, steps: int, method: str = "ito", layouts: bool = False) -> Options:
-        """With a number for what was left to the checkpoint; `layouts`: the edit has some."""
+        """With a value for what was left to the checkpoint; `layouts`: the edit has some."""
         share = None if layouts else model.text_update_share
         guidance, final = (dataclasses.replace(s, t_u=s.updates(steps, share)) for s in (self.guidance, self.final))
         scale, of_source = self.guidance_scale, self.source_guidance_scale
@@ -171,18 +178,25 @@ class Options:
             scale = model.guidance_scale * (DDPM_SCALES[0] if method in DDPM else 1)
         if of_source is None and method in DDPM:
             of_source = model.guidance_scale * DDPM_SCALES[1]
+        until, path = self.guidance_until, self.guidance_path
+        if until is None:
+            until = model.guidance_until if method in ITO and model.guidance_until is not None else 1.0
+        if path is None:
+            path = "inverted" if self.refine or self.round_trip else model.guidance_path or "inverted"
         return dataclasses.replace(
             self,
             guidance_scale=scale,
             source_guidance_scale=of_source,
-            mask=self.mask.settled(model),
+            guidance_until=until,
+            guidance_path=path,
+            mask=self.mask.settled(model, method),
             guidance=guidance,
             final=final,
         )
 
     def guided_steps(self, steps: int) -> int:
         """How many of a run's steps have classifier-free guidance."""
-        return round(steps * self.guidance_until)
+        return steps if self.guidance_until is None else round(steps * self.guidance_until)
 
     def check(self) -> None:
         """Raises UsageError for a value that no stage could use."""
@@ -201,21 +215,22 @@ class Options:
         one_of("mask norm", self.mask.norm, ("minmax", "clamp"))
         if self.timestep_spacing is not None:
             one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
-        one_of("guidance_path", self.guidance_path, ("inverted", "drawn"))
+        if self.guidance_path is not None:
+            one_of("guidance_path", self.guidance_path, PATHS)
         one_of("inversion", self.inversion, ("source", "unconditional"))
         one_of("inversion_evaluate", self.inversion_evaluate, ("target", "source"))
         one_of("replacement", self.replacement, REPLACEMENTS)
         one_of("inversion_correction", self.inversion_correction, CORRECTIONS)
         one_of("composite", self.composite, ("none", "latent", "pixel"))
         within("lambda", self.lam, 0, 1)
-        within("guidance_until", self.guidance_until, 0, 1)
+        within("guidance_until", 0 if self.guidance_until is None else self.guidance_until, 0, 1)
         within("cross_replace", self.cross_replace, 0, 1)
         within("self_replace", self.self_replace, 0, 1)
         within("self_replace_cells", self.self_replace_cells, 0, 1)
         for word, factor in self.reweight:
             within(f"reweight {word}", factor, -MAX_REWEIGHT, MAX_REWEIGHT)
         within("mask threshold", 0 if self.mask.threshold is None else self.mask.threshold, 0, 1)
-        within("mask seeds", self.mask.seeds, 1, 1000)
+        within("mask seeds", 1 if self.mask.seeds is None else self.mask.seeds, 1, 1000)
         within("mask sigma", self.mask.sigma, 0, 1000)
         within("feather", self.feather, 0, 1000)
         within("resize", MIN_SIDE if self.resize is None else self.resize, MIN_SIDE, MAX_SIDE)

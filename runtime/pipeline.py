@@ -90,10 +90,10 @@ class Pipeline:
         self.shape = (model.channels, height // model.vae_scale_factor, width // model.vae_scale_factor)
         self.guided = [r for r in requests if r.request.options.lam < 1] if self.method == "ito" else []
         self.prompt_embeds: dict[str, Tensor] = {}
-        mask = o.mask.settled(model)  # a request settles it only where it estimates a mask
-        assert mask.strength is not None and mask.threshold is not None
+        mask = o.mask.settled(model, self.method)  # a request settles it only where it estimates a mask
+        assert mask.strength is not None and mask.threshold is not None and mask.seeds is not None
         self.mask_mode = mask_mode(self.method, o.mask.mode)
-        self.strength, self.threshold = mask.strength, mask.threshold
+        self.strength, self.threshold, self.seeds = mask.strength, mask.threshold, mask.seeds
         if isinstance(denoiser, Backend):  # what no engine can ever run is refused before anything is run
             adapters = [ADAPTER_PREFIX + name for name in requests[0].maps if name in model.adapters]
             for module in [CONTROLLED_UNET] * (self.method in P2P) + ["+".join(["unet", *adapters])] * bool(adapters):
@@ -206,14 +206,14 @@ class Pipeline:
         o, path = self.options.mask, self.levels.path(self.levels.start(self.strength))
 
         def compare(members: Requests) -> Sampler[Tensor]:
-            noise = torch.stack([self._noise(members, f"mask-{i}") for i in range(o.seeds)], dim=1)
+            noise = torch.stack([self._noise(members, f"mask-{i}") for i in range(self.seeds)], dim=1)
             return estimate_mask(
                 self._stacked(members, "encode"), noise, path, self._condition(members), self._condition(members, source=True),
                 uncond=self.prompt_embeds[self.options.negative_prompt], scale=self.scale, mode=self.mask_mode,
                 prediction=self.model.schedule.prediction, guided=o.guided, rounding=rounding_level(self.model.dtype),
             )  # fmt: skip
 
-        settings = [self.levels.steps, self.scale, self.mask_mode, o.seeds, self.strength, o.guided]
+        settings = [self.levels.steps, self.scale, self.mask_mode, self.seeds, self.strength, o.guided]
 
         def key_parts(r: PreparedRequest) -> list[Any]:
             return [r.digest, self._condition_key(r), self._condition_key(r, source=True), r.request.seed, settings]
@@ -548,7 +548,7 @@ class Pipeline:
             else:
                 compared = self.levels.steps - self.levels.start(self.strength)
                 each = compared * both - (0 if o.mask.guided else both - 1)
-            costs["mask"] = o.mask.seeds * 2 * each
+            costs["mask"] = self.seeds * 2 * each
         if self.method in P2P:  # beside each evaluation of the edit one of its source, where that needs one
             if self.fits_null_text:
                 costs["null-text"] = self.guided_steps * (NULL_TEXT_STEPS + 2)
@@ -563,7 +563,7 @@ class Pipeline:
         costs |= {"invert": run * inversion, "final": denoise}
         if self.guided:
             costs |= {"guidance": denoise}
-            if o.guidance_path == "inverted":
+            if o.guidance_path != "drawn":
                 costs |= {"invert-guidance": run * inversion * (2 if o.refine else 1)}
             costs |= {"refine": denoise} if o.refine else {}
         return costs

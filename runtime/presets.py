@@ -33,7 +33,9 @@ class Preset:
 
 
 PRESETS = {
-    "exact": Preset(None, Options(), "the full method"),
+    "exact": Preset(
+        None, Options(guidance_until=1.0, guidance_path="inverted", mask=MaskOptions(seeds=10)), "the full method"
+    ),
     "fast": Preset(
         None,
         Options(guidance_until=0.32, guidance_path="drawn", mask=MaskOptions(seeds=4)),

@@ -267,9 +267,14 @@ def _settled(model: Model, request: EditRequest, steps: int, context: OptionCont
     """A request's options with a number for what was left to the checkpoint, where the edit uses it: a receipt says what ran."""
     o = request.options
     settled = o.settled(model, steps, context.method, context.layouts)
-    mask = settled.mask if context.estimates_mask else o.mask
-    guidance, final = (settled.guidance, settled.final) if context.method in ITO else (o.guidance, o.final)
-    return dataclasses.replace(settled, mask=mask, guidance=guidance, final=final)
+    unused: dict[str, Any] = {} if context.estimates_mask else {"mask": o.mask}
+    if context.method not in ITO:
+        unused |= {"guidance": o.guidance, "final": o.final}
+    if context.method not in ITO or context.lacks("a guidance image"):
+        unused["guidance_path"] = o.guidance_path
+    if context.lacks("guidance"):
+        unused["guidance_until"] = o.guidance_until
+    return dataclasses.replace(settled, **unused)
 
 
 def _check_fields(model: Model, request: EditRequest) -> None:

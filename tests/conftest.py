@@ -85,6 +85,12 @@ def taped() -> Any:
     return _load_file(ROOT / "tests" / "taped.py")
 
 
+@pytest.fixture(scope="session")
+def small_models() -> Any:
+    """The module `tests/small_models.py`: random models of the classes that pairs and metrics are made with."""
+    return _load_file(ROOT / "tests" / "small_models.py")
+
+
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """`bench(name)`: a script of `bench/` as a module; like a script it finds those beside it."""
@@ -295,10 +301,14 @@ def tiny_engines(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ONNX engines of the random checkpoint, exported once, also by several workers; not to be changed, copy them."""
     from iedit.export.onnx import export_onnx
 
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # whoever comes second waits, and finds them there
+    folder, modules = tmp_path_factory.getbasetemp(), TINY_MODULES
+    if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    export_onnx(tiny, folder / "tiny_engines", modules=TINY_MODULES)
+    if (
+        os.environ.get("PYTEST_XDIST_WORKER") == "gw1"
+    ):  # two workers begin at two ends; what one has finished, the other finds there
+        modules = (*TINY_MODULES[3:], *TINY_MODULES[:3])
+    export_onnx(tiny, folder / "tiny_engines", modules=modules)
     return folder / "tiny_engines"
 
 

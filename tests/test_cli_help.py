@@ -30,7 +30,7 @@ def test_every_option_is_in_one_group_of_the_help(command: str) -> None:
     assert "--mask-threshold" in sections["Masks"] and "--backend" in sections["Speed"]
 
 
-@pytest.mark.parametrize("words", [["-h"], ["edit", "-h"], ["train", "truth", "-h"], ["engines", "list", "-h"]])
+@pytest.mark.parametrize("words", [["-h"], ["edit", "-h"], ["evaluate", "truth", "-h"], ["engines", "list", "-h"]])
 def test_h_is_help(words: list[str]) -> None:
     # click keeps the help option of the first context that asked, and other tests run commands without the program around them.
     command: Any = main
@@ -70,7 +70,7 @@ def test_the_shell_completes_commands_options_and_choices(root: Path) -> None:
         )
         return {line.split(",", 1)[1] for line in out.stdout.splitlines()}
 
-    assert completed("iedit", "e") == {"edit", "export", "engines"}
+    assert completed("iedit", "e") == {"edit", "export", "engines", "evaluate"}
     assert {"--mask", "--mask-mode"} <= completed("iedit", "edit", "--mas")
     assert completed("iedit", "edit", "--method", "diff") == {"diffedit"}
     assert '_IEDIT_COMPLETE=bash_source iedit)"' in (root / "README.md").read_text()

@@ -291,7 +291,7 @@ def test_bfloat16_trains_float32_weights_with_about_the_same_losses(
             assert float(half[name]) == pytest.approx(float(full[name]), rel=0.05, abs=0.005), name
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(
     tmp_path: Path, tiny_checkpoint_cli: Path, exact_pairs: Path, root: Path, processes: int
 ) -> None:

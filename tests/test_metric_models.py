@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,10 @@ MEAN = STD = 0.5  # of `ViTImageProcessor`
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("small_models", Path(__file__).with_name("small_models.py"))
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def models(tmp_path_factory: pytest.TempPathFactory, small_models: Any) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name in ("clip", "clipseg", "vit", "classifier"):
-        getattr(module, name)(folder / name)
+        getattr(small_models, name)(folder / name)
     return folder
 
 

@@ -168,7 +168,7 @@ def test_a_checkpoint_may_recommend_its_mask_and_a_request_may_say_otherwise(tin
     told, plain = load_model(str(folder), device="cpu"), load_model(str(tiny_folder), device="cpu")
 
     def settled(model: Model, **options: Any) -> tuple[float | None, float | None]:
-        mask = MaskOptions(**options).settled(model)
+        mask = MaskOptions(**options).settled(model, "ito")
         return mask.strength, mask.threshold
 
     assert settled(plain) == (0.5, 0.1) and settled(told) == (0.8, 0.25)

@@ -135,7 +135,10 @@ def test_a_preset_sets_what_is_left_alone_and_matters() -> None:
         4,
         None,
     )
-    assert with_preset(request, "exact") == request
+    exact = with_preset(request, "exact")  # in so many words, whatever a checkpoint recommends
+    assert exact.steps is None and exact.options == Options(
+        guidance_until=1.0, guidance_path="inverted", mask=MaskOptions(seeds=10)
+    )
     faster = with_preset(request, "faster")
     assert (faster.steps, faster.options.timestep_spacing, faster.options.final.k, faster.options.guidance.k) == (
         12,
@@ -150,20 +153,56 @@ def test_a_preset_sets_what_is_left_alone_and_matters() -> None:
         0.9,
         7,
     ) and kept.options.guidance_path == "drawn"
-    assert with_preset(request, "fast", keep={"mask.seeds", "guidance_path"}).options == Options(guidance_until=0.32)
+    assert with_preset(request, "faster", keep={"final.k"}).options.final.k == 1
     # What the edit would not use is not set, as it would be refused.
     assert with_preset(dataclasses.replace(request, mask="mask.png"), "fast").options.mask == MaskOptions()
-    assert (
-        with_preset(dataclasses.replace(request, options=Options(lam=1.0)), "fast").options.guidance_path == "inverted"
-    )
+    assert with_preset(dataclasses.replace(request, options=Options(lam=1.0)), "fast").options.guidance_path is None
     assert (
         with_preset(dataclasses.replace(request, options=Options(guidance_scale=1.0)), "fast").options.guidance_until
-        == 1.0
+        is None
     )
     with pytest.raises(UsageError, match="expected one of exact, fast, faster"):
         with_preset(request, "fastest")
     with pytest.raises(UsageError, match="method sdedit has none"):
         with_preset(dataclasses.replace(request, method="sdedit"), "fast")
+
+
+def test_a_checkpoint_may_recommend_a_preset_and_exact_is_the_full_method_all_the_same(
+    tiny: Any, picture: Picture
+) -> None:
+    recommended = {"guidance_until": 0.32, "guidance_path": "drawn", "mask_seeds": 4}
+    plain, told = (
+        Editor(m, TorchBackend(m), cache=StageCache(memory=0)) for m in (tiny, dataclasses.replace(tiny, **recommended))
+    )
+
+    def same(a: EditRequest, b: EditRequest, cost: int) -> None:
+        """What the one makes that was told and the other that was not; the receipt has what ran, in numbers."""
+        ours, theirs = told.edit(a), plain.edit(b)
+        assert torch.equal(ours.latent, theirs.latent)
+        assert ours.receipt["request"]["options"] == theirs.receipt["request"]["options"]
+        assert sum(ours.profile.evaluations.values()) == cost
+
+    request = EditRequest(picture(0), "a blue house on sand", "a red car on grass", steps=8)
+    full = 20 + 8 + 16 + 8 + 16
+    same(request, with_preset(request, "fast"), 8 + 8 + 2 * (8 + round(0.32 * 8)))
+    same(with_preset(request, "exact"), request, full)
+    # What changes the guidance image after it was drawn has it inverted.
+    refined = dataclasses.replace(request, options=Options(guidance_until=1.0, refine=True, mask=MaskOptions(seeds=10)))
+    same(refined, refined, full + 16 + 8)
+    # Other methods were not measured with it.
+    diffedit = dataclasses.replace(request, method="diffedit")
+    same(diffedit, diffedit, 20 + 5 + 10)
+
+
+def test_text_to_image_is_guided_for_what_the_checkpoint_recommends(tiny: Any) -> None:
+    plain, told = (Editor(m, TorchBackend(m)) for m in (tiny, dataclasses.replace(tiny, guidance_until=0.25)))
+    want = plain.generate(["a red car"], steps=4, guidance_until=0.25)[0].tobytes()
+    assert told.generate(["a red car"], steps=4)[0].tobytes() == want
+    assert plain.generate(["a red car"], steps=4)[0].tobytes() != want
+    assert (
+        told.generate(["a red car"], steps=4, guidance_until=1.0)[0].tobytes()
+        == plain.generate(["a red car"], steps=4)[0].tobytes()
+    )
 
 
 def test_every_preset_differs_from_the_default_in_its_fields_alone() -> None:

@@ -64,6 +64,16 @@ def test_every_command_line_of_the_training_page_parses_and_its_make_targets_exi
     assert [parse(line).name for line in lines] == ["renders", "pairs", "finetune"]
 
 
+def test_every_command_line_of_the_evaluation_page_parses(root: Path) -> None:
+    lines = command_lines(root, "docs/evaluate.md")
+    assert {parse(line).name for line in lines} == {"truth", "pie", "imagenet", "pairs"}
+    text = (root / "docs" / "evaluate.md").read_text()
+    group = main.get_command(click.Context(main), "evaluate")
+    assert isinstance(group, click.Group)
+    known = {o for c in group.commands.values() for p in c.params for o in p.opts}
+    assert set(re.findall(r"--[a-z][a-z-]*", text)) <= known
+
+
 @pytest.mark.parametrize("line", ["iedit edlt a.png", "iedit edit a.png --promt x", "iedit edit a.png", "iedit train"])
 def test_a_wrong_line_would_be_noticed(line: str) -> None:
     with pytest.raises(click.UsageError):

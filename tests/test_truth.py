@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from iedit.training import truth, world
+from iedit.training import truth, workers, world
 from iedit.training.classifier import Reading
 
 
@@ -200,7 +200,7 @@ def test_a_second_run_repeats_nothing_and_a_larger_one_only_adds(tmp_path: Path)
 def test_rows_come_back_from_disk_as_they_went(tmp_path: Path) -> None:
     rows = truth.run(FakeEditor(True), oracle_of(["background"], 2), ["ito"], ["background"], 2,
                      output=tmp_path, request=the_case)  # fmt: skip
-    back = truth.read_rows(tmp_path / "cases.csv")
+    back = workers.read_rows(tmp_path / "cases.csv", truth.WORDS, truth.WHOLE)
     assert [str(r) for r in back] == [str(r) for r in rows]
     assert [p.name for p in tmp_path.iterdir()] == ["cases.csv"]
 
@@ -279,7 +279,7 @@ def test_the_card_and_the_table_hold_every_method(tmp_path: Path) -> None:
         "all x2",
     }
     assert truth.table(summary).row_count == 6
-    truth.write_json(tmp_path / "figures.json", {"edits": summary})
-    card = truth.render_card(truth.read_json(tmp_path / "figures.json"))
+    workers.write_json(tmp_path / "figures.json", {"edits": summary})
+    card = truth.render_card(workers.read_json(tmp_path / "figures.json"))
     assert card.count("| sdedit |") == 3
     assert "1.00 (0.34-1.00)" in card

@@ -300,3 +300,10 @@ def test_an_unknown_layout_or_number_of_things_is_refused() -> None:
         world.layout(world.scene_of_seed(0), "depth")
     with pytest.raises(ValueError, match=r"things is 3, expected 1, 2 or None"):
         world.random_scene(random.Random(0), 3)
+
+
+def test_a_part_of_a_render_is_cut_out_of_the_whole() -> None:
+    for seed in range(6):
+        scene = world.scene_of_seed(seed)
+        for box in ((0, 0, 128, 128), (3, 40, 90, 121), (64, 100, 65, 128)):
+            assert world.render(scene, box).tobytes() == world.render(scene).crop(box).tobytes()

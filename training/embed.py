@@ -73,6 +73,8 @@ BFLOAT16 = "bfloat16 autocast"
 GUIDANCE_SCALE = 5.0
 # Of the mask: compared at full noise in place of half of it, and cut at 0.3 in place of 0.1. The card has the measurement.
 MASK_STRENGTH, MASK_THRESHOLD = 1.0, 0.3
+# Of ITO: the preset `fast` (see `runtime/presets.py`), which was no worse than the full method in any figure; docs/presets.md has them.
+PRESET = {"guidance_until": 0.32, "guidance_path": "drawn", "mask_seeds": 4}
 # Mean absolute error of the autoencoder, of the range, above which a picture is not of the world. On 120 held-out renders it was 0.007 (at
 # most 0.011), on 30 of them as JPEG of quality 40 0.014 (at most 0.017); on 24 photographs and drawings of image libraries 0.045 to 0.179.
 RECONSTRUCTION_ERROR = 0.03
@@ -839,13 +841,16 @@ ground of that seed the L1 outside went from 0.057 to 0.045 (sky) and from 0.015
 keep 15 of 25: on 64 outlines and 48 poses of that seed every step took the L1 outside from 0.010 to 0.007 and from 0.013 to 0.010, but what
 was asked from 77 % to 73 % and from 100 % to 96 %, and the old was still there in 6 % and 4 % in place of 5 % and 2 % (with the scribble
 ControlNet at 2300 steps). All of this was measured with the papers' update, Adam; the figures below are with the default, clipped, and with
-Adam beside it ("ito adam"; docs/update.md says why). The remaining defaults are the papers'.
+Adam beside it ("ito adam"; docs/update.md says why). For ITO it recommends the preset `fast` (docs/presets.md): guidance for the first third of
+the steps, which text to image has too, the guidance image's own path, and a mask of 4 seeds; "ito exact" is the full method. The remaining defaults are the papers'.
 
 The two cores were shared with other work, so the hours are upper bounds. Steps were changed
 while it ran, so the cosine of the learning rate was not one piece everywhere: the autoencoder's first 2000 and the denoiser's first
 1500 steps ran under one meant for 4000, the pose ControlNet was stopped at 1000 of 1500, and the scribble ControlNet, finished at
 1500, went on to 2300, and from there to 5000. That last part took the outlines that are as asked after an edit from 77 % to 89 %, of 64 of a seed
-that the figures below do not use, and their IoU from 0.81 to 0.85.
+that the figures below do not use, and their IoU from 0.81 to 0.85. The rows of seed 1 and 2 are of training on (`--base`): UNet and text encoder
+twice, then the pose ControlNet. The scribble ControlNet reads the UNet that it has now as well as the one that it was trained on: on 20 outlines
+of the other seed all were as asked with either, drawn as the renderer draws to 23.9 dB in place of 22.4.
 
 {figures}"""
 
@@ -885,7 +890,7 @@ def write_model(plan: Plan, log: Callable[[str], None], out: Path | None = None)
     (out / HISTORY_FILE).write_text(json.dumps(training_history(plan), indent=1) + "\n")
     (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
     hints = {"guidance_scale": GUIDANCE_SCALE, "mask_strength": MASK_STRENGTH, "mask_threshold": MASK_THRESHOLD,
-             "text_update_share": TEXT_UPDATE_SHARE, "words": WORDS, "reconstruction_error": RECONSTRUCTION_ERROR}  # fmt: skip
+             "text_update_share": TEXT_UPDATE_SHARE, **PRESET, "words": WORDS, "reconstruction_error": RECONSTRUCTION_ERROR}  # fmt: skip
     (out / "iedit.json").write_text(json.dumps(hints) + "\n")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     log(f"model: written to {out}, {size / 1e6:.1f} MB")

@@ -87,6 +87,19 @@ def folder_digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
+def file_digest(path: Path, purpose: str) -> str:
+    """sha256 of a file: 64 hex digits.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"{purpose}: {path} cannot be read ({error.strerror or error}); name a file") from None
+
+
 def load_part(loader: Any, folder: Path, purpose: str, **settings: Any) -> Any:
     """`loader.from_pretrained` of a folder.
 

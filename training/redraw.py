@@ -165,10 +165,16 @@ def redraw(image: Image.Image, reading: Reading, things: Sequence[int] | None = 
             > 0
         )
         rows, columns = np.nonzero((np.asarray(seen) > 0) | window)
-        box = (slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
+        top, bottom, left, right = (int(v) for v in (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1))
+        box, target = (left, top, right, bottom), picture[top:bottom, left:right]
 
-        def error(thing: world.Thing, index: int = index, box: tuple[slice, slice] = box) -> float:
-            return float(((_pixels(world.render(with_thing(index, thing)))[box] - picture[box]) ** 2).sum())
+        def error(
+            thing: world.Thing,
+            index: int = index,
+            box: tuple[int, int, int, int] = box,
+            target: np.ndarray = target,
+        ) -> float:
+            return float(((_pixels(world.render(with_thing(index, thing), box)) - target) ** 2).sum())
 
         best, least = _search(first, error)
         # Another kind or colour, if the reader took one for another: from the same box.

@@ -10,10 +10,8 @@ many cases are asked for, so a run of 10 is the beginning of a run of 100.
 
 from __future__ import annotations
 
-import csv
-import json
+import functools
 import math
-import os
 import random
 import statistics
 import time
@@ -27,10 +25,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..runtime.images import write_png
 from ..runtime.options import ItoSettings
+from ..runtime.presets import PRESETS
 from . import metrics, redraw, world
 from .classifier import Reading
 from .embed import images_to_tensor
+from .workers import read_rows, spread, write_rows
 
 TEXT_KINDS = ("thing", "colour", "background")
 LAYOUT_KINDS = ("pose", "scribble")
@@ -68,10 +69,12 @@ class Method:
 
 LAMBDA_FIELD = "lam"  # the field of runtime.editor.Options that holds ITO's lambda
 _ADAM = ItoSettings(update="adam")
+_EXACT = {name: getattr(PRESETS["exact"].options, name) for name in ("guidance_until", "guidance_path", "mask")}
 METHODS = {
     m.name: m
     for m in (
         Method("ito", "ito", KINDS),
+        Method("ito exact", "ito", KINDS, _EXACT),
         Method("ito adam", "ito", KINDS, {"guidance": _ADAM, "final": _ADAM}),
         Method("ito lambda=1", "ito", TEXT_KINDS, {LAMBDA_FIELD: 1.0}),
         Method("diffedit", "diffedit", TEXT_KINDS),
@@ -293,31 +296,7 @@ def crispness(case: Case, image: Image.Image, reading: Reading) -> float:
 _KEY = ("settings", "method", "kind", "number")
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Rows to a CSV, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else list(_KEY))
-        writer.writeheader()
-        writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of `write_rows`, numbers as numbers; none if nothing is there."""
-    if not path.exists():
-        return []
-    words = ("settings", "method", "kind")
-    whole = ("number", "things")
-
-    def value(key: str, text: str) -> Any:
-        return text if key in words else int(text) if key in whole else float(text)
-
-    with path.open(newline="") as file:
-        return [{k: value(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
+WORDS, WHOLE = ("settings", "method", "kind"), ("number", "things")  # of a row; all else of it are numbers
 
 
 @dataclass(frozen=True)
@@ -345,7 +324,10 @@ def run(
     output: Path | None = None,
     sheet: int = 0,
     log: Log = lambda _: None,
+    tell: Callable[[int, int], object] = lambda done, of: None,
     request: Callable[[Case, Method, int, int], Any] = edit_request,
+    processes: int = 1,
+    load: Callable[[], tuple[Any, Reader]] | None = None,
 ) -> list[Row]:
     """Edit the first `n` cases of every kind with every method and score them; one row per case.
 
@@ -356,6 +338,9 @@ def run(
             thrown away, equal ones in `output/cases.csv` are not run again.
         batch: cases per call of `edit_many`; seconds are the call's, shared equally.
         sheet: how many first cases of each method and kind to show in `output/METHOD-KIND.png`; these are run again.
+        tell: called with how many edits are scored, and of how many.
+        processes: in so many processes (see `workers.spread`), each with the editor and reader that `load` makes; then
+            `load` and `request` have to be functions that can be pickled.
 
     Evaluations are those that `profile.evaluations` counts for the call, shared equally, so a stage that the editor's cache already
     holds costs nothing: give an editor without a cache where costs are compared.
@@ -363,45 +348,68 @@ def run(
     Returns: the rows of the methods, kinds and cases asked for, those of earlier runs included.
 
     Raises:
-        ValueError: an unknown method or kind.
+        ValueError: an unknown method or kind, or several processes without `load`.
     """
     unknown = [m for m in methods if isinstance(m, str) and m not in METHODS] + [k for k in kinds if k not in KINDS]
     if unknown:
         raise ValueError(f"run: {unknown[0]!r} is neither one of {', '.join(METHODS)} nor of {', '.join(KINDS)}")
+    if processes > 1 and load is None:
+        raise ValueError(f"run: {processes} processes need `load`")
     chosen = [METHODS[m] if isinstance(m, str) else m for m in methods]
     settings = f"{settings} seed={seed} steps={steps}".strip()
     path = output / "cases.csv" if output else None
     fields = {*_KEY, "things", *SHARES, *MEANS}  # a row of an earlier version may lack one, and is run again
-    kept = [r for r in (read_rows(path) if path else []) if r["settings"] == settings and fields <= r.keys()]
+    kept = [
+        r for r in (read_rows(path, WORDS, WHOLE) if path else []) if r["settings"] == settings and fields <= r.keys()
+    ]
     done = {tuple(r[k] for k in _KEY): r for r in kept}
+    jobs: list[tuple[Method, list[Case]]] = []
     for kind in kinds:
         cases = edit_cases(kind, n, seed)
         for method in (m for m in chosen if kind in m.kinds):
             todo = [c for c in cases if (settings, method.name, kind, c.number) not in done or c.number < sheet]
-            shown: list[_Shown] = []
-            for at in range(0, len(todo), batch):
-                some = todo[at : at + batch]
-                began = time.perf_counter()
-                results = _edit(editor, some, method, seed, steps, request)
-                seconds = (time.perf_counter() - began) / len(some)
-                readings = reader.read([r.image for r in results])
-                for result, reading in zip(results, readings, strict=True):
-                    case = result.case
-                    row: Row = {"settings": settings, "method": method.name, "kind": kind, "number": case.number}
-                    row |= {"things": len(case.before.things), **judge(case, reading)}
-                    row |= measure(case, result.image, result.mask) | {
-                        "redrawn": crispness(case, result.image, reading)
-                    }
-                    row |= {"seconds": seconds, "evaluations": result.evaluations}
-                    done[settings, method.name, kind, case.number] = row
-                shown += [r for r in results if r.case.number < sheet]
-                if path:
-                    write_rows(path, list(done.values()))
-                log(f"truth: {method.name}: {kind} {at + len(some)}/{len(todo)}, {seconds:.1f} s each")
-            if shown and output:
-                write_image(output / f"{method.name.replace(' ', '_')}-{kind}.png", contact_sheet(shown))
+            jobs += [(method, todo[at : at + batch]) for at in range(0, len(todo), batch)]
+    scored, of = 0, sum(len(cases) for _, cases in jobs)
+    tell(scored, of)
+    shown: dict[tuple[str, str], list[_Shown]] = {}
+    work = functools.partial(_score, seed=seed, steps=steps, sheet=sheet, request=request)
+    for number, (rows, results) in spread(
+        load if processes > 1 and load else lambda: (editor, reader), work, jobs, processes
+    ):
+        method, some = jobs[number]
+        for row in rows:
+            row = {"settings": settings} | row
+            done[tuple(row[k] for k in _KEY)] = row
+        shown.setdefault((method.name, some[0].kind), []).extend(results)
+        if path:
+            write_rows(path, list(done.values()), _KEY)
+        scored += len(some)
+        tell(scored, of)
+        log(f"truth: {method.name}: {some[0].kind} {scored}/{of}, {rows[0]['seconds']:.1f} s each")
+    for (name, kind), results in shown.items():
+        if results and output:
+            page = contact_sheet(sorted(results, key=lambda one: one.case.number))
+            write_png(output / f"{name.replace(' ', '_')}-{kind}.png", page)
     wanted = [(m.name, k, i) for k in kinds for m in chosen if k in m.kinds for i in range(n)]
     return [done[(settings, *key)] for key in wanted]
+
+
+def _score(
+    state: tuple[Any, Reader], job: tuple[Method, list[Case]], seed: int, steps: int, sheet: int, request: Any
+) -> tuple[list[Row], list[_Shown]]:
+    """The rows of a batch, and what came out of the cases that the sheet shows."""
+    (editor, reader), (method, cases) = state, job
+    began = time.perf_counter()
+    results = _edit(editor, cases, method, seed, steps, request)
+    seconds = (time.perf_counter() - began) / len(cases)
+    rows = []
+    for result, reading in zip(results, reader.read([r.image for r in results]), strict=True):
+        case = result.case
+        row: Row = {"method": method.name, "kind": case.kind, "number": case.number}
+        row |= {"things": len(case.before.things), **judge(case, reading)}
+        row |= measure(case, result.image, result.mask) | {"redrawn": crispness(case, result.image, reading)}
+        rows.append(row | {"seconds": seconds, "evaluations": result.evaluations})
+    return rows, [r for r in results if r.case.number < sheet]
 
 
 def _edit(editor: Any, cases: list[Case], method: Method, seed: int, steps: int, request: Any) -> list[_Shown]:
@@ -435,14 +443,6 @@ def contact_sheet(shown: Sequence[_Shown]) -> Image.Image:
                 tile = tile.resize((world.SIZE, world.SIZE), Image.Resampling.NEAREST)
             page.paste(tile, (gap + i * (world.SIZE + gap), top + text))
     return page
-
-
-def write_image(path: Path, image: Image.Image) -> None:
-    """PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
 
 
 # --- figures of the model ---------------------------------------------------------------------------------------
@@ -701,7 +701,7 @@ def render_card(figures: Mapping[str, Any]) -> str:
     if figures.get("model"):
         parts += ["### The model, on held-out scenes (`iedit train figures`)", "", _figure_table(figures["model"]), ""]
     if figures.get("edits"):
-        parts += ["### Edits of held-out scenes (`iedit train truth`)", ""]
+        parts += ["### Edits of held-out scenes (`iedit evaluate truth`)", ""]
         asked = verdicts(figures["edits"])
         if asked:
             parts += [_figure_table(asked), ""]
@@ -717,30 +717,3 @@ def render_card(figures: Mapping[str, Any]) -> str:
         parts += ["### The reader that judges, on held-out renders (`iedit train classifier`)", ""]
         parts += [_markdown(("figure", "value"), shown), ""]
     return "\n".join(parts)
-
-
-def write_json(path: Path, figures: Mapping[str, Any]) -> None:
-    """Figures as JSON, NaN and infinity as null, whole or not at all."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, Mapping):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(plain(figures), indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Figures of `write_json`, null as NaN; empty if nothing is there."""
-
-    def full(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: full(v) for k, v in value.items()}
-        return [full(v) for v in value] if isinstance(value, list) else math.nan if value is None else value
-
-    return full(json.loads(path.read_text())) if path.exists() else {}

@@ -471,19 +471,22 @@ def _shadow_box(thing: Thing) -> list[float]:
     return [thing.x - wide * 0.5, thing.base - 4, thing.x + wide * 0.5, thing.base + 4]
 
 
-def render(scene: Scene) -> Image.Image:
-    """The picture of a scene: 128x128 RGB."""
+def render(scene: Scene, box: tuple[int, int, int, int] | None = None) -> Image.Image:
+    """The picture of a scene: 128x128 RGB; only what is within `box` (left, top, right, bottom in pixels) if given."""
     horizon = round(scene.horizon * SCALE)
     image = _background(scene.ground, scene.sky, horizon).copy()
     shadow = Image.new("L", image.size)
     draw = ImageDraw.Draw(shadow)
     for thing in scene.things:
         draw.ellipse([v * SCALE for v in _shadow_box(thing)], fill=255)
-    image.paste(_darker(scene.ground, scene.sky, horizon), (0, 0), shadow)
+    shaded = shadow.getbbox()
+    if shaded is not None:  # pasting the whole picture would take a third of all of this
+        image.paste(_darker(scene.ground, scene.sky, horizon).crop(shaded), shaded, shadow.crop(shaded))
     draw = ImageDraw.Draw(image)
     for thing in scene.things:
         _draw(draw, _placed(thing), _shades(thing.colour))
-    return image.reduce(SCALE)
+    left, top, right, bottom = box or (0, 0, SIZE, SIZE)
+    return image.reduce(SCALE, (left * SCALE, top * SCALE, right * SCALE, bottom * SCALE))
 
 
 def object_mask(scene: Scene, index: int | None = None) -> Image.Image:

@@ -134,7 +134,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         ]
         click.echo(json.dumps({"results": rows, "profile": results[0].profile.as_dict()}, indent=1))
         return
-    if values["preset"] != "exact":
+    if values["preset"] is not None:
         show_notes([f"preset {values['preset']}: {PRESETS[values['preset']].says}; what was given beside it stays"])
     for note in dict.fromkeys(note for result in results for note in result.notes):
         about = [t.name for t, r in zip(targets, results, strict=True) if note in r.notes]

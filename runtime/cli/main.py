@@ -21,7 +21,8 @@ from .info import demo, info, profile_command
 _OTHER_GROUPS = {
     "export": ("iedit.export.cli", "export", "Write a model's networks as engines, and check them."),
     "engines": ("iedit.export.cli", "engines", "List, check and clean up engines."),
-    "train": ("iedit.training.cli", "train", "Train the embedded model and measure it."),
+    "train": ("iedit.training.cli", "train", "Train iEdit on pairs, and the embedded model."),
+    "evaluate": ("iedit.training.cli_evaluate", "evaluate", "Measure editing methods on benchmarks and exact answers."),
 }
 
 

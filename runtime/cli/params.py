@@ -16,7 +16,7 @@ import click
 from .. import BACKENDS, METHODS, machine
 from ..errors import UsageError
 from ..model.checkpoint import MAX_CONTROL, MAX_GUIDANCE, MAX_REWEIGHT, MAX_SIDE, MIN_SIDE, check_engines
-from ..options import P2P, SPACINGS, TEXT_ONLY, USES, OptionContext, check_uses, mask_mode, used_by
+from ..options import P2P, PATHS, SPACINGS, TEXT_ONLY, USES, OptionContext, check_uses, mask_mode, used_by
 from ..presets import PRESETS, with_preset
 from .help import Choice
 from .live import quiet_libraries
@@ -144,21 +144,23 @@ request_options = together([
                  help="Cells above it are edited; lower edits more. Default: what the checkpoint recommends, else 0.1."),
     method_option("--mask-strength", type=Between(0, 1, min_open=True), default=None,
                  help="Noise that the mask is estimated at, as a share of the steps. Default: the checkpoint's, else 0.5."),
-    method_option("--mask-seeds", type=click.IntRange(1, 1000), default=10, show_default=True,
-                 help="Noises that the mask is averaged over."),
+    method_option("--mask-seeds", type=click.IntRange(1, 1000), default=None,
+                 help="Noises that the mask is averaged over. Default: what the checkpoint recommends for ito, else 10."),
 ])  # fmt: skip
 
 
 speed_options = together([
-    click.option("--preset", type=Choice(list(PRESETS)), default="exact", show_default=True,
+    click.option("--preset", type=Choice(list(PRESETS)), default=None,
                  help="Of method ito: exact is the full method; fast and faster leave out steps that it hardly misses (docs/presets.md). What is "
-                      "given beside it stays."),
+                      "given beside it stays. Default: what the checkpoint recommends, else exact."),
     method_option("--timestep-spacing", type=Choice(SPACINGS), default=None,
                   help="Which timesteps the steps are at. Default: the checkpoint's; with few steps trailing begins at full noise."),
-    method_option("--guidance-until", type=Between(0, 1), default=1.0, show_default=True,
-                  help="Share of the steps, the noisiest first, with classifier-free guidance; the rest costs half."),
-    method_option("--guidance-path", type=Choice(["inverted", "drawn"]), default="inverted", show_default=True,
-                  help="The guidance image at every step: inverted, or as it was drawn, which saves its inversion."),
+    method_option("--guidance-until", type=Between(0, 1), default=None,
+                  help="Share of the steps, the noisiest first, with classifier-free guidance; the rest costs half. Default: what the checkpoint "
+                       "recommends for ito, else 1."),
+    method_option("--guidance-path", type=Choice(PATHS), default=None,
+                  help="The guidance image at every step: inverted, or as it was drawn, which saves its inversion. Default: what the checkpoint "
+                       "recommends, else inverted."),
 ])  # fmt: skip
 
 
@@ -178,7 +180,7 @@ def check_given(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> No
     """Refuse what was given on the command line, at whatever value, and would not be used."""
     command = click.get_current_context().command
     given = {name for parameter in command.params if _is_given(str(parameter.name)) for name in parameter.opts}
-    if values.get("preset", "exact") != "exact" and values["method"] != "ito":
+    if values.get("preset") is not None and values["method"] != "ito":
         raise UsageError(f"--preset: method {values['method']} has none; leave it out, or use --method ito")
     check_uses(option_context(values, lambdas), [use for use in USES if use.option in given])
 
@@ -222,8 +224,8 @@ def _make_options(values: dict[str, Any], lam: float) -> Options:
         final=settings,
         refine=values.get("refine", False),
         timestep_spacing=values.get("timestep_spacing"),
-        guidance_until=values.get("guidance_until", 1.0),
-        guidance_path=values.get("guidance_path", "inverted"),
+        guidance_until=values.get("guidance_until"),
+        guidance_path=values.get("guidance_path"),
         composite=values.get("composite", "none"),
         resize=values["resize"],
         **{name: values[name] for name in RIVAL_FIELDS if name in values},
@@ -304,12 +306,10 @@ def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, lam:
         steps=values["steps"],
         options=_make_options(values, lam),
     )
-    preset = values.get("preset", "exact")
-    if preset == "exact":
+    preset = values.get("preset")
+    if preset is None:
         return request
-    given = {"mask_seeds": "mask.seeds", "guidance_until": "guidance_until", "guidance_path": "guidance_path", "k": "final.k",
-             "timestep_spacing": "timestep_spacing"}  # fmt: skip
-    return with_preset(request, preset, keep={field for name, field in given.items() if _is_given(name)})
+    return with_preset(request, preset, keep={"final.k"} if _is_given("k") else ())
 
 
 def _is_given(parameter: str) -> bool:

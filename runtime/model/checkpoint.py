@@ -144,7 +144,9 @@ class Recommended:
     Attributes:
         guidance_scale: 0 to `MAX_GUIDANCE`.
         mask_strength: above 0 to 1.
-        mask_threshold, text_update_share: 0 to 1.
+        mask_threshold, text_update_share, guidance_until: 0 to 1.
+        guidance_path: "inverted" or "drawn".
+        mask_seeds: 1 to 1000.
         words: all that it was trained on, lower case; none where it does not say.
         reconstruction_error: of its autoencoder on a picture at the size that it was trained on, the largest mean absolute error
             (0 to 1 of the range) at which the picture is taken to be of its world.
@@ -154,6 +156,9 @@ class Recommended:
     mask_strength: float | None = None
     mask_threshold: float | None = None
     text_update_share: float | None = None
+    guidance_until: float | None = None
+    guidance_path: str | None = None
+    mask_seeds: int | None = None
     words: tuple[str, ...] = ()
     reconstruction_error: float | None = None
 
@@ -270,7 +275,8 @@ def _recommended(path: Path) -> Recommended:
     if not path.is_file():
         return Recommended()
     content, values = read_json(path), dict[str, Any]()
-    shares = dict.fromkeys(("mask_strength", "mask_threshold", "text_update_share", "reconstruction_error"), 1)
+    names = ("mask_strength", "mask_threshold", "text_update_share", "guidance_until", "reconstruction_error")
+    shares = dict.fromkeys(names, 1)
     for name, largest in {"guidance_scale": MAX_GUIDANCE, **shares}.items():
         value = values[name] = content.get(name)
         smallest = "above 0" if name == "mask_strength" else "0"
@@ -278,6 +284,12 @@ def _recommended(path: Path) -> Recommended:
             raise UsageError(
                 f"model: {path} recommends {name} {value!r}, expected a number from {smallest} to {largest:g}"
             )
+    choices: dict[str, Sequence[Any]] = {"guidance_path": ("inverted", "drawn"), "mask_seeds": range(1, 1001)}
+    for name, allowed in choices.items():
+        value = values[name] = content.get(name)
+        if value is not None and (isinstance(value, bool) or value not in allowed):
+            expected = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else " or ".join(allowed)
+            raise UsageError(f"model: {path} recommends {name} {value!r}, expected {expected}")
     words = content.get("words", [])
     if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
         raise UsageError(f"model: {path} has words that are no list of words; leave them out")

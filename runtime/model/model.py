@@ -36,6 +36,7 @@ class Model:
         guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
         mask_strength, mask_threshold: of `MaskOptions`, where the checkpoint's `iedit.json` recommends them.
         text_update_share: share of the steps that ITO updates (`ItoSettings.t_u`) in an edit without layouts, likewise.
+        guidance_until, guidance_path, mask_seeds: of `Options` for ITO, likewise; the first also of text to image (`Editor.generate`).
     """
 
     name: str
@@ -54,6 +55,9 @@ class Model:
     mask_strength: float | None = None
     mask_threshold: float | None = None
     text_update_share: float | None = None
+    guidance_until: float | None = None
+    guidance_path: str | None = None
+    mask_seeds: int | None = None
     part_digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     words: frozenset[str] = frozenset()
@@ -279,6 +283,9 @@ def load_model(
         mask_strength=recommended.mask_strength,
         mask_threshold=recommended.mask_threshold,
         text_update_share=recommended.text_update_share,
+        guidance_until=recommended.guidance_until,
+        guidance_path=recommended.guidance_path,
+        mask_seeds=recommended.mask_seeds,
         adapters=adapters,
     )
 

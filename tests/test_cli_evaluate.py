@@ -1,0 +1,202 @@
+"""`iedit evaluate` on small generated folders with the embedded model: files, rows, figures, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from iedit.runtime import editor
+from iedit.runtime.cli.main import main
+from iedit.training import classifier, truth
+from iedit.training.cli_evaluate import evaluate
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from iedit.training.cli_evaluate import evaluate; evaluate(['--help'], standalone_mode=False)"
+    code += "; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("False")
+
+
+def test_the_help_of_truth_names_every_method_and_kind() -> None:
+    told = " ".join(CliRunner().invoke(evaluate, ["truth", "--help"]).stdout.split())
+    assert all(name in told for name in (*truth.METHODS, *truth.KINDS))
+
+
+def test_an_unknown_kind_is_a_usage_error_that_names_the_known_ones() -> None:
+    result = CliRunner().invoke(main, ["evaluate", "truth", "--kinds", "pose,shape"])
+    assert result.exit_code == 2
+    assert "'shape' is not one of thing, colour, background, pose, scribble" in result.output
+
+
+def pie_folder(folder: Path) -> Path:
+    """PIE-Bench's shape: two pictures of the world, a mask of a run each row."""
+    mapping = {}
+    for i, case in enumerate(truth.edit_cases("thing", 3)):
+        path = folder / "annotation_images" / f"{i}_kind" / f"{i:012d}.png"
+        path.parent.mkdir(parents=True)
+        case.source.save(path)
+        runs = [v for row in range(40, 110) for v in (row * 128 + 20, 80)]
+        mapping[f"{i:012d}"] = {"image_path": f"{i}_kind/{i:012d}.png", "original_prompt": case.prompts[0], "editing_prompt": case.prompts[1],
+                                "editing_instruction": "", "editing_type_id": str(i), "mask": runs}  # fmt: skip
+    (folder / "mapping_file.json").write_text(json.dumps(mapping))
+    return folder
+
+
+def invoke(*words: Any) -> Result:
+    return CliRunner().invoke(main, ["evaluate", *map(str, words)])
+
+
+def test_pie_writes_rows_pictures_results_and_sheets_and_goes_on(tmp_path: Path) -> None:
+    folder, out = pie_folder(tmp_path / "pie"), tmp_path / "out"
+    words = ("pie", folder, "--method", "sdedit", "--method", "ito", "--preset", "faster", "--steps", 2, "--n", 2, "--output", out, "--backend", "torch")  # fmt: skip
+    done = invoke(*words)
+    assert done.exit_code == 0, done.output
+    results = json.loads((out / "results.json").read_text())
+    summary = {(s["kind"], s["method"]): s for s in results["summary"]}
+    assert set(summary) == {(k, m) for k in ("all", "random", "change object") for m in ("sdedit", "ito-faster")}
+    one = summary["all", "sdedit"]
+    assert (
+        one["n"] == 2 and one["psnr_kept_low"] <= one["psnr_kept"] <= one["psnr_kept_high"] and one["evaluations"] > 0
+    )
+    assert results["digests"].keys() == {"clip"} and results["settings"]["steps"] == 2
+    assert {"psnr_kept", "mse_kept", "ssim_kept", "clip_whole", "clip_edited"} <= one.keys() and "lpips" not in one
+    pictures = sorted(p.relative_to(out / "pictures").parts for p in (out / "pictures").rglob("*.png"))
+    assert [(p[0].rpartition("-")[0], *p[1:]) for p in pictures] == [
+        (m, f"{i}_kind", f"{i:012d}.png") for m in ("ito-faster", "sdedit") for i in range(2)
+    ]
+    assert Image.open(out / "sdedit.png").height > 200 and (out / "ito-faster.png").is_file()
+    edited = next(p for p in (out / "pictures").rglob("0_kind/*.png") if "sdedit" in str(p))
+    source = Image.open(folder / "annotation_images" / "0_kind" / "000000000000.png")
+    assert Image.open(edited).size == source.size and edited.read_bytes() != source.tobytes()
+    stamps = {p: p.stat().st_mtime_ns for p in (out / "pictures").rglob("*.png")}
+    assert invoke(*words).exit_code == 0
+    assert {p: p.stat().st_mtime_ns for p in (out / "pictures").rglob("*.png")} == stamps
+    root = edited.parent.parent
+    elsewhere = invoke("pie", folder, "--pictures", f"mine={root}", "--n", 2, "--output", tmp_path / "mine")
+    assert elsewhere.exit_code == 0, elsewhere.output
+    (again,) = [
+        s for s in json.loads((tmp_path / "mine" / "results.json").read_text())["summary"] if s["kind"] == "all"
+    ]
+    assert all(again[k] == one[k] for k in ("psnr_kept", "ssim_kept", "clip_whole", "clip_edited", "l1"))
+
+
+def test_pairs_and_imagenet_with_every_kind_of_network(tmp_path: Path, small_models: Any) -> None:
+    case = truth.edit_cases("thing", 1)[0]
+    classes = ("red car", "blue boat")
+    small_models.classifier(tmp_path / "judge", classes)
+    small_models.vit(tmp_path / "dino")
+    for name in classes:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        case.source.save(tmp_path / "val" / name / "0.png")
+    (tmp_path / "q.csv").write_text(
+        "path,source,target\nred car/0.png,red car,blue boat\nblue boat/0.png,blue boat,red car\n"
+    )
+    common = ("--steps", 2, "--size", 64, "--backend", "torch", "--pickscore", "picturebook", "--features", "picturebook", "--structure", tmp_path / "dino")  # fmt: skip
+    words = ("imagenet", tmp_path / "val", "--queries", tmp_path / "q.csv", "--classifier", tmp_path / "judge", "--method", "sdedit",
+             "--method", "iedit", "--output", tmp_path / "im", *common)  # fmt: skip
+    done = invoke(*words)
+    assert done.exit_code == 0, done.output
+    summary = json.loads((tmp_path / "im" / "results.json").read_text())["summary"]
+    assert [s["method"] for s in summary] == ["sdedit", "iedit"]
+    assert sum(s["preference"] for s in summary) == pytest.approx(1)
+    for one in summary:
+        assert one["csfid"] > 0 and one["structure"] > 0 and "fid" not in one
+        assert 0 <= one["new"] <= 1 and one["new"] + one["old"] == 1  # of two classes, one is seen
+    case.source.save(tmp_path / "val" / "a.png")
+    (tmp_path / "val" / "pairs.csv").write_text(f"image,prompt\na.png,{case.prompts[1]}\n")
+    done = invoke("pairs", tmp_path / "val", "--method", "iedit", "--output", tmp_path / "pairs", *common)
+    assert done.exit_code == 0, done.output
+    assert "fid: 1 picture has no spread" in done.stderr
+    (one,) = json.loads((tmp_path / "pairs" / "results.json").read_text())["summary"]
+    assert 0 <= one["clip_score"] <= 2.5 and one["ssim_m"] is None  # there is no mask
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["pie", "{}"], "holds no mapping_file.json"),
+        (["pie", "{}", "--method", "controlnet"], "method controlnet: needs layouts"),
+        (["pie", "{}", "--method", "sdedit", "--preset", "fast"], "--preset: only ito has presets"),
+        (["pie", "{}", "--pictures", "ito=nowhere"], "--pictures: nowhere is not a folder"),
+        (["pie", "{}", "--method", "ito", "--pictures", "ito={}"], "'ito' is a method that is run"),
+        (["pie", "{}", "--pictures", "../x={}"], "holds more than letters"),
+        (["pie", "{}", "--lpips", "none.pth"], "lpips: none.pth cannot be read"),
+        (["pie", "{}", "--structure", "none"], "structure: none is not a folder"),
+        (["pairs", "{}", "--clip", "none", "--real", "{}"], "holds no picture to compare"),
+        (["imagenet", "{}", "--queries", "{}/none.csv"], "cannot be read"),
+        (["truth", "--reader", "none.safetensors"], "iedit train classifier"),
+        (["pies", "{}"], "No such command 'pies'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], says: str) -> None:
+    result = invoke(
+        *(w.replace("{}", str(tmp_path)) for w in words),
+        *(["--output", tmp_path / "out"] if "pies" not in words else []),
+    )
+    assert result.exit_code == 2, result.output
+    assert says in result.stderr and not (tmp_path / "out").exists()
+
+
+class Editor:
+    """Stands in for the runtime: knows the cases of the suite by their pictures and returns the exact target."""
+
+    asked: ClassVar[list[editor.EditRequest]] = []
+
+    @classmethod
+    def load(cls, model: str, backend: str, cache: Any, engines: Any) -> Editor:
+        assert cache.memory == 0  # methods are compared by their cost
+        return cls()
+
+    @property
+    def model(self) -> Any:
+        return SimpleNamespace(
+            digest="0123456789abcdef",
+            guidance_scale=5.0,
+            mask_strength=None,
+            mask_threshold=None,
+            text_update_share=None,
+        )
+
+    def edit_many(self, requests: list[editor.EditRequest]) -> list[Any]:
+        self.asked.extend(requests)
+        known = {(c.source.tobytes(), c.prompts[1]): c for k in truth.KINDS for c in truth.edit_cases(k, 2)}
+        cases = [known[r.image.tobytes(), r.prompt] for r in requests]
+        profile = SimpleNamespace(evaluations={"final": 50})
+        return [SimpleNamespace(image=c.target, mask=c.region, guidance=None, profile=profile) for c in cases]
+
+    def reconstruct(self, images: list[Image.Image]) -> list[Image.Image]:
+        return images
+
+
+def test_the_truth_command_runs_every_method_on_its_kinds_and_writes_card_rows_and_sheets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(editor, "Editor", Editor)
+    monkeypatch.setattr(Editor, "asked", [])
+    monkeypatch.setattr(truth, "crispness", lambda *_: 20.0)  # searches long where a reader sees nothing
+    reader, output = tmp_path / "reader.safetensors", tmp_path / "out"
+    classifier.Classifier().save(reader)
+    arguments = ["truth", "--reader", str(reader), "--output", str(output), "--n", "2"]
+    result = CliRunner().invoke(evaluate, [*arguments, "--sheet", "1"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    counted = Counter((request.method, request.options) for request in Editor.asked)
+    methods = [m for m in truth.METHODS.values() if m.method]
+    assert counted == Counter({(m.method, editor.Options(**m.options)): 2 * len(m.kinds) for m in methods})
+    for request in Editor.asked:
+        assert set(request.layouts) == set(request.source_layouts) <= {"pose", "scribble"}
+        assert (request.mask is not None) == (request.method == "iedit")
+    assert len(list(output.glob("*.png"))) == sum(len(m.kinds) for m in truth.METHODS.values())
+    assert "### Edits of held-out scenes" in (output / "card.md").read_text()
+    assert json.loads((output / "figures.json").read_text())["edits"][0]["n"] == 2
+    CliRunner().invoke(evaluate, arguments, catch_exceptions=False)
+    assert len(Editor.asked) == sum(counted.values())  # nothing was run again
