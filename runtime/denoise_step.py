@@ -213,6 +213,8 @@ class DenoiseStep:
         update: the ITO update at level `to`.
         eta: share of the noise at level `to` that is fresh, 0 (DDIM) to 1 (DDPM), as in `schedule.ddim_coefficients`.
         noise: (B, C, h, w) that fresh noise at its standard deviation, added before the blend; None adds none.
+        wanted: (B, C, h, w) what the network should answer; not guided, and of no level `to`. What is sent back then is (B, L * D + 1): the
+            gradient of the mean squared distance to it with respect to the prompt's embeddings, and that distance.
     """
 
     x: Tensor
@@ -226,6 +228,7 @@ class DenoiseStep:
     update: ItoUpdate | None = None
     eta: float = 0.0
     noise: Tensor | None = None
+    wanted: Tensor | None = None
 
     @property
     def guided(self) -> bool:

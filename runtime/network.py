@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .backends.base import Denoiser, Stepper, even, out_of_memory
+from .backends.base import Denoiser, Differentiable, Stepper, even, out_of_memory
 from .denoise_step import Condition, DenoiseStep, IdentityCache, Sampler, Transition, joined
-from .errors import RunError
+from .errors import RunError, UsageError
 from .profile import Profile
 from .schedule import Level, ddim_coefficients
 
@@ -77,7 +77,8 @@ class Network:
             self.profile.step(number, steps)
             groups: dict[Any, list[str]] = {}
             for name, step in pending.items():
-                groups.setdefault((step.condition.batching_key, step.x.shape[1:]), []).append(name)
+                kind = step.wanted is None
+                groups.setdefault((step.condition.batching_key, step.x.shape[1:], kind), []).append(name)
             answers: dict[str, Tensor] = {}
             for names in groups.values():
                 for name, (total, answer) in zip(names, self._answer({n: pending[n] for n in names}), strict=True):
@@ -123,7 +124,9 @@ class Network:
                 self.profile.count(Counter(owners))
                 return answers
         x = joined([s.x for s in together for _ in range(1 + s.guided)])
-        parts = self._predict(x, joined(timesteps), condition, owners).split([len(t) for t in timesteps])
+        wanted = [s.wanted for s in together if s.wanted is not None]
+        answers_of = self._predict(x, joined(timesteps), condition, owners, joined(wanted) if wanted else None)
+        parts = answers_of.split([len(t) for t in timesteps])
         return [
             (output.sum(), _guided(step, output) if transition is None else transition(output))
             for step, transition, output in zip(together, transitions, parts, strict=True)
@@ -160,11 +163,21 @@ class Network:
         c_x, c_out = self._constants[key]
         return Transition(x, step.guided, step.scale, c_x, c_out, step.blend, step.update, step.noise)
 
-    def _predict(self, x: Tensor, t: Tensor, condition: Condition, owners: Sequence[str]) -> Tensor:
+    def _predict(
+        self, x: Tensor, t: Tensor, condition: Condition, owners: Sequence[str], wanted: Tensor | None = None
+    ) -> Tensor:
         """In calls of at most `max_batch` samples, each of which counts for its owner's stage; of an even number where they are
         split, so that two samples that are compared (see `sampling.estimate_mask`) are in one call and rounded alike. Samples that belong
         together stay together, also where those are more than `max_batch`."""
         parts: list[Tensor] = []
+
+        def ask(piece: slice, condition: Condition) -> Tensor:
+            if wanted is None:
+                return self.denoiser.predict(x[piece], t[piece], condition)
+            if not isinstance(self.denoiser, Differentiable):
+                raise UsageError(f"{type(self.denoiser).__name__} has no gradient; use --backend torch, or auto")
+            return self.denoiser.gradient(x[piece], t[piece], condition, wanted[piece])
+
         start, least = 0, condition.together
 
         def size(most: int) -> int:
@@ -178,7 +191,7 @@ class Network:
             if stop - start < len(x):
                 cut = self._conditions.get([condition], lambda piece=piece: condition.take(piece), start, stop)  # type: ignore[misc]
             try:
-                parts.append(self.denoiser.predict(x[piece], t[piece], cut))
+                parts.append(ask(piece, cut))
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise

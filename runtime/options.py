@@ -24,7 +24,7 @@ RATIOS = {"iedit": 0.7, "sdedit": 0.7, "controlnet": 0.7, "diffedit": 0.7, "cont
           "ddpm": 0.64}  # fmt: skip
 # Of ddpm, in units of the checkpoint's guidance scale: with Stable Diffusion's 7.5 they are the paper's 15 for the edit and 3.5 for the source.
 DDPM_SCALES = (15 / 7.5, 3.5 / 7.5)
-CORRECTIONS = ("none", "direct")  # of the errors of an inversion
+CORRECTIONS = ("none", "direct", "null-text")  # of the errors of an inversion
 REPLACEMENTS = ("auto", "replace", "refine")  # of cross-attention maps, see `alignment`
 PATHS = ("inverted", "drawn")  # of the guidance image
 SPACINGS = ("leading", "linspace", "trailing")  # of timesteps, by diffusers' names
@@ -132,7 +132,7 @@ class Options:
         replacement: how tokens take each other's maps: "replace", "refine" or "auto", see `alignment.alignment`.
         reweight: (word, factor) pairs: the maps of each such word of the prompt are multiplied while cross-attention is replaced.
         inversion_correction: what becomes of the errors of p2p's inversion: "none" leaves them, "direct" puts the source's branch back on the
-            inversion at every step (PnP inversion).
+            inversion at every step (PnP inversion), "null-text" fits the unconditional embeddings of every step to it, by gradients.
         resize: a picture with a longer side is worked on at this size of it, pixels, and the edit is pasted back into the picture
             as it was: where there is a mask, nothing outside it changes.
     """

@@ -27,7 +27,15 @@ from .network import Network
 from .options import DDPM, INVERTING, IP2P, ITO, P2P, RATIOS, UNMASKED, mask_mode
 from .profile import Profile
 from .request import PreparedRequest, estimates_mask
-from .rivals import IndependentReference, ddpm_invert, ddpm_sample, instruct, prompt_to_prompt
+from .rivals import (
+    NULL_TEXT_STEPS,
+    IndependentReference,
+    ddpm_invert,
+    ddpm_sample,
+    instruct,
+    optimise_null_text,
+    prompt_to_prompt,
+)
 from .sampling import (
     NoisedReference,
     Reference,
@@ -110,6 +118,8 @@ class Pipeline:
                 self.run_stages(self.noise_of_input())
             elif self.inverts:
                 self.run_stages(self.inversion_of_input())
+                if self.fits_null_text:
+                    self.run_stages(self.null_text())
             self.run_stages(self.sampling())
             return "sample"
         # 4. ITO: the input at every level; and what the edit should look like, not for lambda = 1. They share calls.
@@ -215,6 +225,32 @@ class Pipeline:
         """DDIM inversion under the source prompt; never with a ControlNet (METHOD section 2, row 9)."""
         return self._inversion("invert", "encode", self.requests, lambda r: r.digest, source=True)
 
+    def null_text(self) -> Stage:
+        """Unconditional embeddings with which guided sampling under the source prompt stays on the inversion."""
+
+        def fit(members: Requests) -> Sampler[Tensor]:
+            condition = self._condition(members, source=True)
+            uncond = condition.with_prompt(self.prompt_embeds[self.options.negative_prompt])
+            found = yield from optimise_null_text(
+                self._trajectory(members, "invert"), self.path, condition, uncond, self.scale,
+                prediction=self.model.schedule.prediction, guided=self.guided_steps,
+            )  # fmt: skip
+            # Most pictures are left alone before the last step of Adam.
+            self.profile.expected -= self.costs()["null-text"] * len(members) - self.profile.evaluations["null-text"]
+            return found
+
+        def key_parts(r: PreparedRequest) -> list[Any]:
+            return [r.keys["invert"], self._condition_key(r, source=True), self.scale, self.guided_steps]
+
+        first = self.requests[0]
+        shape = (
+            self.guided_steps,
+            first.chunks * self.model.text_length,
+            int(self.model.text_encoder.config.hidden_size),
+        )
+        steps = self.guided_steps * (NULL_TEXT_STEPS + 2)
+        return self._stage("null-text", self.requests, fit, key_parts, batch_dim=1, steps=steps, shape=shape)
+
     def noise_of_input(self) -> Stage:
         """DDPM inversion under the source prompt."""
         o = self.options
@@ -275,6 +311,7 @@ class Pipeline:
             cross_steps=int(steps * o.cross_replace), self_steps=int(steps * o.self_replace),
             self_queries=int(o.self_replace_cells * self.shape[1] * self.shape[2]), direct=o.inversion_correction == "direct",
             prediction=self.model.schedule.prediction, mask=self._mask(members), guided=self.guided_steps,
+            null_text=self._trajectory(members, "null-text") if self.fits_null_text else None,
         )  # fmt: skip
         return latents[1]
 
@@ -380,6 +417,11 @@ class Pipeline:
         return vae_batches(partial(run, note=self.profile.note), batch)
 
     # --- pieces -------------------------------------------------------------------------------------------------
+
+    @property
+    def fits_null_text(self) -> bool:
+        """Whether the inversion's errors are made up for by unconditional embeddings."""
+        return self.method in P2P and self.options.inversion_correction == "null-text"
 
     @property
     def inverts(self) -> bool:
@@ -508,6 +550,8 @@ class Pipeline:
                 each = compared * both - (0 if o.mask.guided else both - 1)
             costs["mask"] = self.seeds * 2 * each
         if self.method in P2P:  # beside each evaluation of the edit one of its source, where that needs one
+            if self.fits_null_text:
+                costs["null-text"] = self.guided_steps * (NULL_TEXT_STEPS + 2)
             denoise = run * 2 + self.guided_steps * (both - 1) * (1 if o.inversion_correction == "direct" else 2)
         if self.method in IP2P:
             weights = (self.scale, o.image_guidance_scale - self.scale, 1 - o.image_guidance_scale)

@@ -304,6 +304,12 @@ def _check_fields(model: Model, request: EditRequest) -> None:
             "what to change"
         )
     request.options.check()
+    o = request.options
+    if o.inversion_correction == "null-text" and (o.guidance_scale == 1 or o.guided_steps(100) == 0):
+        raise UsageError(
+            "inversion_correction null-text fits the unconditional half of the guidance, and guidance scale 1 (or guidance_until 0) has "
+            "none; use direct"
+        )
     for name, _ in request.options.control_scales:
         if name not in model.layouts:
             known = ", ".join(model.layouts) or "none"

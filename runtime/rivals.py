@@ -1,7 +1,7 @@
 """The samplers of the methods that ITO and iEdit are compared with. Each is a generator, as those of `sampling`.
 
 Prompt-to-prompt (Hertz et al. 2022, arXiv:2208.01626) on the inversion of a picture, whose errors direct inversion takes out (PnP inversion,
-Ju et al. 2024, arXiv:2310.01506); edit-friendly DDPM inversion (Huberman-Spiegelglas et al. 2024, arXiv:2304.06140);
+Ju et al. 2024, arXiv:2310.01506) or null-text optimisation makes up for (Mokady et al. 2023, arXiv:2211.09794); edit-friendly DDPM inversion (Huberman-Spiegelglas et al. 2024, arXiv:2304.06140);
 InstructPix2Pix (Brooks et al. 2023, arXiv:2211.09800).
 """
 
@@ -33,6 +33,7 @@ def prompt_to_prompt(
     self_queries: int,
     direct: bool,
     prediction: str,
+    null_text: Tensor | None = None,
     mask: Tensor | None = None,
     guided: int | None = None,
 ) -> Sampler[Tensor]:
@@ -46,6 +47,7 @@ def prompt_to_prompt(
         self_steps: self-attention of at most `self_queries` cells is replaced in the first so many steps.
         direct: the source is put back on its trajectory at every level (PnP inversion, Algorithm 1), so it needs no guidance of its own.
         prediction: what the network predicts (see `schedule.PREDICTIONS`).
+        null_text: (guided steps, B, L, D) embeddings in the place of `uncond`'s at each step, from `optimise_null_text`.
         mask: (B, 1, h, w); outside it the trajectory is put back after each step.
         guided: the first so many steps have classifier-free guidance; None is all.
 
@@ -54,38 +56,100 @@ def prompt_to_prompt(
     """
     x = y = trajectory[0]
     reference, batch = TrajectoryReference(trajectory, path), len(y)
-    told: dict[tuple[bool, bool, bool], Condition] = {}
+    told: dict[tuple[int | None, bool, bool], Condition] = {}
 
-    def condition(low: bool, cross_on: bool, self_on: bool) -> Condition:
-        """Of a step's rows, which lie sample by sample: the unconditional ones, the source, the edit."""
-        if (low, cross_on, self_on) not in told:
+    def condition(number: int, low: Condition | None) -> Condition:
+        """Of a step's rows, which lie sample by sample: the unconditional ones, the source, the edit. The same object where it is the same."""
+        cross_on, self_on = number < cross_steps, number < self_steps
+        key = (None if low is None else -1 if null_text is None else number, cross_on, self_on)
+        if key not in told:
             control = AttentionControl(
                 torch.ones(batch, dtype=torch.bool, device=y.device),
                 cross if cross_on else torch.zeros_like(cross),
                 own if cross_on else torch.ones_like(own),
                 self_queries if self_on else 0,
             )
-            halves = [] if uncond is None or not low else [uncond] if direct else [uncond, uncond]
+            halves = [] if low is None else [low] if direct else [low, low]
             rows = [*halves, source, replace(edit, attention=control if cross_on or self_on else None)]
             made = Condition.interleave(*rows)
-            told[low, cross_on, self_on] = replace(made, together=1 if made.attention is None else len(rows))
-        return told[low, cross_on, self_on]
+            told[key] = replace(made, together=1 if made.attention is None else len(rows))
+        return told[key]
 
     for number, (level, cleaner) in enumerate(pairwise(path)):
-        low = uncond is not None and scale != 1 and (guided is None or number < guided)
-        rows = [*([] if not low else [y] if direct else [x, y]), x, y]
+        low = uncond if scale != 1 and (guided is None or number < guided) else None
+        if low is not None and null_text is not None:
+            low = low.with_prompt(null_text[number])
+        rows = [*([] if low is None else [y] if direct else [x, y]), x, y]
         order = interleaved(len(rows), batch).to(y.device)
-        step = DenoiseStep(
-            torch.cat(rows)[order], level, None, condition(low, number < cross_steps, number < self_steps)
-        )
+        step = DenoiseStep(torch.cat(rows)[order], level, None, condition(number, low))
         answers = (yield step).unflatten(0, (batch, len(rows))).unbind(1)
         blend = None if mask is None else reference.blend(mask, cleaner)
-        y = _next(y, level, cleaner, answers[-1], answers[-3] if low else None, scale, prediction, blend)
+        y = _next(y, level, cleaner, answers[-1], answers[-3] if low is not None else None, scale, prediction, blend)
         if direct:
             x = reference.at(cleaner)
         else:
-            x = _next(x, level, cleaner, answers[-2], answers[-4] if low else None, scale, prediction)
+            x = _next(x, level, cleaner, answers[-2], answers[-4] if low is not None else None, scale, prediction)
     return torch.stack([x, y])
+
+
+NULL_TEXT_STEPS = 10  # of Adam at each timestep at most, as published
+
+
+def optimise_null_text(
+    trajectory: Tensor,
+    path: Path,
+    source: Condition,
+    uncond: Condition,
+    scale: float,
+    *,
+    prediction: str,
+    guided: int | None = None,
+    inner: int = NULL_TEXT_STEPS,
+) -> Sampler[Tensor]:
+    """Unconditional embeddings for each step, with which guided sampling under the source prompt stays on the inversion (Algorithm 1 of
+    the paper).
+
+    At each step Adam moves the embeddings of the step before towards the next latent of the inversion. Learning rate and the distance
+    at which a picture is left alone are the published code's, which has 50 steps, by the share of the steps that are done: 0.01 falls to
+    half, 1e-5 rises by 1e-3. Pictures do not depend on each other.
+
+    Args:
+        trajectory: (len(path), B, C, h, w), the inversion of the pictures.
+        source, uncond: the condition of the pictures, and where the embeddings begin.
+        scale: guidance scale; not 1.
+        guided: so many steps have guidance, so that embeddings are needed; None is all.
+        inner: steps of Adam at each timestep at most.
+
+    Returns:
+        (guided steps, B, L, D).
+    """
+    z, embeds, found, steps = trajectory[0], uncond.prompt_embeds, list[Tensor](), len(path) - 1
+    for number, (level, cleaner) in enumerate(list(pairwise(path))[:guided]):
+        done = number / steps
+        c_x, c_out = ddim_coefficients(level.abar, cleaner.abar, prediction)
+        cond = yield DenoiseStep(z, level, None, source)
+        # The next latent is c_x z + c_out (scale cond + (1 - scale) uncond): what `uncond` has to be for it to be the trajectory's.
+        weight = c_out * (1 - scale)
+        wanted = (trajectory[number + 1] - c_x * z - c_out * scale * cond) / weight
+        moved = [one.clone() for one in embeds]
+        adam = torch.optim.Adam(moved, lr=1e-2 * (1 - done / 2))
+        active = list(range(len(z)))
+        for _ in range(inner):
+            index = torch.tensor(active, device=z.device)
+            told = replace(source.take(index), prompt_embeds=torch.stack([moved[i] for i in active]))
+            answer = weight**2 * (yield DenoiseStep(z[index], level, None, told, wanted=wanted[index]))
+            adam.zero_grad()
+            for i, gradient in zip(active, answer[:, :-1], strict=True):
+                moved[i].grad = gradient.view_as(moved[i])
+            adam.step()
+            active = [i for i, loss in zip(active, answer[:, -1].tolist()) if loss >= 1e-5 + 1e-3 * done]
+            if not active:
+                break
+        embeds = torch.stack(moved)
+        found.append(embeds)
+        low = yield DenoiseStep(z, level, None, source.with_prompt(embeds))
+        z = _next(z, level, cleaner, cond, low, scale, prediction)
+    return torch.stack(found)
 
 
 @dataclass(frozen=True)

@@ -304,7 +304,9 @@ def tiny_engines(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, modules = tmp_path_factory.getbasetemp(), TINY_MODULES
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":  # two workers begin at two ends; what one has finished, the other finds there
+    if (
+        os.environ.get("PYTEST_XDIST_WORKER") == "gw1"
+    ):  # two workers begin at two ends; what one has finished, the other finds there
         modules = (*TINY_MODULES[3:], *TINY_MODULES[:3])
     export_onnx(tiny, folder / "tiny_engines", modules=modules)
     return folder / "tiny_engines"

@@ -361,7 +361,7 @@ def write_card(output: Path, reader: Path, **found: Any) -> None:
               help="Comma-separated: thing, colour, background (sky or ground), pose, scribble.")  # fmt: skip
 @click.option("--methods", default="all", show_default=True, metavar="LIST",
               help="Comma-separated: ito, ito adam (the paper's update), ito lambda=1, diffedit, sdedit, iedit, p2p, "
-                   "p2p without correction (text kinds), controlnet, controlnet-diffedit (layout kinds), round trip of the target.")  # fmt: skip
+                   "p2p without correction, ddpm (text kinds), controlnet, controlnet-diffedit (layout kinds), round trip of the target.")  # fmt: skip
 @click.option("--sheet", type=click.IntRange(0), default=0, show_default=True,
               help="Show the first so many cases of each kind and method in OUTPUT/METHOD-KIND.png.")  # fmt: skip
 @click.option("--by-things", is_flag=True, help="Scenes of one and two things in rows of their own.")

@@ -62,6 +62,15 @@ class Stepper(Protocol):
         ...
 
 
+@runtime_checkable
+class Differentiable(Protocol):
+    """A denoiser that can say how its answer changes with the prompt's embeddings."""
+
+    def gradient(self, x: Tensor, t: Tensor, condition: Condition, wanted: Tensor) -> Tensor:
+        """(B, L * D + 1) float32: see `DenoiseStep.wanted`. Arguments as of `Denoiser.predict`."""
+        ...
+
+
 class Modules(Protocol):
     """What runs the VAE and the text encoder."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..denoise_step import Condition
+from ..errors import UsageError
 from ..model.model import Model
 from ..model.module_io import CONTROLNET_PREFIX
 from ..profile import current, module_call
@@ -88,6 +89,23 @@ class TorchBackend(TorchModules):
         with module_call("unet", self.name, len(x), device=x.device):
             output: Tensor = self.unet(x, t, prompt_embeds, return_dict=False, **added)[0].float()
         return output
+
+    def gradient(self, x: Tensor, t: Tensor, condition: Condition, wanted: Tensor) -> Tensor:
+        """See `base.Differentiable`; without ControlNets.
+
+        Raises:
+            UsageError: in a half, in which gradients as small as these are zero.
+        """
+        if self.dtype != torch.float32:
+            raise UsageError(
+                f"a gradient is computed in float32, not in {str(self.dtype).removeprefix('torch.')}; use --dtype float32"
+            )
+        with torch.enable_grad(), module_call("unet", self.name, len(x), device=x.device):
+            prompt_embeds = condition.prompt_embeds.detach().float().requires_grad_()
+            output = self.unet(condition.network_input(x), t, prompt_embeds, return_dict=False)[0]
+            distance = (output - wanted).square().flatten(1).mean(1)
+            (gradient,) = torch.autograd.grad(distance.sum(), prompt_embeds)
+        return torch.cat([gradient.flatten(1), distance.detach().unsqueeze(1)], dim=1)
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from .. import profile
 from ..denoise_step import Condition
 from ..errors import Cancelled, RunError, UsageError
 from ..model.module_io import CONTROLNET_PREFIX
-from .base import Backend, described, out_of_memory, unet_module
+from .base import Backend, Differentiable, described, out_of_memory, unet_module
 
 
 class FallbackBackend:
@@ -90,6 +90,12 @@ class FallbackBackend:
         """See `base.Denoiser`."""
         size = (x.shape[-2] * self.vae_scale_factor, x.shape[-1] * self.vae_scale_factor)
         return self._run(unet_module(condition), len(x), *size, lambda b: b.predict(x, t, condition))
+
+    def gradient(self, x: Tensor, t: Tensor, condition: Condition, wanted: Tensor) -> Tensor:
+        """See `base.Differentiable`: of the last backend, which can run everything."""
+        last = self.usable[-1]
+        assert isinstance(last, Differentiable)
+        return last.gradient(x, t, condition, wanted)
 
     def encode_image(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]

@@ -44,7 +44,8 @@ edit_options = params.together([
     params.method_option("--reweight", multiple=True, callback=params.factors, metavar="WORD=FACTOR",
                   help="Weight of a word of the prompt; repeat for more."),
     params.method_option("--inversion-correction", type=Choice(CORRECTIONS), default="direct", show_default=True,
-                  help="What becomes of the inversion's errors: direct puts the source back on it at every step."),
+                  help="What becomes of the inversion's errors: direct puts the source back on it at every step; "
+                       "null-text fits the unconditional half by gradients, which takes minutes on a CPU."),
     params.method_option("--source-guidance-scale", type=params.Between(0, MAX_GUIDANCE), default=None,
                   help="Classifier-free guidance while the noise of the picture is found. Default: 3.5 of 7.5 of the checkpoint's."),
     params.method_option("--image-guidance-scale", type=params.Between(0, MAX_GUIDANCE), default=1.5, show_default=True,
