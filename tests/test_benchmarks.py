@@ -34,7 +34,7 @@ def pie_folder(folder: Path, n: int = 3) -> Path:
         case.source.save(folder / "annotation_images" / path, quality=95)
         mapping[f"{i:012d}"] = {
             "image_path": path, "original_prompt": case.prompts[0], "editing_prompt": "[" + case.prompts[1].replace(" on", "] on", 1),
-            "editing_instruction": "", "editing_type_id": str(i % 2), "blended_word": "", "mask": runs(np.asarray(case.region) > 127),
+            "editing_instruction": f"change {i}", "editing_type_id": str(i % 2), "blended_word": "", "mask": runs(np.asarray(case.region) > 127),
         }  # fmt: skip
     (folder / "mapping_file.json").write_text(json.dumps(mapping))
     return folder
@@ -61,6 +61,7 @@ def test_pie_bench_is_read_as_its_program_reads_it(tmp_path: Path) -> None:
     assert [c.name for c in found.cases] == [f"1_change_object_80/1_artificial/{i:012d}" for i in range(3)]
     assert [(c.source_prompt, c.prompt) for c in found.cases] == [c.prompts for c in exact]
     assert [c.kind for c in found.cases] == ["random", "change object", "random"]
+    assert [c.instruction for c in found.cases] == ["change 0", "change 1", "change 2"]
     for case, wanted in zip(found.cases, exact, strict=True):
         assert np.abs(np.asarray(found.picture(case), float) - np.asarray(wanted.source, float)).mean() < 3  # JPEG
         region = np.asarray(wanted.region) > 127

@@ -17,7 +17,7 @@ from PIL import Image
 from iedit.runtime import editor
 from iedit.runtime.cli.main import main
 from iedit.training import classifier, truth, workers
-from iedit.training.cli_evaluate import evaluate
+from iedit.training.cli_evaluate import evaluate, names
 
 
 def test_help_imports_no_torch() -> None:
@@ -30,6 +30,8 @@ def test_help_imports_no_torch() -> None:
 def test_the_help_of_truth_names_every_method_and_kind() -> None:
     told = " ".join(CliRunner().invoke(evaluate, ["truth", "--help"]).stdout.split())
     assert all(name in told for name in (*truth.METHODS, *truth.KINDS))
+    assert names(tuple(truth.METHODS), "main", truth.MAIN) == ["ito", "diffedit", "sdedit", "iedit", "p2p", "ddpm", "controlnet",
+                                                               "controlnet-diffedit", "round trip of the target"]  # fmt: skip
 
 
 def test_an_unknown_kind_is_a_usage_error_that_names_the_known_ones() -> None:
@@ -196,6 +198,9 @@ class Editor:
             mask_strength=None,
             mask_threshold=None,
             text_update_share=None,
+            guidance_until=None,
+            guidance_path=None,
+            mask_seeds=None,
         )
 
     def edit_many(self, requests: list[editor.EditRequest]) -> list[Any]:

@@ -34,9 +34,17 @@ class Small:
     columns: tuple[str, ...] = ("l1", "ssim_m", "ssim_not_m", "fid")
     rank: tuple[str, ...] = ("clip_score", "l1")
 
-    def __init__(self, n: int, sizes: Sequence[int] = (32,), edition: str = "1"):
+    def __init__(self, n: int, sizes: Sequence[int] = (32,), edition: str = "1", instruction: str = ""):
         self.cases: Sequence[Case] = [
-            Case(f"a/{i}", f"kind {i % 2}", "red", "blue", f"{i}{edition}", (sizes[i % len(sizes)],) * 2)
+            Case(
+                f"a/{i}",
+                f"kind {i % 2}",
+                "red",
+                "blue",
+                f"{i}{edition}",
+                (sizes[i % len(sizes)],) * 2,
+                instruction=instruction,
+            )
             for i in range(n)
         ]
 
@@ -60,7 +68,7 @@ class Inverter:
     asked: list[list[EditRequest]] = field(default_factory=list)
     fail_at: int = -1
     model: Any = field(default_factory=lambda: SimpleNamespace(digest="d", guidance_scale=5.0, mask_strength=None,
-                                                               mask_threshold=None, text_update_share=None))  # fmt: skip
+                                                               mask_threshold=None, text_update_share=None, guidance_until=None, guidance_path=None, mask_seeds=None))  # fmt: skip
 
     def edit_many(self, requests: list[EditRequest]) -> list[Any]:
         assert all(isinstance(r, EditRequest) for r in requests) and len({r.image.size for r in requests}) == 1
@@ -230,3 +238,19 @@ def test_fid_is_of_the_pictures_on_disk_and_too_few_are_a_note(tmp_path: Path, e
     assert evaluate.add_distances(rows, summary, benchmark, METHODS, judges, tmp_path, singular=True) == []
     assert summary[0]["fid"] == pytest.approx(summary[1]["fid"]) and summary[0]["fid"] > 1
     assert all("fid" not in s for s in summary if s["kind"] != "all")
+
+
+def test_a_method_that_is_told_what_to_change_is_given_the_instruction(tmp_path: Path, editor: Inverter) -> None:
+    run(tmp_path, Small(1, instruction="make it blue"), [Method("ip2p"), Method("sdedit")])
+    assert [some[0].prompt for some in editor.asked] == ["make it blue", "blue"]
+    with pytest.raises(UsageError, match="a/0: has no instruction, which method ip2p needs; leave the method out"):
+        run(tmp_path / "other", Small(1), [Method("ip2p")])
+
+
+def test_rows_of_another_recommended_preset_are_other_rows(tmp_path: Path, editor: Inverter) -> None:
+    before = evaluate.model_settings(editor)
+    run(tmp_path)
+    editor.model.guidance_path, editor.model.guidance_until, editor.model.mask_seeds = "drawn", 0.32, 4
+    assert evaluate.model_settings(editor) == f"{before} ito=0.32/drawn/4"
+    run(tmp_path)
+    assert editor.edited == 20

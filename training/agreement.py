@@ -27,8 +27,8 @@ from .workers import Row
 
 # Methods that differ in what they do, not only in what they cost.
 METHODS = (
-    Method("ito"),
-    Method("ito", options={truth.LAMBDA_FIELD: 1.0}, name="ito-lambda-1"),
+    Method("ito", "exact", name="ito"),
+    Method("ito", "exact", options={truth.LAMBDA_FIELD: 1.0}, name="ito-lambda-1"),
     Method("diffedit"),
     Method("sdedit"),
     Method("sdedit", options={"ratio": 0.4}, name="sdedit-0.4"),
@@ -41,8 +41,20 @@ EXACT = {
     "exact_new": ("edit is there", 1),
     "exact_l1_out": ("L1 outside", -1),
 }
-# Figures that no rank correlation is asked of: the exact ones themselves, the cost, and those that order edits as another does.
-_LEFT_OUT = ("l1_not_m", "mse", "mse_kept", "clip_whole", "preference", "new", "old", "seconds", "evaluations")
+# Figures that no rank correlation is asked of: the exact ones themselves, the cost, what is the same of every edit of a case, and what
+# orders edits as another does.
+_LEFT_OUT = (
+    "l1_not_m",
+    "mse",
+    "mse_kept",
+    "clip_source",
+    "clip_whole",
+    "preference",
+    "new",
+    "old",
+    "seconds",
+    "evaluations",
+)
 DRAWS = 300
 
 

@@ -184,12 +184,16 @@ class Pie:
             shown = square(picture, size)
             digest = _digest(
                 _read(file, "a picture"),
-                json.dumps(item.get("mask", [])),
+                json.dumps([item.get("mask", []), item.get("editing_instruction")]),
                 texts["original_prompt"],
                 texts["editing_prompt"],
                 str(size),
             )
-            cases.append(Case(name, kind, texts["original_prompt"], texts["editing_prompt"], digest, shown.size))
+            told = item.get("editing_instruction")
+            cases.append(
+                Case(name, kind, texts["original_prompt"], texts["editing_prompt"], digest, shown.size,
+                     instruction=told.strip() if isinstance(told, str) else "")
+            )  # fmt: skip
             tell(number + 1, len(chosen))
         _check_unique(cases, path)
         self.cases: Sequence[Case] = cases
@@ -213,7 +217,7 @@ class Pie:
 class Pairs:
     """Pictures with an edit prompt and a mask, as iEdit is evaluated on (section 4.1): a folder that `iedit train pairs` wrote, of which the
     source, its mask and the edit prompt are taken; or a folder with `pairs.csv`, whose columns are `image`, `prompt`, and if there are any
-    `source_prompt` and `mask` (white where the edit is).
+    `source_prompt`, `mask` (white where the edit is) and `instruction` (what to change, for InstructPix2Pix).
 
     Args:
         folder, n, size, tell: as of `Pie`.
@@ -293,9 +297,13 @@ class Pairs:
                 images.load_mask(mask, picture.size)
             name = f"{number:05d}-{_case_name(file.name)}"  # a picture has several prompts
             self._files[name] = (file, mask)
-            masked = _read(mask, "a mask") if mask is not None else None
-            digest = _digest(_read(file, "a picture"), masked, told, prompt, str(self.size))
-            cases.append(Case(name, "all", told, prompt, digest, square(picture, self.size).size))
+            masked, instruction = (
+                _read(mask, "a mask") if mask is not None else None,
+                (line.get("instruction") or "").strip(),
+            )
+            digest = _digest(_read(file, "a picture"), masked, told, prompt, instruction, str(self.size))
+            size = square(picture, self.size).size
+            cases.append(Case(name, "all", told, prompt, digest, size, instruction=instruction))
             tell(number + 1, len(lines))
         return cases
 

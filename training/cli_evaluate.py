@@ -65,7 +65,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 _common = together([
     click.option("--method", "methods", multiple=True, type=Choice(METHODS), help="How to edit; repeat for several. Default: ito, diffedit, sdedit."),
-    click.option("--preset", "presets", multiple=True, type=Choice(list(PRESETS)), help="Presets that ITO is evaluated with; repeat for several. Default: exact."),
+    click.option("--preset", "presets", multiple=True, type=Choice(list(PRESETS)), help="Presets that ITO is evaluated with; repeat for several. Default: what the checkpoint recommends."),
     click.option("--pictures", multiple=True, callback=pairs, metavar="NAME=FOLDER",
                  help="Edits that were made elsewhere, under their cases' names: measured beside the methods, as NAME. Repeat for several."),
     click.option("--n", "count", type=click.IntRange(1), default=None, help="The first so many cases. Default: all."),
@@ -111,7 +111,7 @@ def _methods(values: dict[str, Any], default: Sequence[str] = ("ito", "diffedit"
     from .evaluate import Method
 
     named = values["methods"] or (() if values.get("pictures") else default)
-    presets = values["presets"] or ("exact",)
+    presets = values["presets"] or ("",)
     layouts = [m for m in named if m.startswith("controlnet")]
     if layouts:
         raise UsageError(
@@ -119,7 +119,7 @@ def _methods(values: dict[str, Any], default: Sequence[str] = ("ito", "diffedit"
         )
     if values["presets"] and "ito" not in named:
         raise UsageError("--preset: only ito has presets; add --method ito, or leave it out")
-    found = [Method(m, p) for m in dict.fromkeys(named) for p in (dict.fromkeys(presets) if m == "ito" else ("exact",))]
+    found = [Method(m, p) for m in dict.fromkeys(named) for p in (dict.fromkeys(presets) if m == "ito" else ("",))]
     for name, folder in values.get("pictures", {}).items():
         if name in {m.name for m in found} or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise UsageError(
@@ -303,9 +303,10 @@ def pairs_command(folder: Path, compared: Path | None, **values: Any) -> None:
 # --- the truth suite ----------------------------------------------------------------------------------------------
 
 
-def names(known: tuple[str, ...], given: str) -> list[str]:
-    """A comma-separated list of known names; "all" is all of them."""
-    found = list(known) if given == "all" else [n.strip() for n in given.split(",")]
+def names(known: tuple[str, ...], given: str, main: Sequence[str] = ()) -> list[str]:
+    """A comma-separated list of known names; "all" is all of them, "main" those of `main`."""
+    groups = {"all": known} | ({"main": tuple(main)} if main else {})
+    found = list(groups[given]) if given in groups else [n.strip() for n in given.split(",")]
     for name in found:
         if name not in known:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(known)}")
@@ -360,14 +361,15 @@ def write_card(output: Path, reader: Path, **found: Any) -> None:
 @click.option("--kinds", default="all", show_default=True, metavar="LIST",
               help="Comma-separated: thing, colour, background (sky or ground), pose, scribble.")  # fmt: skip
 @click.option("--methods", default="all", show_default=True, metavar="LIST",
-              help="Comma-separated: ito, ito adam (the paper's update), ito lambda=1, diffedit, sdedit, iedit, p2p, "
-                   "p2p without correction, ddpm (text kinds), controlnet, controlnet-diffedit (layout kinds), round trip of the target.")  # fmt: skip
+              help="Comma-separated: ito, ito exact (the full method, whatever the model recommends), ito adam (the paper's update), ito lambda=1, "
+                   "diffedit, sdedit, iedit, p2p, p2p without correction, ddpm (text kinds), controlnet, controlnet-diffedit (layout kinds), round "
+                   "trip of the target; all; or main, each method once as it is by default.")  # fmt: skip
 @click.option("--sheet", type=click.IntRange(0), default=0, show_default=True,
               help="Show the first so many cases of each kind and method in OUTPUT/METHOD-KIND.png.")  # fmt: skip
 @click.option("--by-things", is_flag=True, help="Scenes of one and two things in rows of their own.")
 @click.option("--batch", type=click.IntRange(1), default=10, show_default=True, help="Edits per call.")
-@click.option("--backend", type=Choice(("torch", "compile", "onnx", "tensorrt")), default="torch", show_default=True,
-              help="What runs the networks; onnx takes half the time on a CPU (run `iedit export onnx` first).")  # fmt: skip
+@click.option("--backend", type=Choice(("auto", *BACKENDS)), default="auto", show_default=True,
+              help="What runs the networks; engines take half the time on a CPU (run `iedit export onnx` first).")  # fmt: skip
 @click.option(
     "--engines",
     type=FilePath(file_okay=False),
@@ -392,13 +394,13 @@ def truth(
     \b
     A quick look:  iedit evaluate truth --n 4 --sheet 4
     One method:    iedit evaluate truth --methods ito --kinds pose,scribble
-    Two cores:     iedit evaluate truth --n 50 --backend onnx --processes 2
+    Two cores:     iedit evaluate truth --n 50 --methods main --processes 2
     """
     from ..runtime.cli.params import use_threads
     from . import evaluate as machinery
     from . import truth as suite
 
-    asked_kinds, asked_methods = names(suite.KINDS, kinds), names(tuple(suite.METHODS), methods)
+    asked_kinds, asked_methods = names(suite.KINDS, kinds), names(tuple(suite.METHODS), methods, suite.MAIN)
     if processes == 1:
         use_threads()
     load = functools.partial(load_suite, model, reader, backend, engines)

@@ -65,21 +65,21 @@ class Method:
 
     Attributes:
         method: of the runtime; "" where `folder` has pictures that were edited elsewhere.
-        preset: of ITO, or "exact".
+        preset: of ITO; "" is what the checkpoint recommends.
         options: fields of `Options` that differ from the default; then `name` says which.
         folder: holds CASE.png or CASE.jpg.
         name: in tables and of its pictures' folder.
     """
 
     method: str
-    preset: str = "exact"
+    preset: str = ""
     folder: str = ""
     name: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name:
-            object.__setattr__(self, "name", self.method + ("" if self.preset == "exact" else f"-{self.preset}"))
+            object.__setattr__(self, "name", "-".join(filter(None, (self.method, self.preset))))
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -126,7 +126,9 @@ def load_editor(model: str, backend: str, engines: str | None, device: str | Non
 def model_settings(editor: Any) -> str:
     """Everything of the model that an edit's result depends on: a case run under other recommendations is another case."""
     m = editor.model
-    return f"{m.digest} guidance={m.guidance_scale:g} mask={m.mask_strength}/{m.mask_threshold} text updates={m.text_update_share}"
+    preset = (m.guidance_until, m.guidance_path, m.mask_seeds)
+    shown = "" if preset == (None, None, None) else " ito={}/{}/{}".format(*preset)
+    return f"{m.digest} guidance={m.guidance_scale:g} mask={m.mask_strength}/{m.mask_threshold} text updates={m.text_update_share}{shown}"
 
 
 def picture_path(output: Path, method: Method, case: Case, settings: str) -> Path:
@@ -190,6 +192,7 @@ class _Worker:
     def edit(self, batch: _Batch) -> tuple[list[Image.Image], float, float]:
         """The edits, and seconds and evaluations of each."""
         from ..runtime.editor import EditRequest, Options
+        from ..runtime.options import IP2P
         from ..runtime.presets import with_preset
 
         s = self.settings
@@ -200,9 +203,16 @@ class _Worker:
             given = (
                 None if mask is None or mask.all() or not mask.any() else Image.fromarray(mask.astype(np.uint8) * 255)
             )
-            request = EditRequest(self.benchmark.picture(case), case.prompt, case.source_prompt, batch.method.method, mask=given,
+            prompt = case.prompt
+            if batch.method.method in IP2P:
+                prompt = case.instruction
+                if not prompt:
+                    raise UsageError(
+                        f"{case.name}: has no instruction, which method {batch.method.method} needs; leave the method out"
+                    )
+            request = EditRequest(self.benchmark.picture(case), prompt, case.source_prompt, batch.method.method, mask=given,
                                   seed=s.seed + number, steps=s.steps, options=Options(**batch.method.options))  # fmt: skip
-            requests.append(with_preset(request, batch.method.preset) if batch.method.preset != "exact" else request)
+            requests.append(with_preset(request, batch.method.preset) if batch.method.preset else request)
         began = time.perf_counter()
         results = editor.edit_many(requests)
         seconds = (time.perf_counter() - began) / len(results)
@@ -293,7 +303,7 @@ def run(
     how = f"{model} seed={settings.seed} steps={settings.steps} masks={'given' if settings.given_masks else 'own'}"
     by = {}
     for method in methods:
-        more = "".join(f" {k}={v}" for k, v in method.options.items())
+        more = "".join(f" {k}={v}" for k, v in {"preset": method.preset, **method.options}.items() if v != "")
         by[method.name] = (
             f"{benchmark.title}; {f'pictures of {os.path.abspath(method.folder)}' if method.folder else how + more}"
         )

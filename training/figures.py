@@ -31,6 +31,7 @@ class Case:
         source_prompt, prompt: what the picture shows, and what it is to show.
         digest: of the picture, the mask and the texts: a row of another digest is of another case.
         size: width and height of the picture.
+        instruction: what to change, for the methods that are told so; "" where nobody said.
         old, new: classes before and after, for a classifier; "" where there are none.
     """
 
@@ -42,6 +43,7 @@ class Case:
     size: tuple[int, int]
     old: str = ""
     new: str = ""
+    instruction: str = ""
 
 
 @dataclass(frozen=True)

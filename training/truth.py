@@ -88,6 +88,7 @@ METHODS = {
         Method("round trip of the target", "", KINDS),
     )
 }
+MAIN = tuple(m.name for m in METHODS.values() if not m.options)  # each method once, as it is by default
 
 
 # --- cases ------------------------------------------------------------------------------------------------------
