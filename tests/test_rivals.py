@@ -424,6 +424,15 @@ def test_the_embeddings_that_null_text_begins_with_change_nothing(tiny: Any, tra
     assert torch.equal(*(run_p2p(tiny, trajectory, direct=False, null_text=n) for n in (None, same)))
 
 
+def test_null_text_leaves_a_step_between_equal_levels_alone(tiny: Any, trajectory: Tensor) -> None:
+    """As the last one is where timesteps begin at 0 and the clean level has that timestep's noise."""
+    model = dataclasses.replace(tiny, schedule=dataclasses.replace(tiny.schedule, steps_offset=0))
+    path = model.schedule.levels(STEPS).path()
+    assert path[-2].abar == path[-1].abar
+    got = fitted(model, trajectory)
+    assert got.isfinite().all() and torch.equal(got[-1], got[-2])
+
+
 def test_null_text_brings_a_picture_back_to_its_inversion() -> None:
     """On weights that were trained, where guided sampling under the source prompt alone drifts off. The error that is left is 0.73 of that
     at 8 steps, 0.3 at 25, 0.16 at 50: each step has its 10 steps of Adam and the more of them the less there is to make up for."""
@@ -692,6 +701,8 @@ def test_a_checkpoint_runs_the_methods_that_it_was_trained_for(
     assert done.exit_code == 0 and Path("in-edited.png").is_file(), done.output
     again = CliRunner().invoke(main, ["replay", "in-edited.png", "--model", str(instructing_folder)])
     assert again.exit_code == 0 and "identical" in again.stdout, again.output
+    told_of = CliRunner().invoke(main, ["info", "--model", str(instructing_folder)])
+    assert "InstructPix2Pix, for method ip2p alone" in " ".join(told_of.stdout.split())
     refused = CliRunner().invoke(main, [*words, "--output", "other.png"])
     assert refused.exit_code == 2 and "use method ip2p" in refused.stderr
     assert (
