@@ -16,7 +16,7 @@ from PIL import Image
 
 from iedit.runtime import editor
 from iedit.runtime.cli.main import main
-from iedit.training import classifier, truth
+from iedit.training import classifier, truth, workers
 from iedit.training.cli_evaluate import evaluate
 
 
@@ -121,9 +121,40 @@ def test_pairs_and_imagenet_with_every_kind_of_network(tmp_path: Path, small_mod
     assert 0 <= one["clip_score"] <= 2.5 and one["ssim_m"] is None  # there is no mask
 
 
+def test_agreement_writes_correlations_and_the_tables_of_a_document(tmp_path: Path) -> None:
+    classifier.Classifier().save(tmp_path / "reader.safetensors")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- agreement -->\nold\n<!-- /agreement -->\nafter\n")
+    words = ("agreement", "--n", 2, "--method", "sdedit", "--method", "sdedit-0.4", "--steps", 2, "--backend", "torch", "--reader",
+             tmp_path / "reader.safetensors", "--output", tmp_path / "out", "--write", page)  # fmt: skip
+    done = invoke(*words)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "agreement.json").read_text())
+    assert found["cases"] == 6 and found["methods"] == ["sdedit", "sdedit-0.4"]
+    metrics = {r["metric"] for r in found["rows"]}
+    assert {"L1", "SSIM kept", "CLIPScore", "FID (reader)", "FID (CLIP)"} <= metrics
+    assert all(r["spearman"] is None or -1 <= r["spearman"] <= 1 for r in found["rows"])
+    text = page.read_text()
+    assert (
+        text.startswith("before\n<!-- agreement -->\nSingle edits:")
+        and text.endswith("<!-- /agreement -->\nafter\n")
+        and "old" not in text
+    )
+    page.write_text("no marks")
+    refused = invoke(*words)
+    assert refused.exit_code == 2 and "has no place for the tables" in refused.stderr
+    one = invoke(*words[:5], *words[7:-2])
+    assert one.exit_code == 2 and "give at least two methods" in one.stderr
+    other = invoke(
+        "agreement", "--method", "warp", "--reader", tmp_path / "reader.safetensors", "--output", tmp_path / "out"
+    )
+    assert other.exit_code == 2 and "'warp' is not one of ito, ito-lambda-1" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["agreement", "--n", "1"], "1 is not in the range"),
         (["pie", "{}"], "holds no mapping_file.json"),
         (["pie", "{}", "--method", "controlnet"], "method controlnet: needs layouts"),
         (["pie", "{}", "--method", "sdedit", "--preset", "fast"], "--preset: only ito has presets"),
@@ -200,3 +231,16 @@ def test_the_truth_command_runs_every_method_on_its_kinds_and_writes_card_rows_a
     assert json.loads((output / "figures.json").read_text())["edits"][0]["n"] == 2
     CliRunner().invoke(evaluate, arguments, catch_exceptions=False)
     assert len(Editor.asked) == sum(counted.values())  # nothing was run again
+
+
+@pytest.mark.slow
+def test_the_truth_suite_gives_the_same_figures_twice_in_one_process_or_in_two(tmp_path: Path) -> None:
+    classifier.Classifier().save(tmp_path / "reader.safetensors")
+    rows = []
+    for name, processes in (("one", 1), ("two", 2)):
+        done = invoke("truth", "--reader", tmp_path / "reader.safetensors", "--output", tmp_path / name, "--n", 2, "--kinds", "background",
+                      "--methods", "sdedit", "--steps", 2, "--batch", 1, "--processes", processes)  # fmt: skip
+        assert done.exit_code == 0, done.output
+        found = workers.read_rows(tmp_path / name / "cases.csv", truth.WORDS, truth.WHOLE)
+        rows.append(sorted(str({k: v for k, v in row.items() if k != "seconds"}) for row in found))
+    assert rows[0] == rows[1] and len(rows[0]) == 2

@@ -145,7 +145,9 @@ def test_other_networks_measure_the_pictures_that_are_there(tmp_path: Path, edit
 def test_requests_carry_seed_steps_preset_prompts_and_masks_only_if_asked(tmp_path: Path, editor: Inverter) -> None:
     run(tmp_path, Small(3, sizes=(32, 48)), [*METHODS, Method("iedit")], seed=10)
     by = [[(r.method, r.seed, r.image.size[0]) for r in some] for some in editor.asked]
-    assert by[:2] == [[("sdedit", 10, 32), ("sdedit", 12, 32)], [("sdedit", 11, 48)]]  # batches are of one size
+    # Batches are of one size, and all methods have the first cases before any has the next.
+    assert by[:2] == [[("sdedit", 10, 32), ("sdedit", 12, 32)], [("ito", 10, 32), ("ito", 12, 32)]]
+    assert by[3:5] == [[("sdedit", 11, 48)], [("ito", 11, 48)]]
     assert all(r.mask is None and (r.source_prompt, r.prompt) == ("red", "blue") for some in editor.asked for r in some)
     fast = next(r for some in editor.asked for r in some if r.method == "ito")
     assert fast.options.guidance_path == "drawn" and fast.options.mask.seeds == 4

@@ -66,7 +66,7 @@ def test_every_command_line_of_the_training_page_parses_and_its_make_targets_exi
 
 def test_every_command_line_of_the_evaluation_page_parses(root: Path) -> None:
     lines = command_lines(root, "docs/evaluate.md")
-    assert {parse(line).name for line in lines} == {"truth", "pie", "imagenet", "pairs"}
+    assert {parse(line).name for line in lines} == {"truth", "pie", "imagenet", "pairs", "agreement"}
     text = (root / "docs" / "evaluate.md").read_text()
     group = main.get_command(click.Context(main), "evaluate")
     assert isinstance(group, click.Group)

@@ -488,7 +488,9 @@ class World:
     def __init__(self, n: int, seed: int = 0):
         from . import truth
 
-        self.exact = {c.name: c for kind in truth.TEXT_KINDS for c in truth.edit_cases(kind, n, seed)}
+        by_kind = [truth.edit_cases(kind, n, seed) for kind in truth.TEXT_KINDS]
+        # Taken in turns: a case's place, and so its noise, does not depend on `n`.
+        self.exact = {cases[i].name: cases[i] for i in range(n) for cases in by_kind}
         self.cases: Sequence[Case] = [
             Case(c.name, c.kind, *c.prompts, _digest(c.source.tobytes(), *c.prompts), c.source.size)
             for c in self.exact.values()

@@ -415,3 +415,111 @@ def truth(
             f"{one['name']}: {one['value']:.3f}, wanted {one['wanted']}: {'met' if suite.met(one) else 'NOT MET'}"
         )
     write_card(output, reader, edits=summary)
+
+
+@evaluate.command()
+@click.option(
+    "--n",
+    "count",
+    type=click.IntRange(2),
+    default=44,
+    show_default=True,
+    help="Held-out edits of each kind: thing, colour, background.",
+)
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="Of the seven: ito, ito-lambda-1, diffedit, sdedit, sdedit-0.4, iedit, p2p; "
+              "repeat for several. Default: all.")  # fmt: skip
+@reader_option
+@_run
+@_judges
+@_output("build/evaluate/agreement")
+@click.option("--write", type=FilePath(path_type=Path, dir_okay=False), default=None, help="A document whose tables between <!-- agreement --> and "
+              "<!-- /agreement --> are replaced.")  # fmt: skip
+def agreement(count: int, reader: Path, write: Path | None, **values: Any) -> None:
+    """How well metrics agree with the truth: edits of held-out scenes, whose exact result can be drawn.
+
+    The rank correlation (Spearman, Kendall) of each metric that can be had with the exact figures: L1 to the exact target where the edit is, whether
+    the edit is there, and L1 outside. Each is turned so that 1 means that the metric orders edits as the truth does, for single edits and for
+    methods, with 95 % intervals over the cases. FID is by features of the embedded CLIP and of the reader; other networks as you name them.
+    """
+    from ..runtime.cli.live import quiet_libraries
+    from ..runtime.cli.params import use_threads
+    from ..runtime.files import write_whole
+
+    document = _marked(write) if write is not None else None
+    quiet_libraries()
+    from . import agreement as measure
+    from . import evaluate as machinery
+    from .benchmarks import World
+    from .classifier import Classifier
+    from .metric_models import ClipFeatures
+    from .workers import write_json
+
+    known = {m.name: m for m in measure.METHODS}
+    unknown = [m for m in values["methods"] if m not in known]
+    if unknown:
+        raise UsageError(f"--method: {printable(unknown[0])!r} is not one of {', '.join(known)}")
+    methods, output = [known[m] for m in dict.fromkeys(values["methods"])] or list(known.values()), values["output"]
+    if len(methods) < 2:
+        raise UsageError("--method: give at least two methods; of one there is nothing to order")
+    try:
+        judge = Classifier.load(reader)
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from error
+    if values["processes"] == 1:
+        use_threads()
+    judges, settings, benchmark = _judges_of(values), _settings_of(values), World(count, values["seed"])
+    try:
+        with _progress("editing and measuring") as tell:
+            rows = machinery.run(benchmark, methods, judges, settings, output, tell)
+        measure.add_exact(rows, benchmark, methods, judge, output)
+        networks: dict[str, Any] = {"FID (reader)": measure.ReaderFeatures(judge)}
+        if judges.clip:
+            networks["FID (CLIP)"] = ClipFeatures(judges.load("clip"))
+        if judges.features:
+            networks["FID"] = judges.load("features")
+        distances = {}
+        with _progress("features") as tell:
+            for number, (head, features) in enumerate(networks.items()):
+                tell(number, len(networks))
+                edits = measure.features_of(rows, benchmark, methods, features, output)
+                distances[head] = edits, measure.real_features(count, values["seed"], features)
+        with _progress("correlations") as tell:
+            found = measure.correlations(rows, distances, tell=tell)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on", err=True)
+        raise click.Abort from None
+    for level in ("edits", "methods"):
+        show(measure.table(found, level))
+    write_json(
+        output / "agreement.json",
+        {
+            "cases": len(benchmark.cases),
+            "methods": [m.name for m in methods],
+            "digests": judges.digests(),
+            "rows": found,
+        },
+    )
+    click.echo(printable(str(output / "agreement.json")))
+    if write is not None and document is not None:
+        tables = "\n\n".join(
+            f"{title}:\n\n{measure.markdown(found, level)}"
+            for level, title in (("edits", "Single edits"), ("methods", "Methods"))
+        )
+        write_whole(write, f"{document[0]}{_BEGIN}\n{tables}\n{_END}{document[1]}".encode())
+
+
+_BEGIN, _END = "<!-- agreement -->", "<!-- /agreement -->"
+
+
+def _marked(path: Path) -> tuple[str, str]:
+    """What of a document stands before and after the marks.
+
+    Raises:
+        UsageError: it is not there, or has no such marks.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, begun, rest = text.partition(_BEGIN)
+    _, ended, after = rest.partition(_END)
+    if not (begun and ended):
+        raise UsageError(f"--write: {path} has no place for the tables; put {_BEGIN} and {_END} where they go")
+    return before, after

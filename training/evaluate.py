@@ -17,7 +17,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +66,7 @@ class Method:
     Attributes:
         method: of the runtime; "" where `folder` has pictures that were edited elsewhere.
         preset: of ITO, or "exact".
+        options: fields of `Options` that differ from the default; then `name` says which.
         folder: holds CASE.png or CASE.jpg.
         name: in tables and of its pictures' folder.
     """
@@ -74,6 +75,7 @@ class Method:
     preset: str = "exact"
     folder: str = ""
     name: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -187,7 +189,7 @@ class _Worker:
 
     def edit(self, batch: _Batch) -> tuple[list[Image.Image], float, float]:
         """The edits, and seconds and evaluations of each."""
-        from ..runtime.editor import EditRequest
+        from ..runtime.editor import EditRequest, Options
         from ..runtime.presets import with_preset
 
         s = self.settings
@@ -199,7 +201,7 @@ class _Worker:
                 None if mask is None or mask.all() or not mask.any() else Image.fromarray(mask.astype(np.uint8) * 255)
             )
             request = EditRequest(self.benchmark.picture(case), case.prompt, case.source_prompt, batch.method.method, mask=given,
-                                  seed=s.seed + number, steps=s.steps)  # fmt: skip
+                                  seed=s.seed + number, steps=s.steps, options=Options(**batch.method.options))  # fmt: skip
             requests.append(with_preset(request, batch.method.preset) if batch.method.preset != "exact" else request)
         began = time.perf_counter()
         results = editor.edit_many(requests)
@@ -289,9 +291,12 @@ def run(
     if settings.processes > 1:
         load_editor.cache_clear()  # each process has its own
     how = f"{model} seed={settings.seed} steps={settings.steps} masks={'given' if settings.given_masks else 'own'}"
-    by = {
-        m.name: f"{benchmark.title}; {f'pictures of {os.path.abspath(m.folder)}' if m.folder else how}" for m in methods
-    }
+    by = {}
+    for method in methods:
+        more = "".join(f" {k}={v}" for k, v in method.options.items())
+        by[method.name] = (
+            f"{benchmark.title}; {f'pictures of {os.path.abspath(method.folder)}' if method.folder else how + more}"
+        )
     measured = " ".join(f"{k}={v[:12]}" for k, v in judges.digests().items()) + f" scale={judges.structure_scale:g}"
     done: dict[tuple[str, str, str], Row] = {}
     todo: list[_Batch] = []
@@ -311,6 +316,9 @@ def run(
         for (_, cost), some in groups.items():
             parts = range(0, len(some), settings.batch)
             todo += [_Batch(method, by[method.name], tuple(some[at : at + settings.batch]), cost) for at in parts]
+    todo.sort(
+        key=lambda b: b.cases[0][0]
+    )  # all methods on the first cases first: the time left is then that of all of them
     total = len(methods) * len(benchmark.cases)
     tell(len(done), total)
     among = tuple(dict.fromkeys(c.new for c in benchmark.cases if c.new))
