@@ -219,7 +219,7 @@ def test_the_source_of_direct_inversion_is_its_trajectory_bit_for_bit(tiny: Any,
 
 def test_p2p_with_the_source_prompt_and_no_guidance_reconstructs(tiny: Any, picture: Picture) -> None:
     editor, errors = Editor(tiny, TorchBackend(tiny)), []
-    for steps in (10, 50):
+    for steps in (6, 24):
         result = editor.edit(ask(picture, prompt=SOURCE, steps=steps, options={"guidance_scale": 1.0}))
         errors.append(gap(result.latent, result.source_latent))
     assert errors[1] < 0.5 * errors[0]  # what is left is the error of the inversion's steps
@@ -239,7 +239,7 @@ def test_p2p_with_the_source_prompt_and_direct_inversion_moves_only_by_the_guida
 
 
 @pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("max_batch", [1, 4, 5, 7])
+@pytest.mark.parametrize("max_batch", [1, 7])
 def test_what_belongs_together_is_never_split(tiny: Any, trajectory: Tensor, direct: bool, max_batch: int) -> None:
     want = run_p2p(tiny, trajectory, OneByOne(tiny), direct=direct)
     spy = Spy(tiny)
