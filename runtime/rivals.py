@@ -130,11 +130,11 @@ def optimise_null_text(
         cond = yield DenoiseStep(z, level, None, source)
         # The next latent is c_x z + c_out (scale cond + (1 - scale) uncond): what `uncond` has to be for it to be the trajectory's.
         weight = c_out * (1 - scale)
-        wanted = (trajectory[number + 1] - c_x * z - c_out * scale * cond) / weight
+        wanted = (trajectory[number + 1] - c_x * z - c_out * scale * cond) / (weight or 1.0)
         moved = [one.clone() for one in embeds]
         adam = torch.optim.Adam(moved, lr=1e-2 * (1 - done / 2))
         active = list(range(len(z)))
-        for _ in range(inner):
+        for _ in range(inner if weight else 0):  # a step between equal levels asks nothing of the network
             index = torch.tensor(active, device=z.device)
             told = replace(source.take(index), prompt_embeds=torch.stack([moved[i] for i in active]))
             answer = weight**2 * (yield DenoiseStep(z[index], level, None, told, wanted=wanted[index]))

@@ -698,7 +698,7 @@ def test_layouts_are_chosen_by_name_or_by_folder(tiny_folder: Path) -> None:
     own = load_model(str(tiny_folder), {"mine": str(tiny_folder / "controlnet-scribble")}, device="cpu")
     assert set(own.controlnets) == {"mine"}
     refused(tiny_folder, "no ControlNet or T2I-Adapter for depth", "pose, scribble", layouts=["depth"])
-    refused(tiny_folder, "not a ControlNet folder", layouts={"mine": str(tiny_folder / "tokenizer")})
+    refused(tiny_folder, "no ControlNet or T2I-Adapter folder", layouts={"mine": str(tiny_folder / "tokenizer")})
 
 
 def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

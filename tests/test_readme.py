@@ -74,6 +74,13 @@ def test_every_command_line_of_the_evaluation_page_parses(root: Path) -> None:
     assert set(re.findall(r"--[a-z][a-z-]*", text)) <= known
 
 
+def test_every_command_line_of_the_methods_page_parses_and_every_method_is_on_it(root: Path) -> None:
+    lines = command_lines(root, "docs/methods.md")
+    assert {parse(line).name for line in lines} == {"edit"} and len(lines) >= 4
+    text = (root / "docs/methods.md").read_text()
+    assert all(f"`{method}`" in text for method in METHODS)
+
+
 @pytest.mark.parametrize("line", ["iedit edlt a.png", "iedit edit a.png --promt x", "iedit edit a.png", "iedit train"])
 def test_a_wrong_line_would_be_noticed(line: str) -> None:
     with pytest.raises(click.UsageError):

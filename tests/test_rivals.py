@@ -219,7 +219,7 @@ def test_the_source_of_direct_inversion_is_its_trajectory_bit_for_bit(tiny: Any,
 
 def test_p2p_with_the_source_prompt_and_no_guidance_reconstructs(tiny: Any, picture: Picture) -> None:
     editor, errors = Editor(tiny, TorchBackend(tiny)), []
-    for steps in (10, 50):
+    for steps in (6, 24):
         result = editor.edit(ask(picture, prompt=SOURCE, steps=steps, options={"guidance_scale": 1.0}))
         errors.append(gap(result.latent, result.source_latent))
     assert errors[1] < 0.5 * errors[0]  # what is left is the error of the inversion's steps
@@ -239,7 +239,7 @@ def test_p2p_with_the_source_prompt_and_direct_inversion_moves_only_by_the_guida
 
 
 @pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("max_batch", [1, 4, 5, 7])
+@pytest.mark.parametrize("max_batch", [1, 7])
 def test_what_belongs_together_is_never_split(tiny: Any, trajectory: Tensor, direct: bool, max_batch: int) -> None:
     want = run_p2p(tiny, trajectory, OneByOne(tiny), direct=direct)
     spy = Spy(tiny)
@@ -422,6 +422,15 @@ def test_null_text_is_the_published_loop_and_pictures_do_not_depend_on_each_othe
 def test_the_embeddings_that_null_text_begins_with_change_nothing(tiny: Any, trajectory: Tensor) -> None:
     same = told(tiny, "").prompt_embeds.expand(STEPS, 2, -1, -1)
     assert torch.equal(*(run_p2p(tiny, trajectory, direct=False, null_text=n) for n in (None, same)))
+
+
+def test_null_text_leaves_a_step_between_equal_levels_alone(tiny: Any, trajectory: Tensor) -> None:
+    """As the last one is where timesteps begin at 0 and the clean level has that timestep's noise."""
+    model = dataclasses.replace(tiny, schedule=dataclasses.replace(tiny.schedule, steps_offset=0))
+    path = model.schedule.levels(STEPS).path()
+    assert path[-2].abar == path[-1].abar
+    got = fitted(model, trajectory)
+    assert got.isfinite().all() and torch.equal(got[-1], got[-2])
 
 
 def test_null_text_brings_a_picture_back_to_its_inversion() -> None:
@@ -692,6 +701,8 @@ def test_a_checkpoint_runs_the_methods_that_it_was_trained_for(
     assert done.exit_code == 0 and Path("in-edited.png").is_file(), done.output
     again = CliRunner().invoke(main, ["replay", "in-edited.png", "--model", str(instructing_folder)])
     assert again.exit_code == 0 and "identical" in again.stdout, again.output
+    told_of = CliRunner().invoke(main, ["info", "--model", str(instructing_folder)])
+    assert "InstructPix2Pix, for method ip2p alone" in " ".join(told_of.stdout.split())
     refused = CliRunner().invoke(main, [*words, "--output", "other.png"])
     assert refused.exit_code == 2 and "use method ip2p" in refused.stderr
     assert (

@@ -363,7 +363,9 @@ def describe(model: str) -> dict[str, str]:
         folder = checkpoint.folder
         config = read_json(folder / "unet" / "config.json")
         side = config.get("sample_size", "?")
-        unet = f"{config['block_out_channels']} channels, {config['in_channels']}x{side}x{side} latents"
+        unet = f"{config['block_out_channels']} channels, {config['out_channels']}x{side}x{side} latents"
+        if config["in_channels"] == 2 * config["out_channels"]:
+            unet += " and the picture's: InstructPix2Pix, for method ip2p alone"
     except UsageError as error:
         return {"problem": str(error)}
     except KeyError as error:
