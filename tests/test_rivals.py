@@ -578,9 +578,9 @@ def test_ddpm_noises_each_level_by_the_pictures_seed_and_finds_its_noise_once(ed
     assert weaker.profile.evaluations["invert"] == 3 and weaker.profile.expected == 9
 
 
-def test_what_the_checkpoint_recommends_scales_ddpms_guidance(editor: Editor, picture: Picture) -> None:
-    for recommended, edit, source in ((7.5, 15.0, 3.5), (5.0, 10.0, 7 / 3)):
-        model = dataclasses.replace(editor.model, guidance_scale=recommended)
+def test_ddpms_guidance_is_the_papers_or_what_the_checkpoint_recommends(editor: Editor, picture: Picture) -> None:
+    for recommended, scale, edit, source in ((False, 7.5, 15.0, 3.5), (True, 5.0, 5.0, 7 / 3)):
+        model = dataclasses.replace(editor.model, guidance_scale=scale, recommends_guidance=recommended)
         asked = dataclasses.replace(ask(picture, "ddpm"), options=Options())
         options = Editor(model, editor.denoiser).edit(asked).receipt["request"]["options"]
         assert options["guidance_scale"] == edit and options["source_guidance_scale"] == pytest.approx(source)
