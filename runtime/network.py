@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backends.base import Denoiser, Differentiable, Stepper, even, out_of_memory
 from .denoise_step import Condition, DenoiseStep, IdentityCache, Sampler, Transition, joined
-from .errors import RunError, UsageError
+from .errors import RunError
 from .profile import Profile
 from .schedule import Level, ddim_coefficients
 
@@ -174,8 +174,7 @@ class Network:
         def ask(piece: slice, condition: Condition) -> Tensor:
             if wanted is None:
                 return self.denoiser.predict(x[piece], t[piece], condition)
-            if not isinstance(self.denoiser, Differentiable):
-                raise UsageError(f"{type(self.denoiser).__name__} has no gradient; use --backend torch, or auto")
+            assert isinstance(self.denoiser, Differentiable)  # `Pipeline` has asked
             return self.denoiser.gradient(x[piece], t[piece], condition, wanted[piece])
 
         start, least = 0, condition.together

@@ -17,10 +17,10 @@ from torch import Tensor
 from ..kernels.guided_step import blend
 from ..kernels.mask_map import mask_map
 from . import images as pictures
-from .backends.base import Backend, Denoiser, refuse
+from .backends.base import Backend, Denoiser, Differentiable, refuse
 from .codec import Codec
 from .denoise_step import Condition, ControlInput, Sampler, joined
-from .errors import RunError
+from .errors import RunError, UsageError
 from .model.model import Model
 from .model.module_io import ADAPTER_PREFIX, CONTROLLED_UNET
 from .network import Network
@@ -98,6 +98,10 @@ class Pipeline:
             adapters = [ADAPTER_PREFIX + name for name in requests[0].maps if name in model.adapters]
             for module in [CONTROLLED_UNET] * (self.method in P2P) + ["+".join(["unet", *adapters])] * bool(adapters):
                 refuse(denoiser, module, len(requests), height, width)
+        if self.fits_null_text and not isinstance(denoiser, Differentiable):
+            raise UsageError(
+                f"inversion_correction null-text needs gradients, and backend {backend!r} has none; use --backend torch, or auto"
+            )
         self.network = Network(denoiser, model.schedule.prediction, max_batch, profile)
         self.model_key = [model.digest, backend, str(model.dtype), model.device.type, schedule.digest]
         self.run_stages = StageRunner(self.network, cache, profile, model.device, self.model_key).run

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,8 +16,9 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
-from iedit.runtime.backends.compiled import CompileBackend
 from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.backends.engine import EngineBackend
+from iedit.runtime.backends.fallback import FallbackBackend
 from iedit.runtime.cli.main import main
 from iedit.runtime.codec import Codec
 from iedit.runtime.denoise_step import Condition, ControlInput
@@ -164,16 +165,28 @@ def test_every_method_with_layouts_takes_it(model: Any, picture: Picture, method
         assert gap(result.latent, Editor(model, TorchBackend(model)).edit(asked).latent) < 1e-3
 
 
-def test_what_has_no_such_input_refuses_before_anything_is_run(model: Any, picture: Picture) -> None:
-    asked = EditRequest(picture(0), PROMPT, "a red car", "controlnet", {"sketch": layout(1)}, steps=2)
-    with pytest.raises(UsageError, match=r"'compile' cannot run unet\+adapter-sketch: .* --backend torch, or auto"):
-        Editor(model, CompileBackend(model)).edit(asked)
-    from iedit.runtime.backends.fallback import FallbackBackend
+class Engines(TorchBackend):
+    """Torch that refuses what engines refuse whatever they were built for."""
 
-    auto = FallbackBackend([CompileBackend(model), TorchBackend(model)], model.vae_scale_factor)
-    told = Condition(Codec(model).encode_text([PROMPT]), (control("sketch", layout(1)),))
-    x, t = torch.randn(1, *SHAPE), torch.tensor([400])
-    assert torch.equal(auto.predict(x, t, told), TorchBackend(model).predict(x, t, told))
+    name = "onnx"
+
+    def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
+        return (
+            EngineBackend.why_not(cast(EngineBackend, self), module, batch, height, width)
+            if "adapter" in module
+            else []
+        )
+
+
+def test_engines_refuse_before_anything_is_run_and_auto_gives_it_to_torch(model: Any, picture: Picture) -> None:
+    asked = EditRequest(picture(0), PROMPT, "a red car", "controlnet", {"sketch": layout(1)}, steps=2)
+    onnx = Engines(model)
+    with pytest.raises(UsageError, match=r"'onnx' cannot run unet\+adapter-sketch: .* --backend torch, or auto"):
+        Editor(model, onnx).edit(asked)
+    result = Editor(model, FallbackBackend([onnx, TorchBackend(model)], model.vae_scale_factor)).edit(asked)
+    assert torch.equal(result.latent, Editor(model, TorchBackend(model)).edit(asked).latent)
+    (why,) = [f for f in result.receipt["backend"]["fallbacks"] if f["module"] == "unet+adapter-sketch"]
+    assert "no engine takes the features of a T2I-Adapter" in why["reasons"][0]
 
 
 def test_from_the_command_line_inside_and_outside_the_checkpoint(

@@ -12,7 +12,7 @@ import torch
 from iedit.runtime.backends import compiled, load_backend, why_unavailable
 from iedit.runtime.backends.compiled import CompileBackend
 from iedit.runtime.backends.eager import TorchBackend
-from iedit.runtime.denoise_step import Condition, ControlInput
+from iedit.runtime.denoise_step import AttentionControl, Condition, ControlInput
 from iedit.runtime.errors import RunError, UsageError
 from iedit.runtime.profile import Profile
 
@@ -52,6 +52,33 @@ def test_one_compilation_serves_every_batch_prompt_timestep_and_scale(smallest: 
         assert not torch.allclose(backend.predict(x, t, other), kept[0], atol=1e-3)
     assert not torch.allclose(backend.predict(x, (t + 500) % 1000, condition), kept[0], atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_control_of_attention_and_the_features_of_an_adapter_are_inputs_of_the_compiled_function(smallest: Any) -> None:
+    from diffusers import T2IAdapter
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    net: Any = T2IAdapter(channels=[8], num_res_blocks=1)
+    model = dataclasses.replace(smallest, adapters={"sketch": net.eval().requires_grad_(False)})
+    backend, exact = CompileBackend(model), TorchBackend(model)
+    counters.clear()
+    for pictures in (2, 3, 2):
+        x, t, told = _call(3 * pictures, pictures)
+        draw = torch.Generator().manual_seed(pictures)
+        edited = torch.tensor([False, False, True] * pictures)
+        control = AttentionControl(
+            edited, torch.rand(len(x), 7, 7, generator=draw), torch.rand(len(x), 7, generator=draw), 64
+        )
+        (layout,) = told.controls
+        told = dataclasses.replace(
+            told, controls=(dataclasses.replace(layout, name="sketch", adapter=True),), attention=control, together=3
+        )
+        wanted = exact.predict(x, t, told)
+        assert float((backend.predict(x, t, told) - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+        plain = dataclasses.replace(told, controls=(), attention=None)
+        assert not torch.allclose(exact.predict(x, t, plain), wanted, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_many_shapes_may_be_compiled_in_one_process(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,10 +105,9 @@ class Backend(Denoiser, Modules, Protocol):
 
 def unet_module(condition: Condition) -> str:
     """The name of the module that answers for a condition: "unet", or "unet+pose+scribble", names sorted, "adapter-" before those
-    of T2I-Adapters; `CONTROLLED_UNET` with control of attention."""
-    if condition.attention is not None:
-        return CONTROLLED_UNET
-    return "+".join(["unet", *sorted(ADAPTER_PREFIX * c.adapter + c.name for c in condition.controls)])
+    of T2I-Adapters; with control of attention `CONTROLLED_UNET` in the place of "unet"."""
+    unet = "unet" if condition.attention is None else CONTROLLED_UNET
+    return "+".join([unet, *sorted(ADAPTER_PREFIX * c.adapter + c.name for c in condition.controls)])
 
 
 class UnavailableError(UsageError):

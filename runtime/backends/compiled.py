@@ -26,11 +26,10 @@ from torch import Tensor
 from ..denoise_step import Condition, Transition, joined
 from ..errors import RunError
 from ..model.model import Model
-from ..model.module_io import ADAPTER_PREFIX, CONTROLLED_UNET, layouts
 from ..profile import module_call
-from .base import BackendOptions, refuse, unet_module
+from .base import BackendOptions, unet_module
 from .cuda_graphs import CudaGraphCache, capture
-from .torch_modules import PreparedCondition, TorchModules, summed_residuals
+from .torch_modules import PreparedCondition, PreparedControl, TorchModules, summed_residuals, unet_extras
 
 
 def why_unavailable() -> list[str]:
@@ -76,16 +75,6 @@ class CompileBackend(TorchModules):
         self.static_shapes = (STATIC_SHAPES if on_cuda else 0) if static_shapes is None else static_shapes
         self._compiled: dict[str, Callable[..., Tensor]] = {}
 
-    def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
-        """See `base.Backend`."""
-        if module == CONTROLLED_UNET:
-            return [
-                "its functions are compiled without control of attention, which this method needs; use --backend torch, or auto"
-            ]
-        if any(name.startswith(ADAPTER_PREFIX) for name in layouts(module)):
-            return ["its functions are compiled without the features of T2I-Adapters; use --backend torch, or auto"]
-        return super().why_not(module, batch, height, width)
-
     def _function(self, module: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`function` compiled, the first that came for the module."""
         if module not in self._compiled:
@@ -111,11 +100,18 @@ class CompileBackend(TorchModules):
         return self._call(module, module, run, inputs, len(inputs[0]))[0]
 
     def _unet(self, condition: Condition) -> Callable[..., Tensor]:
-        """The UNet and the ControlNets of a condition: (x, t, prompt_embeds, control embeddings, scales) -> what the UNet predicts."""
+        """The UNet and the ControlNets of a condition: (x, t, prompt_embeds, control embeddings, scales, features of T2I-Adapters, control of
+        attention) -> what the UNet predicts."""
         names = _names(condition)
 
         def fused(
-            x: Tensor, t: Tensor, prompt_embeds: Tensor, embeddings: list[Tensor], scales: list[Tensor]
+            x: Tensor,
+            t: Tensor,
+            prompt_embeds: Tensor,
+            embeddings: list[Tensor],
+            scales: list[Tensor],
+            features: list[Tensor],
+            control: tuple[Any, ...],
         ) -> Tensor:
             outputs = [
                 self.controlnets[name](
@@ -123,7 +119,8 @@ class CompileBackend(TorchModules):
                 )
                 for name, embedding, scale in zip(names, embeddings, scales, strict=True)
             ]
-            output: Tensor = self.unet(x, t, prompt_embeds, return_dict=False, **summed_residuals(outputs))[0]
+            added = summed_residuals(outputs) | unet_extras(PreparedControl(*control) if control else None, features)
+            output: Tensor = self.unet(x, t, prompt_embeds, return_dict=False, **added)[0]
             return output
 
         return fused
@@ -131,7 +128,6 @@ class CompileBackend(TorchModules):
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `base.Denoiser`."""
-        refuse(self, unet_module(condition), len(x), *x.shape[-2:])
         prepared = self.prepared(condition)
         inputs = (condition.network_input(x.to(self.dtype)), t, prepared.prompt_embeds, *_controls(prepared))
         return self._run(unet_module(condition), self._unet(condition), *inputs)
@@ -141,20 +137,15 @@ class CompileBackend(TorchModules):
         self, t: Sequence[Tensor], condition: Condition, transitions: Sequence[Transition]
     ) -> list[tuple[Tensor, Tensor]] | None:
         """See `base.Stepper`; None where there are no graphs, or a state is carried from step to step."""
-        if (
-            not self.graphs.enabled
-            or self.why_not(unet_module(condition), 1, 0, 0)
-            or condition.image is not None
-            or not all(s.stateless for s in transitions)
-        ):
+        if not self.graphs.enabled or condition.image is not None or not all(s.stateless for s in transitions):
             return None
         prepared, module = self.prepared(condition), unet_module(condition)
 
         def run(inputs: tuple[Any, ...]) -> list[Tensor]:
-            t, transitions, prompt_embeds, embeddings, scales = inputs
+            t, transitions, prompt_embeds, *controls = inputs
             x = joined([s.x for s in transitions for _ in range(1 + s.guided)]).to(self.dtype)
             unet = self._function(module, self._unet(condition))
-            output = unet(x, joined(t), prompt_embeds, embeddings, scales).float()
+            output = unet(x, joined(t), prompt_embeds, *controls).float()
             parts = output.split([(1 + s.guided) * len(s.x) for s in transitions])
             return [p.sum() for p in parts] + [s(p) for s, p in zip(transitions, parts, strict=True)]
 
@@ -179,14 +170,20 @@ class CompileBackend(TorchModules):
 
 
 def _names(condition: Condition) -> list[str]:
-    """Names of a condition's controls, in the order in which the compiled function takes them."""
-    return sorted(c.name for c in condition.controls)
+    """Names of a condition's ControlNets, in the order in which the compiled function takes them."""
+    return sorted(c.name for c in condition.controls if not c.adapter)
 
 
-def _controls(prepared: PreparedCondition) -> tuple[list[Tensor], list[Tensor]]:
-    """The control embeddings and the scales of a condition, as the compiled function takes them."""
-    names = _names(prepared.condition)
-    return [prepared.control_embeddings[name] for name in names], [prepared.scales[name] for name in names]
+def _controls(prepared: PreparedCondition) -> tuple[list[Tensor], list[Tensor], list[Tensor], tuple[Any, ...]]:
+    """What the compiled function takes of a condition beside its text; control of attention as its fields, () for none."""
+    names, c = _names(prepared.condition), prepared.control
+    control = () if c is None else (c.edited, c.sources, c.whose, c.cross, c.own, c.self_queries)
+    return (
+        [prepared.control_embeddings[n] for n in names],
+        [prepared.scales[n] for n in names],
+        prepared.features,
+        control,
+    )
 
 
 # How often Dynamo may compile one function again before it gives up. All modules share the code of `fused`, and a process may edit many
@@ -203,7 +200,7 @@ def compiled(function: Callable[..., Tensor], static_shapes: int = 0) -> Callabl
     """`function` by Inductor: whole or an error, never half of it in eager.
 
     Args:
-        function: of tensors and lists of tensors.
+        function: of tensors, and lists or tuples of tensors and numbers.
         static_shapes: so many first shapes of the inputs are compiled each for itself, all others with dynamic shapes.
     """
 
@@ -212,10 +209,10 @@ def compiled(function: Callable[..., Tensor], static_shapes: int = 0) -> Callabl
         return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"freezing": True})
 
     any_shape, one_shape = made(True), made(False)
-    static: set[tuple[torch.Size, ...]] = set()
+    static: set[tuple[Any, ...]] = set()
 
     def call(*inputs: Any) -> Tensor:
-        shape = tuple(t.shape for i in inputs for t in (i if isinstance(i, list) else [i]))
+        shape = tuple(getattr(t, "shape", t) for i in inputs for t in (i if isinstance(i, (list, tuple)) else [i]))
         if len(static) < static_shapes:
             static.add(shape)
         try:

@@ -15,7 +15,7 @@ from ..model.model import Model
 from ..model.module_io import CONTROLNET_PREFIX
 from ..profile import current, module_call
 from .base import BackendOptions
-from .torch_modules import PreparedCondition, TorchModules, decode_latent, encode_image, summed_residuals
+from .torch_modules import PreparedCondition, TorchModules, decode_latent, encode_image, summed_residuals, unet_extras
 
 
 def why_unavailable() -> list[str]:
@@ -81,11 +81,7 @@ class TorchBackend(TorchModules):
                     )
                 yield outputs
 
-        added = summed_residuals(residuals())
-        if prepared.control is not None:
-            added["cross_attention_kwargs"] = {"control": prepared.control}
-        if prepared.features:
-            added["down_intrablock_additional_residuals"] = list(prepared.features)  # the UNet takes them out of it
+        added = summed_residuals(residuals()) | unet_extras(prepared.control, prepared.features)
         with module_call("unet", self.name, len(x), device=x.device):
             output: Tensor = self.unet(x, t, prompt_embeds, return_dict=False, **added)[0].float()
         return output

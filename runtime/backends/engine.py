@@ -114,7 +114,7 @@ class EngineBackend:
     def why_not(self, module: str, batch: int, height: int, width: int) -> list[str]:
         """See `base.Backend`. A fused UNet needs the engines of its control embeddings too. A batch that is too large for the engines is run
         in several calls (`pieces`)."""
-        if module == module_io.CONTROLLED_UNET:
+        if module.startswith(module_io.CONTROLLED_UNET):
             return ["the attention of an engine is fixed, and this method changes it; use --backend torch, or auto"]
         if any(name.startswith(module_io.ADAPTER_PREFIX) for name in module_io.layouts(module)):
             return ["no engine takes the features of a T2I-Adapter; use --backend torch, or auto"]

@@ -194,6 +194,14 @@ def summed_residuals(outputs: Iterable[tuple[Sequence[Tensor], Tensor]]) -> dict
     return {"down_block_additional_residuals": sums[:-1], "mid_block_additional_residual": sums[-1]} if sums else {}
 
 
+def unet_extras(control: PreparedControl | None, features: Sequence[Tensor]) -> dict[str, Any]:
+    """Control of attention and the features of T2I-Adapters as keyword arguments of a UNet's call; none where there is neither."""
+    extras: dict[str, Any] = {} if control is None else {"cross_attention_kwargs": {"control": control}}
+    if features:
+        extras["down_intrablock_additional_residuals"] = list(features)  # the UNet takes them out of it
+    return extras
+
+
 def encode_image(vae: Any, images: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] and the VAE's dtype -> (B, C, h, w) float32: the posterior's mode, not scaled."""
     mode: Tensor = vae.encode(images).latent_dist.mode().float()

@@ -133,7 +133,7 @@ request_options = together([
                  help="Sampling steps. Default: 50 for iedit, 25 for the other methods."),
     click.option("--seed", default=0, show_default=True, type=int, help="Seed of every noise; 0 is a seed."),
     click.option("--guidance-scale", type=Between(0, MAX_GUIDANCE), default=None,
-                 help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5; twice that for ddpm."),
+                 help="Classifier-free guidance. Default: what the checkpoint recommends, else 7.5, and 15 for ddpm."),
     method_option("--negative-prompt", default="", help="Text of the unconditional half."),
     method_option("--control-scale", type=Between(0, MAX_CONTROL), default=1.0, show_default=True, help="Weight of the layouts."),
     click.option("--resize", type=click.IntRange(MIN_SIDE, MAX_SIDE), default=None, metavar="N",

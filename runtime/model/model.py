@@ -33,7 +33,7 @@ class Model:
         words, reconstruction_error: what its `iedit.json` says of its world (see `checkpoint.Recommended`).
         notes: what was settled otherwise than asked while it was loaded; every result of an edit repeats them.
         part_digests: over weights and config of each part: unet, vae, text_encoder, controlnet-NAME, adapter-NAME.
-        guidance_scale: what the checkpoint's `iedit.json` recommends, else 7.5.
+        guidance_scale, recommends_guidance: what the checkpoint's `iedit.json` recommends, else 7.5; and whether it does.
         mask_strength, mask_threshold: of `MaskOptions`, where the checkpoint's `iedit.json` recommends them.
         text_update_share: share of the steps that ITO updates (`ItoSettings.t_u`) in an edit without layouts, likewise.
         guidance_until, guidance_path, mask_seeds: of `Options` for ITO, likewise; the first also of text to image (`Editor.generate`).
@@ -63,6 +63,7 @@ class Model:
     words: frozenset[str] = frozenset()
     reconstruction_error: float | None = None
     adapters: dict[str, Any] = field(default_factory=dict)
+    recommends_guidance: bool = False
 
     @property
     def layouts(self) -> list[str]:
@@ -287,6 +288,7 @@ def load_model(
         guidance_path=recommended.guidance_path,
         mask_seeds=recommended.mask_seeds,
         adapters=adapters,
+        recommends_guidance=recommended.guidance_scale is not None,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 CONTROL_EMBEDDING_PREFIX = "control-embedding-"
 CONTROLNET_PREFIX = "controlnet-"
 ADAPTER_PREFIX = "adapter-"
-# The UNet where a condition has control of its attention: as torch modules alone, no engine is of it.
+# The UNet where a condition has control of its attention: of torch modules alone, no engine is of it.
 CONTROLLED_UNET = "unet with attention control"
 NOISY = ("sample", "timestep", "encoder_hidden_states")
 INTEGERS = ("timestep", "ids")  # int64; every other input and every output is float32
