@@ -73,7 +73,7 @@ BFLOAT16 = "bfloat16 autocast"
 GUIDANCE_SCALE = 5.0
 # Of the mask: compared at full noise in place of half of it, and cut at 0.3 in place of 0.1. The card has the measurement.
 MASK_STRENGTH, MASK_THRESHOLD = 1.0, 0.3
-# Of ITO: the preset `fast` (see `runtime/presets.py`), which was no worse than the full method in any figure; docs/presets.md has them.
+# Of ITO: the preset `fast` (see `runtime/presets.py`), which was worse than the full method in no figure beyond its interval; docs/presets.md has them.
 PRESET = {"guidance_until": 0.32, "guidance_path": "drawn", "mask_seeds": 4}
 # Mean absolute error of the autoencoder, of the range, above which a picture is not of the world. On 120 held-out renders it was 0.007 (at
 # most 0.011), on 30 of them as JPEG of quality 40 0.014 (at most 0.017); on 24 photographs and drawings of image libraries 0.045 to 0.179.
