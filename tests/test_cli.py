@@ -781,7 +781,7 @@ def test_info_describes_a_folder_that_is_no_model(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["edit", "mask", "layouts", "replay", "profile", "info", "demo", "export", "engines", "train"]
+    "command", ["edit", "mask", "layouts", "replay", "profile", "info", "demo", "export", "engines", "train", "evaluate"]
 )
 def test_every_command_has_help_in_which_every_option_is_explained(command: str) -> None:
     assert "Usage: iedit " + command in fine(command, "--help").stdout
@@ -799,11 +799,11 @@ def test_an_unknown_command_is_a_usage_error() -> None:
 def test_the_group_lists_its_commands_in_the_order_of_a_first_reading() -> None:
     shown = fine("--help").stdout.split("Commands:")[1]
     found = [line.split()[0] for line in shown.splitlines() if line[:2] == "  " and line[2:3].strip()]
-    assert found == ["edit", "mask", "layouts", "replay", "profile", "info", "demo", "export", "engines", "train"]
+    assert found == ["edit", "mask", "layouts", "replay", "profile", "info", "demo", "export", "engines", "train", "evaluate"]
     assert "..." not in shown
 
 
-def testtime_left_is_told_in_minutes_when_it_is_long() -> None:
+def test_time_left_is_told_in_minutes_when_it_is_long() -> None:
     from iedit.runtime.cli.live import time_left
 
     assert [time_left(s) for s in (3.4, 119, 121, 3600)] == ["3 s left", "119 s left", "2 min left", "60 min left"]

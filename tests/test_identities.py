@@ -761,8 +761,10 @@ def test_the_embedded_model(
     identity: Callable[..., None], case: dict[str, Any], embedded: RealEditor, picture: Picture,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record_property: Any,
 ) -> None:  # fmt: skip
+    # The identities are of the full method, which is not what this checkpoint recommends.
+    model = dataclasses.replace(embedded.model, guidance_until=None, guidance_path=None, mask_seeds=None)
     given = case | {
-        "model": embedded.model, "picture": picture, "monkeypatch": monkeypatch, "tmp_path": tmp_path,
+        "model": model, "picture": picture, "monkeypatch": monkeypatch, "tmp_path": tmp_path,
         "record_property": record_property,
     }  # fmt: skip
     identity(**{name: given[name] for name in inspect.signature(identity).parameters})
