@@ -781,7 +781,8 @@ def test_info_describes_a_folder_that_is_no_model(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["edit", "mask", "layouts", "replay", "profile", "info", "demo", "export", "engines", "train", "evaluate"]
+    "command",
+    ["edit", "mask", "layouts", "replay", "profile", "info", "demo", "export", "engines", "train", "evaluate"],
 )
 def test_every_command_has_help_in_which_every_option_is_explained(command: str) -> None:
     assert "Usage: iedit " + command in fine(command, "--help").stdout
@@ -799,7 +800,19 @@ def test_an_unknown_command_is_a_usage_error() -> None:
 def test_the_group_lists_its_commands_in_the_order_of_a_first_reading() -> None:
     shown = fine("--help").stdout.split("Commands:")[1]
     found = [line.split()[0] for line in shown.splitlines() if line[:2] == "  " and line[2:3].strip()]
-    assert found == ["edit", "mask", "layouts", "replay", "profile", "info", "demo", "export", "engines", "train", "evaluate"]
+    assert found == [
+        "edit",
+        "mask",
+        "layouts",
+        "replay",
+        "profile",
+        "info",
+        "demo",
+        "export",
+        "engines",
+        "train",
+        "evaluate",
+    ]
     assert "..." not in shown
 
 
