@@ -2,7 +2,7 @@
 
 A fused graph reads the UNet's weights from a hard link of the plain UNet's file, which takes no room on the disk and is in the page cache once,
 and keeps those of its ControlNet in a file of its own; a graph with several ControlNets reads theirs from links too. Weights are recognised by their bytes, so no graph ever reads other values than it was
-exported with. A copy of an engine's folder is whole: copying makes the link a file. ONNX Runtime and TensorRT read such a file like any other;
+exported with. A copy of an engine's folder is whole: copying makes the link a file. ONNX Runtime reads such a file like any other, TensorRT's parser has not been tried;
 `onnx.checker` and `onnx.load` refuse external data with more than one link (onnx#7686), as they do not know who made it.
 """
 
