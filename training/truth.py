@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..runtime.images import write_png
-from ..runtime.options import ItoSettings
+from ..runtime.options import IP2P, ItoSettings
 from ..runtime.presets import PRESETS
 from . import metrics, redraw, world
 from .classifier import Reading
@@ -66,6 +66,10 @@ class Method:
     kinds: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def runs_on(self, model: Any) -> bool:
+        """Whether a `runtime.model.model.Model` can be asked for it: an InstructPix2Pix checkpoint runs `ip2p`, and every other all else."""
+        return not self.method or (self.method in IP2P) == model.instructs
+
 
 LAMBDA_FIELD = "lam"  # the field of runtime.editor.Options that holds ITO's lambda
 _ADAM = ItoSettings(update="adam")
@@ -82,6 +86,7 @@ METHODS = {
         Method("iedit", "iedit", TEXT_KINDS),
         Method("p2p", "p2p", TEXT_KINDS),
         Method("ddpm", "ddpm", TEXT_KINDS),
+        Method("ip2p", "ip2p", TEXT_KINDS),
         Method("p2p without correction", "p2p", TEXT_KINDS, {"inversion_correction": "none"}),
         Method("controlnet", "controlnet", LAYOUT_KINDS),
         Method("controlnet-diffedit", "controlnet-diffedit", LAYOUT_KINDS),
@@ -314,7 +319,7 @@ class _Shown:
 def run(
     editor: Any,
     reader: Reader,
-    methods: Sequence[str | Method] = tuple(METHODS),
+    methods: Sequence[str | Method],
     kinds: Sequence[str] = KINDS,
     n: int = 100,
     *,
