@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
-from .options import USES, ItoSettings, MaskOptions, Options
+from .options import DEFAULT_LAMBDA, USES, ItoSettings, MaskOptions, Options
 
 if TYPE_CHECKING:
     from .request import EditRequest
@@ -34,7 +34,9 @@ class Preset:
 
 PRESETS = {
     "exact": Preset(
-        None, Options(guidance_until=1.0, guidance_path="inverted", mask=MaskOptions(seeds=10)), "the full method"
+        None,
+        Options(lam=DEFAULT_LAMBDA, guidance_until=1.0, guidance_path="inverted", mask=MaskOptions(seeds=10)),
+        "the full method",
     ),
     "fast": Preset(
         None,
@@ -56,7 +58,7 @@ PRESETS = {
     ),
 }
 # Of `Options`, what a preset may set.
-FIELDS = ("guidance_until", "guidance_path", "timestep_spacing", "final.k", "mask.seeds")
+FIELDS = ("lam", "guidance_until", "guidance_path", "timestep_spacing", "final.k", "mask.seeds")
 
 
 def with_preset(request: EditRequest, name: str, keep: Collection[str] = ()) -> EditRequest:

@@ -137,7 +137,7 @@ def test_a_preset_sets_what_is_left_alone_and_matters() -> None:
     )
     exact = with_preset(request, "exact")  # in so many words, whatever a checkpoint recommends
     assert exact.steps is None and exact.options == Options(
-        guidance_until=1.0, guidance_path="inverted", mask=MaskOptions(seeds=10)
+        lam=0.6, guidance_until=1.0, guidance_path="inverted", mask=MaskOptions(seeds=10)
     )
     faster = with_preset(request, "faster")
     assert (faster.steps, faster.options.timestep_spacing, faster.options.final.k, faster.options.guidance.k) == (
