@@ -151,8 +151,8 @@ request_options = together([
 
 speed_options = together([
     click.option("--preset", type=Choice(list(PRESETS)), default=None,
-                 help="Of method ito: exact is the full method; fast and faster leave out steps that it hardly misses (docs/presets.md). What is "
-                      "given beside it stays. Default: what the checkpoint recommends, else exact."),
+                 help="Of method ito: paper is the papers' letter; exact is the full method; fast and faster leave out steps that it hardly misses "
+                      "(docs/presets.md). What is given beside it stays. Default: what the checkpoint recommends, else exact."),
     method_option("--timestep-spacing", type=Choice(SPACINGS), default=None,
                   help="Which timesteps the steps are at. Default: the checkpoint's; with few steps trailing begins at full noise."),
     method_option("--guidance-until", type=Between(0, 1), default=None,
@@ -309,7 +309,8 @@ def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, lam:
     preset = values.get("preset")
     if preset is None:
         return request
-    return with_preset(request, preset, keep={"final.k"} if _is_given("k") else ())
+    keep = {"k": {"final.k"}, "update": {"guidance.update", "final.update"}}
+    return with_preset(request, preset, {field for name, fields in keep.items() if _is_given(name) for field in fields})
 
 
 def _is_given(parameter: str) -> bool:
