@@ -12,7 +12,6 @@ Every case is a row of OUTPUT/VARIANT/cases.csv, and the same command goes on fr
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import re
@@ -46,8 +45,6 @@ Row = dict[str, Any]
 BEGIN, END = "<!-- feature-cache -->\n", "<!-- /feature-cache -->"
 DENOISING, INVERSION = ("guidance", "final"), ("invert",)
 EXACT = 170  # evaluations of an edit by text with the full method
-LAMBDA = 0.6
-TIMED = 4  # edits whose evaluations are counted and whose seconds are taken
 
 
 # --- the prototype ------------------------------------------------------------------------------------------------
@@ -184,11 +181,6 @@ class CachingBackend(TorchBackend):
         return self.shallow(x, t, prepared.prompt_embeds, kept[-len(x) :]).float()
 
 
-def editor_of(model: Model, variant: Variant) -> Editor:
-    """An editor without a cache of stages, whose stages do not share calls."""
-    return Editor(model, CachingBackend(model, variant), cache=StageCache(memory=0), share=False)
-
-
 # --- what a shallow step costs ------------------------------------------------------------------------------------
 
 
@@ -220,26 +212,28 @@ def costs(
         text: (L, D) of the prompt.
         times: runs of which the shortest counts; 0 counts the FLOPs alone, also of a UNet without data.
     """
-    weight = unet.conv_in.weight
-    x, told = (torch.randn(batch, *s, device=weight.device, dtype=weight.dtype) for s in (shape, text))
-    t, rows = torch.full((batch,), 500, device=weight.device), list[Row]()
 
-    def full() -> Any:
-        return unet(x, t, told, return_dict=False)[0]
+    def inputs(device: str) -> tuple[Tensor, ...]:
+        x, told = (torch.randn(batch, *s, device=device) for s in (shape, text))
+        return x, torch.full((batch,), 500, device=device), told
 
-    whole: Row = {"flops": flops(full)}
+    with torch.device("meta"):
+        sketch = type(unet).from_config(unet.config)  # FLOPs are counted, and shapes are known, without computing
+    drawn, rows, whole = inputs("meta"), list[Row](), Row()
+    asked = inputs("cpu") if times else ()
     if times:
-        whole["seconds"] = cpu_seconds(full, times)
+        whole["full"] = cpu_seconds(partial(unet, *asked), times)
     if onnx:
-        whole["onnx"] = onnx_seconds(unet, (x, t, told), times)
+        whole["onnx_full"] = onnx_seconds(unet, asked, times)
     for name, layers in depths(unet).items():
-        shallow = Shallow(unet, layers)
-        inputs = (x, t, told, shallow.keeping(full)[1])
-        row: Row = {"depth": name, "flops": flops(partial(shallow, *inputs)) / whole["flops"]}
+        shallow = Shallow(sketch, layers)
+        kept = shallow.keeping(partial(sketch, *drawn))[1]
+        row = {"depth": name, "flops": flops(partial(shallow, *drawn, kept)) / flops(partial(sketch, *drawn))} | whole
         if times:
-            row |= {"full": whole["seconds"], "shallow": cpu_seconds(partial(shallow, *inputs), times)}
+            shallow, kept = Shallow(unet, layers), torch.randn(kept.shape)
+            row["shallow"] = cpu_seconds(partial(shallow, *asked, kept), times)
         if onnx:
-            row |= {"onnx_full": whole["onnx"], "onnx_shallow": onnx_seconds(shallow, inputs, times)}
+            row["onnx_shallow"] = onnx_seconds(shallow, (*asked, kept), times)
         rows.append(row)
     return rows
 
@@ -261,55 +255,76 @@ def onnx_seconds(module: Any, inputs: Sequence[Tensor], times: int) -> float:
 
 def all_costs(model: Model, full_size: bool, log: Callable[[str], None]) -> dict[str, list[Row]]:
     """Of the embedded UNet at a batch of 20, a step of ten guided edits, and of Stable Diffusion 1.5's shapes at 512x512."""
-    log("costs: the embedded UNet")
-    text = (model.text_length, int(model.unet.config.cross_attention_dim))
-    # A copy, as a backend's own modules keep the keys and values of a text.
-    found = {"embedded": costs(copy.deepcopy(model.unet), (4, 16, 16), text, 20, 10, onnx=True)}
     from full_size import TOKENS, new_unet
 
+    log("costs: the embedded UNet")
+    text = (model.text_length, int(model.unet.config.cross_attention_dim))
+    found = {"embedded": costs(model.unet, (4, 16, 16), text, 20, 10, onnx=True)}
     with torch.device("meta"):
         unet = new_unet()
     if full_size:
-        log("costs: a UNet of Stable Diffusion 1.5's shapes, a minute")
-        unet = unet.to_empty(device="cpu").eval()
+        log("costs: a UNet of Stable Diffusion 1.5's shapes, a minute or two")
+        unet = unet.to_empty(device="cpu").eval().requires_grad_(False)
         for p in unet.parameters():
-            nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.ones_(p)
+            p.fill_(0.001)  # of no other use than to be computed with
     return found | {"sd15": costs(unet, (4, 64, 64), (TOKENS, 768), 1, int(full_size))}
 
 
 # --- what edits lose ----------------------------------------------------------------------------------------------
 
 
+class CountingEditor(Editor):
+    """An editor without a cache of stages, whose stages do not share calls; `taken` adds up edits, samples of calls and CPU seconds."""
+
+    def __init__(self, model: Model, variant: Variant):
+        super().__init__(model, CachingBackend(model, variant), cache=StageCache(memory=0), share=False)
+        self.taken = {"edits": 0.0, "seconds": 0.0}
+
+    def edit_many(self, *args: Any, **more: Any) -> Any:
+        began = time.process_time()
+        results = super().edit_many(*args, **more)
+        self.taken["edits"] += len(results)
+        self.taken["seconds"] += time.process_time() - began
+        return results
+
+    @property
+    def counts(self) -> Row:
+        """What all edits so far have taken."""
+        return self.taken | self.denoiser.rows  # type: ignore[attr-defined]
+
+
 def method_of(variant: Variant) -> truth.Method:
-    """The preset at lambda 0.6, which makes a guidance image whatever the mask is."""
+    """The preset; its lambda is chosen by the mask, as it is for a user who names none."""
     options = PRESETS[variant.preset].options
     names = [f.name for f in dataclasses.fields(Options) if getattr(options, f.name) != getattr(Options(), f.name)]
-    changed = {n: getattr(options, n) for n in names} | {truth.LAMBDA_FIELD: LAMBDA}
-    return truth.Method(variant.preset, "ito", truth.TEXT_KINDS, changed)
+    return truth.Method(variant.preset, "ito", truth.TEXT_KINDS, {n: getattr(options, n) for n in names})
 
 
 def rows_of(
-    model: Model, judge: Any, variant: Variant, count: int, seed: int, output: Path, log: Callable[[str], None]
+    model: Model, judge: Any, variant: Variant, kind: str, count: int, seed: int, output: Path, counts: dict[str, Row]
 ) -> list[Row]:
-    """Rows of the truth suite of the first `count` held-out edits of each text kind."""
-    method = method_of(variant)
-    settings = f"{model.digest} {variant.name} {sorted(method.options.items())}"
-    return truth.run(
-        editor_of(model, variant), judge, [method], truth.TEXT_KINDS, count, settings=settings, seed=seed,
-        steps=PRESETS[variant.preset].steps or 25, output=output / variant.name.replace(", ", "-").replace(" ", "_"), log=log,
+    """Rows of the truth suite of the first `count` held-out edits of a kind; what they have taken goes into `counts`, by `settings_of` and kind."""
+    method, editor, steps = method_of(variant), CountingEditor(model, variant), PRESETS[variant.preset].steps or 25
+    settings = settings_of(model, variant)
+    rows = truth.run(
+        editor, judge, [method], [kind], count, settings=settings, seed=seed, steps=steps,
+        output=output / variant.name.replace(", ", "-").replace(" ", "_") / kind,
     )  # fmt: skip
+    key = f"{settings} {kind} {seed}"
+    if (
+        key not in counts and not editor.taken["edits"]
+    ):  # the rows are of a run that was killed before it wrote down its counts
+        editor.edit_many(
+            [truth.edit_request(c, method, seed + c.number, steps) for c in truth.edit_cases(kind, min(4, count), seed)]
+        )
+    before = counts.get(key, {})
+    counts[key] = {k: v + before.get(k, 0) for k, v in editor.counts.items()}
+    return rows
 
 
-def counted(model: Model, variant: Variant) -> Row:
-    """Full and shallow evaluations of an edit, and its CPU seconds with everything around the networks."""
-    editor, method = editor_of(model, variant), method_of(variant)
-    asked = [
-        truth.edit_request(c, method, c.number, PRESETS[variant.preset].steps or 25)
-        for c in truth.edit_cases("thing", TIMED, seed=1)
-    ]
-    seconds = cpu_seconds(lambda: editor.edit_many(asked), 1) / TIMED
-    rows = editor.denoiser.rows  # type: ignore[attr-defined]
-    return {kind: number / TIMED for kind, number in rows.items()} | {"seconds": seconds}
+def settings_of(model: Model, variant: Variant) -> str:
+    """What the rows of a variant depend on beside the case."""
+    return f"{model.digest} {variant.name} {sorted(method_of(variant).options.items())}"
 
 
 def paired(rows: Sequence[Row], base: Sequence[Row], field: str) -> tuple[float, float, float]:
@@ -362,11 +377,13 @@ def share(rows: Sequence[Row], depth: str) -> float:
 
 def equivalents(count: Row, share_of_step: float) -> float:
     """Evaluations of an edit, a shallow one by its share."""
-    return float(count["full"] + share_of_step * count["shallow"])
+    return float(count["full"] + share_of_step * count["shallow"]) / float(count["edits"])
 
 
 def edit_table(
-    results: Mapping[Variant, Sequence[Row]], counts: Mapping[str, Row], found: Mapping[str, Sequence[Row]]
+    results: Mapping[Variant, Sequence[Row]],
+    counts: Mapping[tuple[Variant, str], Row],
+    found: Mapping[str, Sequence[Row]],
 ) -> str:
     """Markdown: a row for each variant and kind; differences to the preset without it, with their 95 % intervals."""
     heads = (
@@ -382,16 +399,17 @@ def edit_table(
     )
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---|" * (len(heads) - 1)]
     for variant, rows in results.items():
-        base, count = results[Variant(variant.preset)], counts[variant.name]
-        small, large = (equivalents(count, share(found[k], variant.depth)) for k in ("embedded", "sd15"))
+        base = results[Variant(variant.preset)]
         for kind in truth.TEXT_KINDS:
             some, plain = ([r for r in all_ if r["kind"] == kind] for all_ in (rows, base))
-            first = kind == truth.TEXT_KINDS[0]
-            cells = (
-                [variant.name, f"{small:.0f} ({large:.0f})", f"1 / {EXACT / small:.1f}", f"{count['seconds']:.2f}"]
-                if first
-                else [""] * 4
-            )
+            count = counts[variant, kind]
+            small, large = (equivalents(count, share(found[k], variant.depth)) for k in ("embedded", "sd15"))
+            cells = [
+                variant.name,
+                f"{small:.0f} ({large:.0f})",
+                f"1 / {EXACT / small:.1f}",
+                f"{count['seconds'] / count['edits']:.2f}",
+            ]
             cells += [f"{kind} ({len(some)})", f"{sum(r['new'] for r in some) / len(some):.0%}"]
             if variant.interval == 1:
                 cells += ["", *(f"{sum(r[f] for r in some) / len(some):.4f}" for f in ("l1_in", "l1_out"))]
@@ -446,16 +464,17 @@ def main(
     if not measured:
         measured = {"costs": all_costs(model, full_size, click.echo), "edits": {}}
         write_json(kept, measured)
-    found, counts = measured["costs"], measured["edits"]
-    results, chosen = dict[Variant, list[Row]](), variants(intervals, names, presets)
+    found, chosen = measured["costs"], variants(intervals, names, presets)
+    results, counts = dict[Variant, list[Row]](), dict[tuple[Variant, str], Row]()
     began = time.monotonic()
-    for number, variant in enumerate(chosen):
-        left = f", {(time.monotonic() - began) / number * (len(chosen) - number) / 60:.0f} min left" if number else ""
-        click.echo(f"{variant.name}: {number + 1} of {len(chosen)}{left}")
-        results[variant] = rows_of(model, judge, variant, count, seed, output, lambda _: None)
-        if variant.name not in counts:
-            counts[variant.name] = counted(model, variant)
-            write_json(kept, measured)
+    for number, (variant, kind) in enumerate(itertools.product(chosen, truth.TEXT_KINDS)):
+        of = len(chosen) * len(truth.TEXT_KINDS)
+        left = f", {(time.monotonic() - began) / number * (of - number) / 60:.0f} min left" if number else ""
+        click.echo(f"{variant.name}: {kind}, {number + 1} of {of}{left}")
+        some = rows_of(model, judge, variant, kind, count, seed, output, measured["edits"])
+        results.setdefault(variant, []).extend(some)
+        counts[variant, kind] = measured["edits"][f"{settings_of(model, variant)} {kind} {seed}"]
+        write_json(kept, measured)
     text = f"{cost_table(found)}\n{edit_table(results, counts, found)}"
     click.echo(text)
     if write is not None:

@@ -203,6 +203,7 @@ class Editor:
             guidance_path=None,
             mask_seeds=None,
             instructs=self.instructs,
+            lambda_area=None,
         )
 
     def edit_many(self, requests: list[editor.EditRequest]) -> list[Any]:

@@ -75,7 +75,7 @@ def test_interval_1_is_the_plain_edit_bit_for_bit_and_a_longer_one_is_not(
     plain = Editor(tiny, TorchBackend(tiny), cache=StageCache(memory=0), share=False).edit(asked(picture))
     every = caching.DENOISING + caching.INVERSION
     latents = {
-        i: caching.editor_of(tiny, caching.Variant("fast", i, "1 block", every)).edit(asked(picture)).latent
+        i: caching.CountingEditor(tiny, caching.Variant("fast", i, "1 block", every)).edit(asked(picture)).latent
         for i in (1, 2, 3)
     }
     assert torch.equal(latents[1], plain.latent)
@@ -101,7 +101,7 @@ def test_every_so_many_steps_of_a_stage_one_is_full(
     caching: Any, tiny: Any, picture: Picture, interval: int, inverts: bool, full: int, shallow: int
 ) -> None:
     stages = caching.DENOISING + (caching.INVERSION if inverts else ())
-    editor = caching.editor_of(tiny, caching.Variant("fast", interval, "1 layer", stages))
+    editor = caching.CountingEditor(tiny, caching.Variant("fast", interval, "1 layer", stages))
     result = editor.edit(asked(picture))
     assert editor.denoiser.rows == {"full": full, "shallow": shallow}
     assert sum(result.profile.evaluations.values()) == full + shallow
@@ -118,7 +118,7 @@ def test_where_guidance_has_ended_the_features_of_its_second_half_go_on(
         return forward(self, x, t, text, kept)
 
     monkeypatch.setattr(caching.Shallow, "forward", watched)
-    editor = caching.editor_of(tiny, caching.Variant("fast", 9, "1 block", ("final",)))
+    editor = caching.CountingEditor(tiny, caching.Variant("fast", 9, "1 block", ("final",)))
     other = dataclasses.replace(asked(picture), prompt="a red tree")
     editor.edit_many([asked(picture), other])
     assert [len(k) for k in taken] == [4, 4, 2, 2, 2]  # two edits
@@ -147,7 +147,6 @@ def test_the_command_writes_its_tables_into_a_document_and_repeats_nothing(
     monkeypatch.setattr(caching, "load_model", lambda **_: tiny)
     monkeypatch.setattr(truth, "crispness", lambda *_: 20.0)
     monkeypatch.setattr(truth, "TEXT_KINDS", ("thing",))
-    monkeypatch.setattr(caching, "TIMED", 1)
     classifier.Classifier().save(tmp_path / "reader.safetensors")
     document = tmp_path / "page.md"
     document.write_text(f"before\n{caching.BEGIN}old\n{caching.END}\nafter\n")
