@@ -3,7 +3,8 @@
     python bench/defaults.py --reader WEIGHTS [--n 20] [--layouts 10] [--engines DIR] [--processes 2] [--write docs/defaults.md]
 
 One option is changed at a time. The default is what the checkpoint recommends, at lambda 0.6, so that the guidance image takes part in every
-edit. Figures are paired: the same cases, noises and default for every variant, on a seed that nothing was chosen on. Every case is a row of
+edit. Figures are paired: the same cases, noises and default for every variant, on a seed that nothing was chosen on. Variants share the stages
+that they have in common through the editor's cache, so evaluations are counted apart, without it, on one edit of each kind. Every case is a row of
 OUTPUT/STEPS-steps/cases.csv; the same command goes on from there, and a larger --n adds to a smaller one.
 """
 
@@ -13,7 +14,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from common import FILE, FOLDER, Command, place, replace, suite
 from tables import table
 
 from iedit.runtime.options import Options
+from iedit.runtime.stage_cache import StageCache
 from iedit.training import metrics, truth
 from iedit.training.cli_evaluate import load_suite, progress
 from iedit.training.evaluate import model_settings
@@ -206,13 +208,15 @@ def _cell(name: str, d: Difference) -> str:
     return f"**{text}**" if d.verdict else text
 
 
-def default_table(rows: Sequence[Row]) -> str:
+def default_table(rows: Sequence[Row], costs: Sequence[Row]) -> str:
     """The default's own figures, a line for each kind."""
     lines = []
     for one in truth.summarise(rows):
         if one["kind"] in truth.KINDS:
             cells = [f"{_number(f, one[f], False)} ({_number(f, one[f + '_low'], False)} to {_number(f, one[f + '_high'], False)})" for f in FIGURES]  # fmt: skip
-            lines.append([one["kind"], str(one["n"]), *cells, f"{one['evaluations']:.0f}"])
+            lines.append(
+                [one["kind"], str(one["n"]), *cells, _evaluations([r for r in costs if r["kind"] == one["kind"]])]
+            )
     return table(["edits", "n", *(head for head, _ in FIGURES.values()), "evaluations"], lines)
 
 
@@ -226,8 +230,13 @@ def _evaluations(rows: Sequence[Row]) -> str:
     return " / ".join(counts)
 
 
-def document(rows: Mapping[Variant, Sequence[Row]]) -> str:
-    """Everything between the marks: the default's figures, a line for each variant and section, and the differences in full."""
+def document(rows: Mapping[Variant, Sequence[Row]], costs: Mapping[Variant, Sequence[Row]]) -> str:
+    """Everything between the marks: the default's figures, and a table of differences for each section.
+
+    Args:
+        rows: of the default and the variants.
+        costs: rows whose evaluations are those of an edit that takes nothing from a cache.
+    """
     default = rows[DEFAULT]
     found = {
         variant: {kind: compare(some, [r for r in default if r["kind"] == kind]) for kind, some in _kinds(rows, variant)}
@@ -235,7 +244,7 @@ def document(rows: Mapping[Variant, Sequence[Row]]) -> str:
     }  # fmt: skip
     intervals = [d for kinds in found.values() for ds in kinds.values() for d in ds.values() if d.low != d.high]
     parts = [
-        "The default:", "", default_table(default), "",
+        "The default:", "", default_table(default, costs[DEFAULT]), "",
         f"{len(found)} variants, {len(intervals)} intervals of something that moved at all. If nothing made any difference, about "
         f"{round(0.05 * len(intervals))} of them would exclude 0 by chance; {sum(d.verdict != '' for d in intervals)} do so by more than a trifle.", "",
     ]  # fmt: skip
@@ -245,7 +254,7 @@ def document(rows: Mapping[Variant, Sequence[Row]]) -> str:
         lines, last = [], ("", "")
         for v, kinds in some.items():
             for number, (kind, ds) in enumerate(kinds.items()):
-                named = ["" if v.option == last[0] else v.option, v.value, _evaluations(rows[v])] if number == 0 else [""] * 3  # fmt: skip
+                named = ["" if v.option == last[0] else v.option, v.value, _evaluations(costs[v])] if number == 0 else [""] * 3  # fmt: skip
                 last = (v.option, v.value)
                 lines.append([*named, kind, *(_cell(n, ds[n]) for n in shown), verdict(ds)])
         head = ["option", "value", "evaluations", "edits", *(FIGURES[n][0] for n in shown), "verdict"]
@@ -256,27 +265,41 @@ def document(rows: Mapping[Variant, Sequence[Row]]) -> str:
 # --- running ------------------------------------------------------------------------------------------------------
 
 
+def load_cached(model: str, reader: Path, backend: str, engines: str | None) -> tuple[Any, Any]:
+    """`cli_evaluate.load_suite` with a cache."""
+    editor, judge = load_suite(model, reader, backend, engines)
+    editor.cache = StageCache()
+    return editor, judge
+
+
 def measure(
-    variants: Sequence[Variant], counts: Mapping[str, int], load: Any, seed: int, output: Path, processes: int, batch: int
-) -> dict[Variant, list[Row]]:  # fmt: skip
+    variants: Sequence[Variant],
+    counts: Mapping[str, int],
+    load: Callable[[], Any],
+    what: str,
+    output: Path,
+    **more: Any,
+) -> dict[Variant, list[Row]]:
     """The rows of every variant, those of earlier runs included.
 
     Args:
-        counts: kind -> how many edits of it; a kind that is not there is left out.
+        counts: kind -> how many edits of it.
         load: makes an editor and a reader, see `truth.run`.
+        what: is measured, for the line of progress.
+        more: `seed`, `batch` and `processes` of `truth.run`.
     """
     editor, judge = load()
     rows: dict[Variant, list[Row]] = {v: [] for v in variants}
     for steps in dict.fromkeys(v.steps for v in variants):
         some = {v.method.name: v for v in variants if v.steps == steps}
         for count in dict.fromkeys(counts.values()):
-            kinds = [k for k, n in counts.items() if n == count]
-            if not any(k in v.kinds for k in kinds for v in some.values()):
+            kinds = [k for k, n in counts.items() if n == count and any(k in v.kinds for v in some.values())]
+            if not kinds:
                 continue
-            with progress(f"{steps} steps, {', '.join(kinds)}") as tell:
+            with progress(f"{what}, {steps} steps, {', '.join(kinds)}") as tell:
                 found = truth.run(
-                    editor, judge, [v.method for v in some.values()], kinds, count, settings=model_settings(editor), seed=seed, steps=steps,
-                    batch=batch, output=output / f"{steps}-steps", tell=tell, processes=processes, load=load,
+                    editor, judge, [v.method for v in some.values()], kinds, count, settings=model_settings(editor), steps=steps,
+                    output=output / f"{steps}-steps", tell=tell, load=load, **more,
                 )  # fmt: skip
             for row in found:
                 rows[some[row["method"]]].append(row)
@@ -297,9 +320,14 @@ def main(model: str, reader: Path, backend: str, engines: str | None, count: int
     """Measure every option of ITO that is a choice, one at a time."""
     if write is not None:
         place(write, "defaults")
-    load = functools.partial(load_suite, model, reader, backend, None if engines is None else str(engines))
+    named = (model, reader, backend, None if engines is None else str(engines))
+    more = {"seed": seed, "batch": batch, "processes": processes}
+    asked = (DEFAULT, *VARIANTS)
+    costs = measure(
+        asked, dict.fromkeys(BOTH, 1), functools.partial(load_suite, *named), "evaluations", output / "costs", **more
+    )
     counts = dict.fromkeys(TEXT, count) | dict.fromkeys(LAYOUTS, layouts)
-    text = document(measure((DEFAULT, *VARIANTS), counts, load, seed, output, processes, batch))
+    text = document(measure(asked, counts, functools.partial(load_cached, *named), "edits", output, **more), costs)
     click.echo(text)
     if write is not None:
         replace(write, "defaults", text)
