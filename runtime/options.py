@@ -29,6 +29,7 @@ CORRECTIONS = ("none", "direct", "null-text")  # of the errors of an inversion
 REPLACEMENTS = ("auto", "replace", "refine")  # of cross-attention maps, see `alignment`
 PATHS = ("inverted", "drawn")  # of the guidance image
 SPACINGS = ("leading", "linspace", "trailing")  # of timesteps, by diffusers' names
+DEFAULT_LAMBDA = 0.6  # ITO section 4
 STEPS = {"iedit": 50}  # METHOD section 3, row 3; ITO's section 4 uses 25 for all that it compares
 
 
@@ -98,7 +99,8 @@ class Options:
     """Everything about an edit that is not its inputs.
 
     Attributes:
-        lam: weight of preservation against guidance, lambda of ITO Eq. 6; 1 skips the guidance image.
+        lam: weight of preservation against guidance, lambda of ITO Eq. 6; 1 skips the guidance image. None is 0.6; or, of an edit without layouts,
+            1 where the mask covers no more of the picture than the checkpoint recommends (`chosen_lambda`).
         guidance_scale: classifier-free guidance; None is what the checkpoint recommends, else 7.5; 15 for ddpm.
         source_guidance_scale: of ddpm, while the noise of the picture is found; None is 3.5 / 7.5 of the checkpoint's.
         negative_prompt: text of the unconditional half.
@@ -138,7 +140,7 @@ class Options:
             as it was: where there is a mask, nothing outside it changes.
     """
 
-    lam: float = 0.6
+    lam: float | None = None
     guidance_scale: float | None = None
     source_guidance_scale: float | None = None
     negative_prompt: str = ""
@@ -195,6 +197,17 @@ class Options:
             final=final,
         )
 
+    def chosen_lambda(self, model: Model, area: float, layouts: bool = False) -> float:
+        """lambda of an edit whose mask covers `area` (0 to 1) of the picture; `layouts`: it has some.
+
+        A thing is redrawn in its place by the prompt alone, better and with fewer evaluations than towards a guidance image. What covers most of
+        a picture shows through its inversion, and takes a guidance image to become another (docs/defaults.md).
+        """
+        if self.lam is not None:
+            return self.lam
+        small = model.lambda_area is not None and 0 < area <= model.lambda_area
+        return 1.0 if small and not (layouts or self.refine or self.round_trip) else DEFAULT_LAMBDA
+
     def guided_steps(self, steps: int) -> int:
         """How many of a run's steps have classifier-free guidance."""
         return steps if self.guidance_until is None else round(steps * self.guidance_until)
@@ -223,7 +236,7 @@ class Options:
         one_of("replacement", self.replacement, REPLACEMENTS)
         one_of("inversion_correction", self.inversion_correction, CORRECTIONS)
         one_of("composite", self.composite, ("none", "latent", "pixel"))
-        within("lambda", self.lam, 0, 1)
+        within("lambda", 0 if self.lam is None else self.lam, 0, 1)
         within("guidance_until", 0 if self.guidance_until is None else self.guidance_until, 0, 1)
         within("cross_replace", self.cross_replace, 0, 1)
         within("self_replace", self.self_replace, 0, 1)
@@ -291,7 +304,7 @@ class OptionContext:
     """What of an edit decides which of its options matter.
 
     Attributes:
-        lambdas: of all edits that are asked for together.
+        lambdas: of all edits that are asked for together; None where it is chosen when the mask is known.
         mask_mode: as `mask_mode` says it.
         mask_given: a mask was given, so none is estimated.
         guidance_scale: None where it is left to a checkpoint that is not loaded yet.
@@ -299,7 +312,7 @@ class OptionContext:
     """
 
     method: str
-    lambdas: tuple[float, ...] = (0.6,)
+    lambdas: tuple[float | None, ...] = (None,)
     mask_given: bool = False
     mask_mode: str = "single"
     layouts: bool = False
@@ -331,7 +344,7 @@ class OptionContext:
             "no given mask": (not self.mask_given, given),
             "layouts": (self.layouts, "no layout is given (--layout NAME=FILE)"),
             "guidance": (guided, "guidance scale 1 is without the unconditional half"),
-            "a guidance image": (min(self.lambdas) < 1, "lambda 1 makes no guidance image"),
+            "a guidance image": (any(lam != 1 for lam in self.lambdas), "lambda 1 makes no guidance image"),
             "refinement": (self.refine, "the guidance image is not refined (--refine)"),
             "replaced cross-attention": (self.cross_replace > 0, "cross_replace 0 replaces none"),
             "replaced self-attention": (self.self_replace > 0, "self_replace 0 replaces none"),

@@ -88,7 +88,8 @@ class Pipeline:
         height, width = requests[0].pixels.shape[-2:]
         self.guided_steps = o.guided_steps(len(self.path) - 1)
         self.shape = (model.channels, height // model.vae_scale_factor, width // model.vae_scale_factor)
-        self.guided = [r for r in requests if r.request.options.lam < 1] if self.method == "ito" else []
+        # Until the masks are known (`choose_lambdas`) every edit whose lambda is open counts as guided.
+        self.guided = [r for r in requests if r.request.options.lam != 1] if self.method == "ito" else []
         self.prompt_embeds: dict[str, Tensor] = {}
         mask = o.mask.settled(model, self.method)  # a request settles it only where it estimates a mask
         assert mask.strength is not None and mask.threshold is not None and mask.seeds is not None
@@ -127,6 +128,7 @@ class Pipeline:
             self.run_stages(self.sampling())
             return "sample"
         # 4. ITO: the input at every level; and what the edit should look like, not for lambda = 1. They share calls.
+        self.choose_lambdas()
         if not self.guided:
             self.run_stages(self.inversion_of_input())
         elif self.share:
@@ -224,6 +226,19 @@ class Pipeline:
 
         steps = 1 if self.mask_mode == "single" else len(path) - 1
         return self._stage("mask", self.requests, compare, key_parts, steps=steps, shape=(1, *self.shape[1:]))
+
+    def choose_lambdas(self) -> None:
+        """A number for every lambda that was left open, by the area of the mask."""
+        expected = self.expected()
+        for r in self.requests:
+            o, area = r.request.options, 0.0 if r.mask is None else _area(r.mask)
+            lam = o.chosen_lambda(self.model, area, bool(r.maps))
+            r.request = dataclasses.replace(r.request, options=dataclasses.replace(o, lam=lam))
+        self.guided = [r for r in self.requests if r.request.options.lam != 1]
+        for r in () if self.guided else self.requests:  # the receipt says nothing of a guidance image that nothing has
+            options = dataclasses.replace(r.request.options, guidance_path=None)
+            r.request = dataclasses.replace(r.request, options=options)
+        self.profile.expected += self.expected() - expected
 
     def inversion_of_input(self) -> Stage:
         """DDIM inversion under the source prompt; never with a ControlNet (METHOD section 2, row 9)."""
@@ -527,7 +542,7 @@ class Pipeline:
     def _note_mask(self, r: PreparedRequest) -> None:
         if r.mask is None:
             return
-        area = float((r.mask > 0).float().mean())
+        area = _area(r.mask)
         if r.given_mask is None and not r.results["mask"].any():
             r.note(
                 "the mask is empty: to the network both prompts say the same, so nothing is to change; say in the prompt what "
@@ -583,6 +598,11 @@ def group_key(r: PreparedRequest) -> str:
     shared = dataclasses.replace(r.request.options, lam=0.0)
     return key_of("group", list(r.pixels.shape), r.request.method, r.steps, sorted(r.maps), sorted(r.source_maps),
                   r.given_mask is None, r.chunks, dataclasses.asdict(shared))  # fmt: skip
+
+
+def _area(mask: Tensor) -> float:
+    """Share of the picture that a mask lets change."""
+    return float((mask > 0).float().mean())
 
 
 def vae_batches(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ class Member:
     """One edit of a batch."""
 
     seed: Seed
-    lam: Share
+    lam: Share | None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from .files import printable
 from .images import load_image, load_layout, load_mask, read_receipt
 from .model.checkpoint import PICTUREBOOK
 from .model.model import Model, load_model
+from .options import ITO
 from .profile import Callback
 from .receipt import Receipt, parse, picture_digest, versions
 from .request import EditRequest
@@ -221,7 +222,7 @@ def _requests(receipt: Receipt, inputs: Mapping[str, Any]) -> list[EditRequest]:
             method=asked.method,
             seed=member.seed,
             steps=asked.steps,
-            options=dataclasses.replace(asked.options, lam=member.lam),
+            options=dataclasses.replace(asked.options, lam=member.lam if asked.method in ITO else None),
         )
         for member in receipt.batch.members
     ]

@@ -172,13 +172,13 @@ def estimates_mask(request: EditRequest) -> bool:
 
 
 def option_context(
-    request: EditRequest, guidance_scale: float | None = None, lambdas: Sequence[float] | None = None
+    request: EditRequest, guidance_scale: float | None = None, lambdas: Sequence[float | None] | None = None
 ) -> OptionContext:
     """What of a request decides which options matter.
 
     Args:
         guidance_scale: where the request leaves it to the checkpoint.
-        lambdas: of all requests that are asked for together; by default its own.
+        lambdas: of all requests that are asked for together, None where it is chosen later; by default its own.
     """
     o = request.options
     return OptionContext(
@@ -321,7 +321,7 @@ def _check_fields(model: Model, request: EditRequest) -> None:
     pictures.check_size(request.image)
 
 
-def check_request(model: Model, request: EditRequest, lambdas: Sequence[float] | None = None) -> PreparedRequest:
+def check_request(model: Model, request: EditRequest, lambdas: Sequence[float | None] | None = None) -> PreparedRequest:
     """A request with its pictures as tensors; everything that can be wrong with it is found here, before anything is run.
 
     Args:

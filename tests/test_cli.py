@@ -137,7 +137,7 @@ def test_defaults_of_the_options_are_the_library_s() -> None:
     request = EditRequest(Image.new("RGB", (8, 8)), "x")
     assert (default["steps"], default["seed"], default["method"]) == (request.steps, request.seed, request.method)
     options = Options()
-    assert default["lambdas"] == (options.lam,)
+    assert default["lambdas"] == () and options.lam is None
     assert (default["control_scale"], default["composite"]) == (options.control_scale, options.composite)
     assert (default["mask_mode"], default["mask_seeds"]) == (MaskOptions().mode, MaskOptions().seeds)
     assert default["k"] == options.final.k

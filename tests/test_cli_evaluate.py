@@ -201,6 +201,7 @@ class Editor:
             guidance_until=None,
             guidance_path=None,
             mask_seeds=None,
+            lambda_area=None,
         )
 
     def edit_many(self, requests: list[editor.EditRequest]) -> list[Any]:

@@ -68,7 +68,7 @@ class Inverter:
     asked: list[list[EditRequest]] = field(default_factory=list)
     fail_at: int = -1
     model: Any = field(default_factory=lambda: SimpleNamespace(digest="d", guidance_scale=5.0, mask_strength=None,
-                                                               mask_threshold=None, text_update_share=None, guidance_until=None, guidance_path=None, mask_seeds=None))  # fmt: skip
+                                                               mask_threshold=None, text_update_share=None, guidance_until=None, guidance_path=None, mask_seeds=None, lambda_area=None))  # fmt: skip
 
     def edit_many(self, requests: list[EditRequest]) -> list[Any]:
         assert all(isinstance(r, EditRequest) for r in requests) and len({r.image.size for r in requests}) == 1
@@ -251,6 +251,6 @@ def test_rows_of_another_recommended_preset_are_other_rows(tmp_path: Path, edito
     before = evaluate.model_settings(editor)
     run(tmp_path)
     editor.model.guidance_path, editor.model.guidance_until, editor.model.mask_seeds = "drawn", 0.32, 4
-    assert evaluate.model_settings(editor) == f"{before} ito=0.32/drawn/4"
+    assert evaluate.model_settings(editor) == f"{before} ito=0.32/drawn/4/None"
     run(tmp_path)
     assert editor.edited == 20

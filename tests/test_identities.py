@@ -762,7 +762,9 @@ def test_the_embedded_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record_property: Any,
 ) -> None:  # fmt: skip
     # The identities are of the full method, which is not what this checkpoint recommends.
-    model = dataclasses.replace(embedded.model, guidance_until=None, guidance_path=None, mask_seeds=None)
+    model = dataclasses.replace(
+        embedded.model, guidance_until=None, guidance_path=None, mask_seeds=None, lambda_area=None
+    )
     given = case | {
         "model": model, "picture": picture, "monkeypatch": monkeypatch, "tmp_path": tmp_path,
         "record_property": record_property,

@@ -21,6 +21,7 @@ from iedit.runtime.editor import Editor, EditRequest, MaskOptions, Options
 from iedit.runtime.errors import UsageError
 from iedit.runtime.images import read_receipt
 from iedit.runtime.network import Network
+from iedit.runtime.options import ItoSettings
 from iedit.runtime.presets import FIELDS, PRESETS, with_preset
 from iedit.runtime.profile import Profile
 from iedit.runtime.sampling import masked_sampling
@@ -137,8 +138,13 @@ def test_a_preset_sets_what_is_left_alone_and_matters() -> None:
     )
     exact = with_preset(request, "exact")  # in so many words, whatever a checkpoint recommends
     assert exact.steps is None and exact.options == Options(
-        guidance_until=1.0, guidance_path="inverted", mask=MaskOptions(seeds=10)
+        lam=0.6, guidance_until=1.0, guidance_path="inverted", mask=MaskOptions(seeds=10)
     )
+    paper = with_preset(request, "paper").options  # ITO section 4
+    adam = ItoSettings(t_u=15, update="adam")
+    assert (paper.lam, paper.guidance_scale, paper.guidance, paper.final) == (0.6, 7.5, adam, adam)
+    assert paper.mask == MaskOptions(seeds=10, strength=0.5, threshold=0.1)
+    assert (paper.guidance_until, paper.guidance_path) == (1.0, "inverted")
     faster = with_preset(request, "faster")
     assert (faster.steps, faster.options.timestep_spacing, faster.options.final.k, faster.options.guidance.k) == (
         12,
@@ -161,7 +167,7 @@ def test_a_preset_sets_what_is_left_alone_and_matters() -> None:
         with_preset(dataclasses.replace(request, options=Options(guidance_scale=1.0)), "fast").options.guidance_until
         is None
     )
-    with pytest.raises(UsageError, match="expected one of exact, fast, faster"):
+    with pytest.raises(UsageError, match="expected one of paper, exact, fast, faster"):
         with_preset(request, "fastest")
     with pytest.raises(UsageError, match="method sdedit has none"):
         with_preset(dataclasses.replace(request, method="sdedit"), "fast")
@@ -192,6 +198,24 @@ def test_a_checkpoint_may_recommend_a_preset_and_exact_is_the_full_method_all_th
     # Other methods were not measured with it.
     diffedit = dataclasses.replace(request, method="diffedit")
     same(diffedit, diffedit, 20 + 5 + 10)
+
+
+def test_the_papers_letter_is_the_same_of_every_checkpoint(tiny: Any, picture: Picture) -> None:
+    all_of_it = {"guidance_scale": 3.0, "guidance_until": 0.32, "guidance_path": "drawn", "mask_seeds": 4, "mask_strength": 1.0,
+                 "mask_threshold": 0.4, "text_update_share": 1.0, "lambda_area": 1.0}  # fmt: skip
+    told = dataclasses.replace(tiny, **all_of_it)
+    one, other = (Editor(m, TorchBackend(m), cache=StageCache(memory=0)) for m in (tiny, told))
+    adam = ItoSettings(t_u=15, update="adam")
+    request = EditRequest(picture(0), "a blue house on sand", "a red car on grass", steps=6)
+    by_hand = Options(lam=0.6, guidance_scale=7.5, guidance=adam, final=adam)
+    want = one.edit(dataclasses.replace(request, options=by_hand))
+    for editor in (one, other):
+        got = editor.edit(with_preset(request, "paper"))
+        assert torch.equal(got.latent, want.latent)
+        assert got.receipt["request"]["options"] == want.receipt["request"]["options"]
+    assert not torch.equal(other.edit(with_preset(request, "exact")).latent, want.latent)
+    with_layout = dataclasses.replace(request, layouts={"pose": "pose.png"})
+    assert with_preset(with_layout, "paper").options == with_preset(request, "paper").options
 
 
 def test_text_to_image_is_guided_for_what_the_checkpoint_recommends(tiny: Any) -> None:
@@ -278,6 +302,19 @@ def test_on_the_command_line_what_is_given_beside_a_preset_stays_and_the_receipt
         "drawn",
         10,
         5,
+    )
+    paper = run("--preset", "paper", "--steps", "3")
+    assert (paper["final"]["update"], paper["guidance"]["t_u"], paper["guidance_scale"], paper["lam"]) == (
+        "adam",
+        15,
+        7.5,
+        0.6,
+    )
+    clipped = run("--preset", "paper", "--steps", "3", "--update", "clipped", "--t-u", "2")
+    assert (clipped["final"]["update"], clipped["guidance"]["update"], clipped["guidance"]["t_u"]) == (
+        "clipped",
+        "clipped",
+        2,
     )
     refused = CliRunner().invoke(
         main, ["edit", str(tmp_path / "in.png"), "--prompt", "a car", "--method", "sdedit", "--preset", "fast"]

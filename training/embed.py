@@ -74,7 +74,7 @@ GUIDANCE_SCALE = 5.0
 # Of the mask: compared at full noise in place of half of it, and cut at 0.3 in place of 0.1. The card has the measurement.
 MASK_STRENGTH, MASK_THRESHOLD = 1.0, 0.3
 # Of ITO: the preset `fast` (see `runtime/presets.py`), which was worse than the full method in no figure beyond its interval; docs/presets.md has them.
-PRESET = {"guidance_until": 0.32, "guidance_path": "drawn", "mask_seeds": 4}
+PRESET = {"guidance_until": 0.32, "guidance_path": "drawn", "mask_seeds": 4, "lambda_area": 0.26}
 # Mean absolute error of the autoencoder, of the range, above which a picture is not of the world. On 120 held-out renders it was 0.007 (at
 # most 0.011), on 30 of them as JPEG of quality 40 0.014 (at most 0.017); on 24 photographs and drawings of image libraries 0.045 to 0.179.
 RECONSTRUCTION_ERROR = 0.03
@@ -842,7 +842,8 @@ keep 15 of 25: on 64 outlines and 48 poses of that seed every step took the L1 o
 was asked from 77 % to 73 % and from 100 % to 96 %, and the old was still there in 6 % and 4 % in place of 5 % and 2 % (with the scribble
 ControlNet at 2300 steps). All of this was measured with the papers' update, Adam; the figures below are with the default, clipped, and with
 Adam beside it ("ito adam"; docs/update.md says why). For ITO it recommends the preset `fast` (docs/presets.md): guidance for the first third of
-the steps, which text to image has too, the guidance image's own path, and a mask of 4 seeds; "ito exact" is the full method. The remaining defaults are the papers'.
+the steps, which text to image has too, the guidance image's own path, and a mask of 4 seeds; "ito exact" is the full method. Where no layout is given and the
+mask covers up to {PRESET["lambda_area"]:.0%} of the picture (`lambda_area`) lambda is 1, else 0.6: see docs/presets.md. The remaining defaults are the papers'.
 
 The two cores were shared with other work, so the hours are upper bounds. Steps were changed
 while it ran, so the cosine of the learning rate was not one piece everywhere: the autoencoder's first 2000 and the denoiser's first

@@ -126,8 +126,8 @@ def load_editor(model: str, backend: str, engines: str | None, device: str | Non
 def model_settings(editor: Any) -> str:
     """Everything of the model that an edit's result depends on: a case run under other recommendations is another case."""
     m = editor.model
-    preset = (m.guidance_until, m.guidance_path, m.mask_seeds)
-    shown = "" if preset == (None, None, None) else " ito={}/{}/{}".format(*preset)
+    preset = (m.guidance_until, m.guidance_path, m.mask_seeds, m.lambda_area)
+    shown = "" if preset == (None,) * 4 else " ito={}/{}/{}/{}".format(*preset)
     return f"{m.digest} guidance={m.guidance_scale:g} mask={m.mask_strength}/{m.mask_threshold} text updates={m.text_update_share}{shown}"
 
 

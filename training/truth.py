@@ -69,13 +69,16 @@ class Method:
 
 LAMBDA_FIELD = "lam"  # the field of runtime.editor.Options that holds ITO's lambda
 _ADAM = ItoSettings(update="adam")
-_EXACT = {name: getattr(PRESETS["exact"].options, name) for name in ("guidance_until", "guidance_path", "mask")}
+_EXACT = {
+    name: getattr(PRESETS["exact"].options, name) for name in (LAMBDA_FIELD, "guidance_until", "guidance_path", "mask")
+}
 METHODS = {
     m.name: m
     for m in (
         Method("ito", "ito", KINDS),
         Method("ito exact", "ito", KINDS, _EXACT),
         Method("ito adam", "ito", KINDS, {"guidance": _ADAM, "final": _ADAM}),
+        Method("ito lambda=0.6", "ito", TEXT_KINDS, {LAMBDA_FIELD: 0.6}),
         Method("ito lambda=1", "ito", TEXT_KINDS, {LAMBDA_FIELD: 1.0}),
         Method("diffedit", "diffedit", TEXT_KINDS),
         Method("sdedit", "sdedit", TEXT_KINDS),

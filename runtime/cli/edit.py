@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 edit_options = params.together([
     params.method_option("--mask", type=params.FilePath(), default=None, help="White is edited, black is kept; estimated if not given."),
-    params.method_option("--lambda", "lambdas", multiple=True, type=params.Between(0, 1), default=(0.6,), show_default=True,
-                  help="Weight of preservation against guidance; 1 makes no guidance image. Repeat for a sweep."),
+    params.method_option("--lambda", "lambdas", multiple=True, type=params.Between(0, 1), default=(),
+                  help="Weight of preservation against guidance; 1 makes no guidance image. Repeat for a sweep. Default: 0.6; or 1 where the mask "
+                       "is as small as the checkpoint recommends it for."),
     params.method_option("--t-u", "t_u", type=click.IntRange(0), default=None,
                   help="Steps that ITO updates. Default: 15 of 25, or what the checkpoint recommends for edits without layouts."),
     params.method_option("--k", type=click.IntRange(1, MAX_INNER_STEPS), default=1, show_default=True, help="Inner steps at each."),
@@ -102,11 +103,11 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     from ..images import png_bytes
 
     first = Path(output or f"{Path(image).stem}-edited.png")
-    wanted = [(seed, lam) for seed in range(values["seed"], values["seed"] + count) for lam in lambdas]
+    wanted = [(seed, lam) for seed in range(values["seed"], values["seed"] + count) for lam in lambdas or (None,)]
     targets = [first]
     if len(wanted) > 1:
         targets = [first.parent / f"{first.stem}-{i}{first.suffix}" for i in range(len(wanted))]
-    params.check_given(values, lambdas)
+    params.check_given(values, lambdas or (None,))
     figures = [Path(profile)] if profile else []
     check_outputs([*targets, *([Path(stages)] if stages else [])], figures, params.files_read(image, values), overwrite)
     inputs = params.read_inputs(image, values)
@@ -117,7 +118,8 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
 
     files = {"image": image, "mask": values["mask"]}
     files |= {"layouts": values["layout"], "source_layouts": values["source_layout"]}
-    members = [{"seed": seed, "lam": lam} for seed, lam in wanted]
+    ran = [r.receipt["request"]["options"]["lam"] for r in results]  # what was left open is chosen by now
+    members = [{"seed": seed, "lam": lam} for (seed, _), lam in zip(wanted, ran, strict=True)]
     outputs = {}
     for i, (target, result) in enumerate(zip(targets, results, strict=True)):
         written = None if no_receipt else receipts.of_command(result.receipt, files, values, members, i)
@@ -129,8 +131,8 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     write_outputs(outputs)
     if as_json:
         rows = [
-            {"output": str(t), "seed": s, "lambda": lam, "mask": r.receipt["mask"], "notes": r.notes}
-            for t, (s, lam), r in zip(targets, wanted, results, strict=True)
+            {"output": str(t), "seed": m["seed"], "lambda": m["lam"], "mask": r.receipt["mask"], "notes": r.notes}
+            for t, m, r in zip(targets, members, results, strict=True)
         ]
         click.echo(json.dumps({"results": rows, "profile": results[0].profile.as_dict()}, indent=1))
         return
@@ -141,9 +143,10 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
         where = "" if len(about) == len(targets) else f" ({', '.join(about)})"
         show_notes([note + where])
     spent = sum(results[0].profile.seconds.values())
-    for target, result in zip(targets, results, strict=True):
+    for target, result, lam in zip(targets, results, ran, strict=True):
         area = "" if result.receipt["mask"] is None else f", mask {result.receipt['mask']['area']:.0%}"
-        click.echo(f"{printable(str(target))}: {result.image.width}x{result.image.height}{area}")
+        chosen = "" if lambdas or lam is None else f", lambda {lam:g}"
+        click.echo(f"{printable(str(target))}: {result.image.width}x{result.image.height}{area}{chosen}")
     click.echo(f"{spent:.1f} s, {sum(results[0].profile.evaluations.values())} network evaluations", err=True)
 
 
@@ -156,7 +159,9 @@ def _sheet(requests: list[EditRequest], results: list[EditResult]) -> Any:
         row = [("input", request.image)] + [(f"{n} layout", p) for n, p in request.layouts.items()]
         row += [("mask", result.mask)] if result.mask else []
         row += [("guidance image", result.guidance)] if result.guidance else []
-        rows.append([*row, (f"result, seed {request.seed}, lambda {request.options.lam:g}", result.image)])
+        lam = result.receipt["request"]["options"]["lam"]
+        said = "" if lam is None else f", lambda {lam:g}"
+        rows.append([*row, (f"result, seed {request.seed}{said}", result.image)])
     return contact_sheet(rows, titles=[r.prompt for r in requests])
 
 

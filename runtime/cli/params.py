@@ -151,8 +151,8 @@ request_options = together([
 
 speed_options = together([
     click.option("--preset", type=Choice(list(PRESETS)), default=None,
-                 help="Of method ito: exact is the full method; fast and faster leave out steps that it hardly misses (docs/presets.md). What is "
-                      "given beside it stays. Default: what the checkpoint recommends, else exact."),
+                 help="Of method ito: paper is the papers' letter; exact is the full method; fast and faster leave out steps that it hardly misses "
+                      "(docs/presets.md). What is given beside it stays. Default: what the checkpoint recommends, else exact."),
     method_option("--timestep-spacing", type=Choice(SPACINGS), default=None,
                   help="Which timesteps the steps are at. Default: the checkpoint's; with few steps trailing begins at full noise."),
     method_option("--guidance-until", type=Between(0, 1), default=None,
@@ -176,7 +176,7 @@ RIVAL_FIELDS = (
 )
 
 
-def check_given(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> None:
+def check_given(values: dict[str, Any], lambdas: Sequence[float | None] = (None,)) -> None:
     """Refuse what was given on the command line, at whatever value, and would not be used."""
     command = click.get_current_context().command
     given = {name for parameter in command.params if _is_given(str(parameter.name)) for name in parameter.opts}
@@ -185,7 +185,7 @@ def check_given(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> No
     check_uses(option_context(values, lambdas), [use for use in USES if use.option in given])
 
 
-def option_context(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) -> OptionContext:
+def option_context(values: dict[str, Any], lambdas: Sequence[float | None] = (None,)) -> OptionContext:
     """What of a command's values decides which options matter."""
     return OptionContext(
         values["method"],
@@ -204,7 +204,7 @@ def option_context(values: dict[str, Any], lambdas: Sequence[float] = (0.6,)) ->
 # --- a request and the editor that runs it ------------------------------------------------------------------------
 
 
-def _make_options(values: dict[str, Any], lam: float) -> Options:
+def _make_options(values: dict[str, Any], lam: float | None) -> Options:
     from ..options import ItoSettings, MaskOptions, Options
 
     settings = ItoSettings(t_u=values.get("t_u"), k=values.get("k", 1), update=values.get("update", "clipped"))
@@ -293,7 +293,7 @@ def _check_layouts(inputs: dict[str, Any], values: dict[str, Any]) -> None:
             check_annotator(name)
 
 
-def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, lam: float = 0.6) -> EditRequest:
+def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, lam: float | None = None) -> EditRequest:
     """The request of a command's values and the inputs that were read; what a command has no option for is the default."""
     from ..editor import EditRequest
 
@@ -309,7 +309,8 @@ def make_request(inputs: dict[str, Any], values: dict[str, Any], seed: int, lam:
     preset = values.get("preset")
     if preset is None:
         return request
-    return with_preset(request, preset, keep={"final.k"} if _is_given("k") else ())
+    keep = {"k": {"final.k"}, "update": {"guidance.update", "final.update"}}
+    return with_preset(request, preset, {field for name, fields in keep.items() if _is_given(name) for field in fields})
 
 
 def _is_given(parameter: str) -> bool:

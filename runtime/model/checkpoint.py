@@ -144,7 +144,7 @@ class Recommended:
     Attributes:
         guidance_scale: 0 to `MAX_GUIDANCE`.
         mask_strength: above 0 to 1.
-        mask_threshold, text_update_share, guidance_until: 0 to 1.
+        mask_threshold, text_update_share, guidance_until, lambda_area: 0 to 1.
         guidance_path: "inverted" or "drawn".
         mask_seeds: 1 to 1000.
         words: all that it was trained on, lower case; none where it does not say.
@@ -159,6 +159,7 @@ class Recommended:
     guidance_until: float | None = None
     guidance_path: str | None = None
     mask_seeds: int | None = None
+    lambda_area: float | None = None
     words: tuple[str, ...] = ()
     reconstruction_error: float | None = None
 
@@ -275,7 +276,14 @@ def _recommended(path: Path) -> Recommended:
     if not path.is_file():
         return Recommended()
     content, values = read_json(path), dict[str, Any]()
-    names = ("mask_strength", "mask_threshold", "text_update_share", "guidance_until", "reconstruction_error")
+    names = (
+        "mask_strength",
+        "mask_threshold",
+        "text_update_share",
+        "guidance_until",
+        "lambda_area",
+        "reconstruction_error",
+    )
     shares = dict.fromkeys(names, 1)
     for name, largest in {"guidance_scale": MAX_GUIDANCE, **shares}.items():
         value = values[name] = content.get(name)

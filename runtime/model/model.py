@@ -37,6 +37,7 @@ class Model:
         mask_strength, mask_threshold: of `MaskOptions`, where the checkpoint's `iedit.json` recommends them.
         text_update_share: share of the steps that ITO updates (`ItoSettings.t_u`) in an edit without layouts, likewise.
         guidance_until, guidance_path, mask_seeds: of `Options` for ITO, likewise; the first also of text to image (`Editor.generate`).
+        lambda_area: share of the picture up to which ITO's lambda is 1 where it is left open (`Options.chosen_lambda`); None is never.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Model:
     guidance_until: float | None = None
     guidance_path: str | None = None
     mask_seeds: int | None = None
+    lambda_area: float | None = None
     part_digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     words: frozenset[str] = frozenset()
@@ -287,6 +289,7 @@ def load_model(
         guidance_until=recommended.guidance_until,
         guidance_path=recommended.guidance_path,
         mask_seeds=recommended.mask_seeds,
+        lambda_area=recommended.lambda_area,
         adapters=adapters,
         recommends_guidance=recommended.guidance_scale is not None,
     )
