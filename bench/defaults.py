@@ -23,7 +23,8 @@ import click
 from common import FILE, FOLDER, Command, place, replace, suite
 from tables import table
 
-from iedit.runtime.options import Options
+from iedit.runtime.options import DEFAULT_LAMBDA, Options
+from iedit.runtime.presets import PRESETS
 from iedit.runtime.stage_cache import StageCache
 from iedit.training import metrics, truth
 from iedit.training.cli_evaluate import load_suite, progress
@@ -31,7 +32,7 @@ from iedit.training.evaluate import model_settings
 
 Row = dict[str, Any]
 STEPS = 25
-BASE = Options(lam=0.6)
+BASE = Options(lam=DEFAULT_LAMBDA)
 FIGURES = {"new": ("edit is there", 1), "l1_in": ("L1 inside", -1), "l1_out": ("L1 outside", -1), "mask_iou": ("mask IoU", 1)}  # fmt: skip
 # What counts as a trifle although its interval excludes 0: of a share or an IoU, and of the default's own L1.
 TRIFLE, TRIFLE_OF_L1 = 0.01, 0.03
@@ -70,17 +71,21 @@ def _changed(options: Any, changed: Mapping[str, Any]) -> Any:
     )
 
 
+def _differences(options: Any, base: Any = BASE) -> dict[str, Any]:
+    """What differs from `BASE`, nested as there."""
+    found = {}
+    for f in dataclasses.fields(options):
+        value, other = getattr(options, f.name), getattr(base, f.name)
+        if value != other:
+            found[f.name] = _differences(value, other) if dataclasses.is_dataclass(value) else value
+    return found
+
+
 def _both_phases(**changed: Any) -> dict[str, Any]:
     return {"guidance": changed, "final": changed}
 
 
 DEFAULT = Variant("", "default", "", {}, BOTH)
-# The papers' values of everything that the embedded model recommends otherwise, and Adam.
-_PAPERS = {
-    "guidance_scale": 7.5, "guidance_until": 1.0, "guidance_path": "inverted", "mask": {"seeds": 10, "strength": 0.5, "threshold": 0.1},
-    **_both_phases(t_u=15, update="adam"),
-}  # fmt: skip
-_FULL = {"guidance_until": 1.0, "guidance_path": "inverted", "mask": {"seeds": 10}}
 VARIANTS = (
     Variant("Loss and update", "preservation loss", "mean over the kept area", {"kept_area": True}),
     Variant("Loss and update", "update", "Adam, fresh at each step", _both_phases(update="adam"), BOTH),
@@ -100,6 +105,7 @@ VARIANTS = (
     Variant("Lambda", "lambda", "0.4", {"lam": 0.4}, BOTH),
     Variant("Lambda", "lambda", "0.8", {"lam": 0.8}, BOTH),
     Variant("Lambda", "lambda", "1", {"lam": 1.0}, BOTH),
+    Variant("Lambda", "lambda", "chosen by the mask's area", {"lam": None}),
     Variant("Mask", "mode", "trajectory", {"mask": {"mode": "trajectory"}}),
     Variant("Mask", "mode", "none", {"mask": {"mode": "none"}}),
     Variant("Mask", "norm", "clamp, threshold 0.5", {"mask": {"norm": "clamp"}}),
@@ -128,8 +134,8 @@ VARIANTS = (
     Variant("Sampling", "guided steps", "all", {"guidance_until": 1.0}, BOTH),
     Variant("Sampling", "guided steps", "4 of 25", {"guidance_until": 0.16}),
     Variant("Sampling", "timestep spacing", "trailing", {"timestep_spacing": "trailing"}),
-    Variant("Together", "preset", "exact", _FULL, BOTH),
-    Variant("Together", "all", "the papers'", _PAPERS, BOTH),
+    Variant("Together", "preset", "exact", _differences(PRESETS["exact"].options), BOTH),
+    Variant("Together", "preset", "paper", _differences(PRESETS["paper"].options), BOTH),
 )  # fmt: skip
 
 
