@@ -8,22 +8,20 @@ Every case is a row of OUTPUT/PRESET/cases.csv, and the same command goes on fro
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from common import Command, place, replace
 
 from iedit.runtime.editor import Editor
-from iedit.runtime.files import write_whole
 from iedit.runtime.options import Options
 from iedit.runtime.presets import PRESETS
 from iedit.runtime.stage_cache import StageCache
 from iedit.training import truth
 from iedit.training.classifier import Classifier
 
-BEGIN, END = "<!-- presets -->\n", "<!-- /presets -->"
 COLUMNS = {
     "new": "edit is there",
     "l1_in": "L1 inside",
@@ -54,7 +52,7 @@ def table(summaries: Mapping[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--model", default="picturebook", show_default=True)
 @click.option("--reader", required=True, type=click.Path(path_type=Path), help="Weights of `iedit train classifier`.")
 @click.option("--backend", default="torch", show_default=True)
@@ -64,6 +62,8 @@ def table(summaries: Mapping[str, list[dict[str, Any]]]) -> str:
 @click.option("--write", type=click.Path(path_type=Path), default=None, help="A document whose table is replaced.")
 def main(model: str, reader: Path, backend: str, count: int, seed: int, output: Path, write: Path | None) -> None:
     """Measure the presets."""
+    if write is not None:
+        place(write, "presets")
     editor = Editor.load(model, backend=backend, cache=StageCache(memory=0))
     judge, summaries = Classifier.load(reader), dict[str, list[dict[str, Any]]]()
     for name, preset in PRESETS.items():
@@ -77,8 +77,7 @@ def main(model: str, reader: Path, backend: str, count: int, seed: int, output: 
     text = table(summaries)
     click.echo(text)
     if write is not None:
-        document = write.read_text()
-        write_whole(write, re.sub(f"{BEGIN}.*?{END}", lambda _: BEGIN + text + END, document, flags=re.DOTALL).encode())
+        replace(write, "presets", text)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ _EVERY = 30.0  # seconds between two lines of progress where stderr is no termin
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """How many are done and the time left: a live line on stderr, or a line every half minute where that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -171,14 +171,14 @@ def _evaluate(open_benchmark: Callable[[Callable[[int, int], None]], Any], value
         use_threads()
     judges, settings = _judges_of(values), _settings_of(values)
     try:
-        with _progress("reading") as tell:
+        with progress("reading") as tell:
             benchmark = open_benchmark(tell)
-        with _progress("editing and measuring") as tell:
+        with progress("editing and measuring") as tell:
             rows = machinery.run(benchmark, methods, judges, settings, output, tell)
         machinery.with_preference(rows)
         summary, notes = machinery.summarise(rows), list[str]()
         if judges.features:
-            with _progress("features") as tell:
+            with progress("features") as tell:
                 notes = machinery.add_distances(
                     rows, summary, benchmark, methods, judges, output, settings.singular_fid, tell
                 )
@@ -417,7 +417,7 @@ def truth(
             f"--methods: {unfit[0]!r} cannot be run, {model} is {kind}; leave it out, or name another --model"
         )
     asked_methods = [m for m in asked_methods if m not in unfit]
-    with _progress("truth") as tell:
+    with progress("truth") as tell:
         rows = suite.run(
             editor, judge, asked_methods, asked_kinds, count, settings=machinery.model_settings(editor),
             seed=seed, steps=steps, batch=batch, output=output, sheet=sheet, tell=tell, processes=processes, load=load,
@@ -483,7 +483,7 @@ def agreement(count: int, reader: Path, write: Path | None, **values: Any) -> No
         use_threads()
     judges, settings, benchmark = _judges_of(values), _settings_of(values), World(count, values["seed"])
     try:
-        with _progress("editing and measuring") as tell:
+        with progress("editing and measuring") as tell:
             rows = machinery.run(benchmark, methods, judges, settings, output, tell)
         measure.add_exact(rows, benchmark, methods, judge, output)
         networks: dict[str, Any] = {"FID (reader)": measure.ReaderFeatures(judge)}
@@ -492,12 +492,12 @@ def agreement(count: int, reader: Path, write: Path | None, **values: Any) -> No
         if judges.features:
             networks["FID"] = judges.load("features")
         distances = {}
-        with _progress("features") as tell:
+        with progress("features") as tell:
             for number, (head, features) in enumerate(networks.items()):
                 tell(number, len(networks))
                 edits = measure.features_of(rows, benchmark, methods, features, output)
                 distances[head] = edits, measure.real_features(count, values["seed"], features)
-        with _progress("correlations") as tell:
+        with progress("correlations") as tell:
             found = measure.correlations(rows, distances, tell=tell)
     except KeyboardInterrupt:
         click.echo("stopped; the same command goes on", err=True)
