@@ -33,6 +33,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from ..runtime import machine
+from ..runtime.model.checkpoint import weights_of
 from ..runtime.model.module_io import CONTROLNET_PREFIX
 from . import world
 
@@ -168,7 +169,7 @@ def keep_base(work: Path, base: Path) -> Path:
         temporary = kept.with_name(f"base.{os.getpid()}.tmp")
         shutil.copytree(base, temporary)
         os.replace(temporary, kept)
-    elif (base / "unet" / UNET_FILE).read_bytes() != (kept / "unet" / UNET_FILE).read_bytes():
+    elif len({tuple(p.read_bytes() for p in weights_of(folder / "unet")) for folder in (base, kept)}) > 1:
         raise ValueError(f"{work} goes on from another model than {base}; give another --work")
     return kept
 
