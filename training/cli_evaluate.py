@@ -361,7 +361,7 @@ def write_card(output: Path, reader: Path, **found: Any) -> None:
 @click.option("--kinds", default="all", show_default=True, metavar="LIST",
               help="Comma-separated: thing, colour, background (sky or ground), pose, scribble.")  # fmt: skip
 @click.option("--methods", default="all", show_default=True, metavar="LIST",
-              help="Comma-separated: ito, ito exact (the full method, whatever the model recommends), ito adam (the paper's update), ito lambda=0.6, ito lambda=1, "
+              help="Comma-separated: ito, ito exact (the full method, whatever the model recommends), ito adam (the paper's update), ito lambda=0.6, ito lambda=1, guidance image (of ito), "
                    "diffedit, sdedit, iedit, p2p, p2p without correction, ddpm, ip2p (text kinds), controlnet, controlnet-diffedit (layout kinds), round "
                    "trip of the target; all; or main, each method once as it is by default. All and main are those that the model runs: ip2p alone "
                    "with an InstructPix2Pix checkpoint (iedit train instruct), all else with others.")  # fmt: skip

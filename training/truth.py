@@ -58,13 +58,15 @@ class Method:
     """A method under test: its name in the tables, `EditRequest.method`, the kinds of edits that it is run on, and
     fields of `Options` that differ from the default.
 
-    An empty `method` is the autoencoder's round trip of the exact target, which no edit through it can beat.
+    An empty `method` is the autoencoder's round trip of the exact target, which no edit through it can beat. `shows`: what is judged, a picture of
+    `EditResult`.
     """
 
     name: str
     method: str
     kinds: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    shows: str = "image"
 
     def runs_on(self, model: Any) -> bool:
         """Whether a `runtime.model.model.Model` can be asked for it: an InstructPix2Pix checkpoint runs `ip2p`, and every other all else."""
@@ -84,6 +86,7 @@ METHODS = {
         Method("ito adam", "ito", KINDS, {"guidance": _ADAM, "final": _ADAM}),
         Method("ito lambda=0.6", "ito", TEXT_KINDS, {LAMBDA_FIELD: 0.6}),
         Method("ito lambda=1", "ito", TEXT_KINDS, {LAMBDA_FIELD: 1.0}),
+        Method("guidance image", "ito", KINDS, {LAMBDA_FIELD: 0.6}, "guidance"),
         Method("diffedit", "diffedit", TEXT_KINDS),
         Method("sdedit", "sdedit", TEXT_KINDS),
         Method("iedit", "iedit", TEXT_KINDS),
@@ -426,7 +429,7 @@ def _edit(editor: Any, cases: list[Case], method: Method, seed: int, steps: int,
         return [_Shown(c, i) for c, i in zip(cases, editor.reconstruct([c.target for c in cases]), strict=True)]
     results = editor.edit_many([request(c, method, seed + c.number, steps) for c in cases])
     return [
-        _Shown(c, r.image, r.mask, r.guidance, sum(r.profile.evaluations.values()) / len(cases))
+        _Shown(c, getattr(r, method.shows), r.mask, r.guidance, sum(r.profile.evaluations.values()) / len(cases))
         for c, r in zip(cases, results, strict=True)
     ]
 
