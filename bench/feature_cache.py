@@ -1,13 +1,14 @@
 """What caching the UNet's deep features between steps would bring the presets (DeepCache, Ma et al. 2023, arXiv:2312.00858), as a prototype.
 
-    python bench/feature_cache.py --reader WEIGHTS [--n 20] [--write docs/presets.md]
+    python bench/feature_cache.py --reader WEIGHTS --preset faster --write docs/presets.md
+    python bench/feature_cache.py --reader WEIGHTS --preset faster --depth "1 block" --n 60 --write docs/presets.md --mark feature-cache-block
 
 A full step keeps what comes from below into one of the last layers of the UNet's way up. A shallow step computes only the layers above that:
 the first ones on the way down, whose outputs they take too, and the last ones on the way up, with what was kept. Every `interval`-th
 step is full. Both are measured: what a shallow step costs, of the embedded UNet and of one of Stable Diffusion 1.5's shapes (random weights),
 and what edits lose, as paired differences to the same edits without it.
 
-Every case is a row of OUTPUT/VARIANT/cases.csv, and the same command goes on from there.
+Every case is a row of OUTPUT/VARIANT/KIND/cases.csv, and the same command goes on from there. What a shallow step costs is kept in OUTPUT too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.backends.torch_modules import PreparedCondition
 from iedit.runtime.editor import Editor
+from iedit.runtime.errors import UsageError
 from iedit.runtime.model.model import Model, load_model
 from iedit.runtime.options import Options
 from iedit.runtime.presets import PRESETS
@@ -41,7 +43,6 @@ from iedit.training.classifier import Classifier
 from iedit.training.workers import read_json, write_json
 
 Row = dict[str, Any]
-MARK = "feature-cache"  # of the place in a document
 DENOISING, INVERSION = ("guidance", "final"), ("invert",)
 EXACT = 170  # evaluations of an edit by text with the full method
 
@@ -422,7 +423,7 @@ def edit_table(
 
 @click.command(cls=Command)
 @click.option("--reader", required=True, type=click.Path(path_type=Path), help="Weights of `iedit train classifier`.")
-@click.option("--n", "count", default=20, show_default=True, help="Edits of each text kind.")
+@click.option("--n", "count", type=click.IntRange(1), default=20, show_default=True, help="Edits of each text kind.")
 @click.option("--seed", default=7, show_default=True, help="Of the held-out edits.")
 @click.option(
     "--interval",
@@ -449,16 +450,26 @@ def edit_table(
     help="Time a UNet of Stable Diffusion 1.5's shapes too: 4 GB of memory; else its FLOPs are counted.",
 )
 @click.option("--output", type=click.Path(path_type=Path), default=Path("build/feature_cache"), show_default=True)
-@click.option("--write", type=click.Path(path_type=Path), default=None, help="A document whose tables are replaced.")
+@click.option("--write", type=click.Path(path_type=Path), default=None, help="A document that the tables go into.")
+@click.option(
+    "--mark",
+    default="feature-cache",
+    show_default=True,
+    help="Between which marks of it: <!-- MARK --> and <!-- /MARK -->.",
+)
 def main(
     reader: Path, count: int, seed: int, intervals: Sequence[int], names: Sequence[str], presets: Sequence[str], full_size: bool,
-    output: Path, write: Path | None,
+    output: Path, write: Path | None, mark: str,
 ) -> None:  # fmt: skip
     """Measure what caching deep features would bring, and what edits lose by it."""
     if write is not None:
-        place(write, MARK)  # said before anything runs
+        place(write, mark)  # said before anything runs
     torch.set_num_threads(1)
-    model, judge = load_model(device="cpu", layouts=()), Classifier.load(reader)
+    try:
+        judge = Classifier.load(reader)
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from error
+    model = load_model(device="cpu", layouts=())
     output.mkdir(parents=True, exist_ok=True)
     kept = output / f"costs-{model.digest}.json"
     measured = read_json(kept)
@@ -476,10 +487,10 @@ def main(
         results.setdefault(variant, []).extend(some)
         counts[variant, kind] = measured["edits"][f"{settings_of(model, variant)} {kind} {seed}"]
         write_json(kept, measured)
-    text = f"{cost_table(found)}\n{edit_table(results, counts, found)}"
+    text = (f"{cost_table(found)}\n" if len(names) > 1 else "") + edit_table(results, counts, found)
     click.echo(text)
     if write is not None:
-        replace(write, MARK, text)
+        replace(write, mark, text)
 
 
 if __name__ == "__main__":

@@ -160,10 +160,15 @@ def test_the_command_writes_its_tables_into_a_document_and_repeats_nothing(
     assert "| faster | 56 (56) | 1 / 3.0 |" in text
     assert f"| faster, interval 3, 1 block, denoising | {32 + 24 / 4:.0f} (38) | 1 / 4.5 |" in text
     assert f"| faster, interval 3, 1 block, denoising and inversion | {24 + 32 / 4:.0f} (32) | 1 / 5.3 |" in text
-    assert text.count("| thing (1) |") == 3 and "0.25 (500 of 2000 ms)" in text
+    assert (
+        text.count("| thing (1) |") == 3 and "of 2000 ms" not in text
+    )  # what the depths cost is told where there are several
+    assert "| 1 block | 0.30 | 0.25 (500 of 2000 ms) | - | 0.30 | 0.25 (500 of 2000 ms) |" in caching.cost_table(found)
     monkeypatch.setattr(Editor, "edit_many", lambda *_, **__: pytest.fail("it was edited again"))
     again = CliRunner().invoke(caching.main, list(map(str, words)), catch_exceptions=False)
     assert again.exit_code == 0
+    missing = CliRunner().invoke(caching.main, ["--reader", str(tmp_path / "none.safetensors")])
+    assert missing.exit_code == 2 and "iedit train classifier" in missing.output
     document.write_text("no marks\n")
     refused = CliRunner().invoke(caching.main, list(map(str, words)))
     assert refused.exit_code == 2 and "has no place for the tables" in refused.output and "3 of 3" not in refused.output
