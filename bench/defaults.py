@@ -48,6 +48,7 @@ class Variant:
         changed: fields of `Options` that differ from `BASE`, nested as they are there.
         kinds: of edits that it is measured on.
         steps: of sampling.
+        base: the variant that it is compared with; None is the default.
     """
 
     section: str
@@ -56,6 +57,7 @@ class Variant:
     changed: Mapping[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = TEXT
     steps: int = STEPS
+    base: Variant | None = None
 
     @property
     def method(self) -> truth.Method:
@@ -86,6 +88,8 @@ def _both_phases(**changed: Any) -> dict[str, Any]:
 
 
 DEFAULT = Variant("", "default", "", {}, BOTH)
+_LAMBDA_1 = Variant("Lambda", "lambda", "1", {"lam": 1.0}, BOTH)
+_SMALL = ("thing", "colour")  # whose masks are small, so that lambda is chosen as 1
 VARIANTS = (
     Variant("Loss and update", "preservation loss", "mean over the kept area", {"kept_area": True}),
     Variant("Loss and update", "update", "Adam, fresh at each step", _both_phases(update="adam"), BOTH),
@@ -104,8 +108,11 @@ VARIANTS = (
     Variant("Lambda", "lambda", "0.2", {"lam": 0.2}, BOTH),
     Variant("Lambda", "lambda", "0.4", {"lam": 0.4}, BOTH),
     Variant("Lambda", "lambda", "0.8", {"lam": 0.8}, BOTH),
-    Variant("Lambda", "lambda", "1", {"lam": 1.0}, BOTH),
+    _LAMBDA_1,
     Variant("Lambda", "lambda", "chosen by the mask's area", {"lam": None}),
+    Variant("At lambda 1, against lambda 1", "t_u", "10", {"lam": 1.0, "final": {"t_u": 10}}, _SMALL, base=_LAMBDA_1),
+    Variant("At lambda 1, against lambda 1", "t_u", "15", {"lam": 1.0, "final": {"t_u": 15}}, _SMALL, base=_LAMBDA_1),
+    Variant("At lambda 1, against lambda 1", "lr", "0.05", {"lam": 1.0, "final": {"lr": 0.05}}, _SMALL, base=_LAMBDA_1),
     Variant("Mask", "mode", "trajectory", {"mask": {"mode": "trajectory"}}),
     Variant("Mask", "mode", "none", {"mask": {"mode": "none"}}),
     Variant("Mask", "norm", "clamp, threshold 0.5", {"mask": {"norm": "clamp"}}),
@@ -243,14 +250,13 @@ def document(rows: Mapping[Variant, Sequence[Row]], costs: Mapping[Variant, Sequ
         rows: of the default and the variants.
         costs: rows whose evaluations are those of an edit that takes nothing from a cache.
     """
-    default = rows[DEFAULT]
     found = {
-        variant: {kind: compare(some, [r for r in default if r["kind"] == kind]) for kind, some in _kinds(rows, variant)}
+        variant: {kind: compare(some, [r for r in rows[variant.base or DEFAULT] if r["kind"] == kind]) for kind, some in _kinds(rows, variant)}
         for variant in rows if variant is not DEFAULT
     }  # fmt: skip
     intervals = [d for kinds in found.values() for ds in kinds.values() for d in ds.values() if d.low != d.high]
     parts = [
-        "The default:", "", default_table(default, costs[DEFAULT]), "",
+        "The default:", "", default_table(rows[DEFAULT], costs[DEFAULT]), "",
         f"{len(found)} variants, {len(intervals)} intervals of something that moved at all. If nothing made any difference, about "
         f"{round(0.05 * len(intervals))} of them would exclude 0 by chance; {sum(d.verdict != '' for d in intervals)} do so by more than a trifle.", "",
     ]  # fmt: skip

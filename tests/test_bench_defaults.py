@@ -71,9 +71,12 @@ def test_every_variant_is_another_edit_than_the_default_and_one_that_can_be_made
     for v in defaults.VARIANTS:
         options = Options(**v.method.options)
         options.check()
+        base = v.base or defaults.DEFAULT
+        assert set(v.kinds) <= set(base.kinds) and (v.steps == base.steps or v.option == "steps")
         for kind in v.kinds:
             settled, default = (
-                o.settled(model, v.steps, layouts=kind in truth.LAYOUT_KINDS) for o in (options, defaults.BASE)
+                o.settled(model, v.steps, layouts=kind in truth.LAYOUT_KINDS)
+                for o in (options, Options(**base.method.options))
             )
             assert v.steps != defaults.STEPS or settled != default, (v.option, v.value, kind)
 
