@@ -96,6 +96,7 @@ VARIANTS = (
     Variant("Loss and update", "update", "Adam, carried on", _both_phases(update="adam", carry=True)),
     Variant("Loss and update", "lr, both passes", "0.05", _both_phases(lr=0.05)),
     Variant("Loss and update", "lr, both passes", "0.2", _both_phases(lr=0.2)),
+    Variant("Updated steps", "t_u, final pass", "5", {"final": {"t_u": 5}}),
     Variant("Updated steps", "t_u, final pass", "10", {"final": {"t_u": 10}}, BOTH),
     Variant("Updated steps", "t_u, final pass", "15", {"final": {"t_u": 15}}),
     Variant("Updated steps", "t_u, final pass", "20", {"final": {"t_u": 20}}, LAYOUTS),
