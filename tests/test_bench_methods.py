@@ -94,13 +94,22 @@ def test_the_table_has_every_method_of_every_kind_and_text_together_only_where_t
     assert lines(text, "background", "sdedit")[0][2] == "5" and not lines(text, "text", "sdedit")
 
 
-def test_lambda_is_compared_kind_by_kind_and_at_the_papers_where_the_rows_have_it(methods: Any) -> None:
-    rows = [*rows_of("ito", l1_in=0.3, evaluations=99.0), *rows_of("ito lambda=1", l1_in=0.2, evaluations=66.0)]
-    (line,) = lines(methods.lambda_table(rows), "colour")
-    assert line[1] == str(N) and "-0.1000 (-0.1000 to -0.1000)" in line and line[-1] == "-33"
-    rows += rows_of("ito lambda=0.6", l1_in=0.6)
-    assert "-0.4000 (-0.4000 to -0.4000)" in lines(methods.lambda_table(rows), "thing")[0]
-    assert "`ito lambda=1` less `ito lambda=0.6`" in methods.document(rows)
+def test_each_lambda_is_compared_with_each_other_kind_by_kind(methods: Any) -> None:
+    rows = [
+        *rows_of("ito", l1_in=0.3, evaluations=70.0),
+        *rows_of("ito lambda=1", l1_in=0.2, evaluations=66.0),
+        *rows_of("ito lambda=0.6", l1_in=0.6, evaluations=99.0),
+    ]
+    found = methods.lambda_table(rows)
+    for pair, l1, cost in (
+        ("ito lambda=1 less ito lambda=0.6", "-0.4000", "-33"),
+        ("ito less ito lambda=0.6", "-0.3000", "-29"),
+        ("ito less ito lambda=1", "+0.1000", "+4"),
+    ):
+        some = lines(found, pair)
+        assert [line[1] for line in some] == list(truth.TEXT_KINDS)
+        assert all(line[2] == str(N) and f"{l1} ({l1} to {l1})" in line and line[-1] == cost for line in some)
+    assert found in methods.document(rows)
     assert methods.lambda_table(rows_of("ito")) == "" and "Lambda 1" not in methods.document(rows_of("ito"))
 
 

@@ -30,7 +30,7 @@ def test_help_imports_no_torch() -> None:
 def test_the_help_of_truth_names_every_method_and_kind() -> None:
     told = " ".join(CliRunner().invoke(evaluate, ["truth", "--help"]).stdout.split())
     assert all(name in told for name in (*truth.METHODS, *truth.KINDS))
-    assert names(tuple(truth.METHODS), "main", truth.MAIN) == ["ito", "diffedit", "sdedit", "iedit", "p2p", "ddpm", "controlnet",
+    assert names(tuple(truth.METHODS), "main", truth.MAIN) == ["ito", "diffedit", "sdedit", "iedit", "p2p", "ddpm", "ip2p", "controlnet",
                                                                "controlnet-diffedit", "round trip of the target"]  # fmt: skip
 
 
@@ -184,6 +184,7 @@ class Editor:
     """Stands in for the runtime: knows the cases of the suite by their pictures and returns the exact target."""
 
     asked: ClassVar[list[editor.EditRequest]] = []
+    instructs: ClassVar[bool] = False
 
     @classmethod
     def load(cls, model: str, backend: str, cache: Any, engines: Any) -> Editor:
@@ -201,10 +202,12 @@ class Editor:
             guidance_until=None,
             guidance_path=None,
             mask_seeds=None,
+            instructs=self.instructs,
             lambda_area=None,
         )
 
     def edit_many(self, requests: list[editor.EditRequest]) -> list[Any]:
+        assert all((r.method == "ip2p") == self.instructs for r in requests)  # as `runtime.request` has it
         self.asked.extend(requests)
         known = {(c.source.tobytes(), c.prompts[1]): c for k in truth.KINDS for c in truth.edit_cases(k, 2)}
         cases = [known[r.image.tobytes(), r.prompt] for r in requests]
@@ -227,16 +230,54 @@ def test_the_truth_command_runs_every_method_on_its_kinds_and_writes_card_rows_a
     result = CliRunner().invoke(evaluate, [*arguments, "--sheet", "1"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     counted = Counter((request.method, request.options) for request in Editor.asked)
-    methods = [m for m in truth.METHODS.values() if m.method]
+    methods = [m for m in truth.METHODS.values() if m.method and m.name != "ip2p"]
     assert counted == Counter({(m.method, editor.Options(**m.options)): 2 * len(m.kinds) for m in methods})
     for request in Editor.asked:
         assert set(request.layouts) == set(request.source_layouts) <= {"pose", "scribble"}
         assert (request.mask is not None) == (request.method == "iedit")
-    assert len(list(output.glob("*.png"))) == sum(len(m.kinds) for m in truth.METHODS.values())
+    assert len(list(output.glob("*.png"))) == sum(len(m.kinds) for m in truth.METHODS.values() if m.name != "ip2p")
     assert "### Edits of held-out scenes" in (output / "card.md").read_text()
     assert json.loads((output / "figures.json").read_text())["edits"][0]["n"] == 2
     CliRunner().invoke(evaluate, arguments, catch_exceptions=False)
     assert len(Editor.asked) == sum(counted.values())  # nothing was run again
+    refused = CliRunner().invoke(main, ["evaluate", *arguments, "--methods", "ito,ip2p"])
+    assert (
+        refused.exit_code == 2
+        and "'ip2p' cannot be run, picturebook is no InstructPix2Pix checkpoint" in refused.stderr
+    )
+
+
+def test_of_an_instructing_checkpoint_the_truth_command_runs_ip2p_and_refuses_what_else_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(editor, "Editor", Editor)
+    monkeypatch.setattr(Editor, "asked", [])
+    monkeypatch.setattr(Editor, "instructs", True)
+    monkeypatch.setattr(truth, "crispness", lambda *_: 20.0)
+    reader = tmp_path / "reader.safetensors"
+    classifier.Classifier().save(reader)
+    words = [
+        "evaluate",
+        "truth",
+        "--model",
+        "mine",
+        "--reader",
+        str(reader),
+        "--output",
+        str(tmp_path / "out"),
+        "--n",
+        "2",
+    ]
+    refused = CliRunner().invoke(main, [*words, "--methods", "ip2p,sdedit"])
+    assert refused.exit_code == 2 and "'sdedit' cannot be run, mine is an InstructPix2Pix checkpoint" in refused.stderr
+    assert not Editor.asked and not (tmp_path / "out").exists()
+    for methods in ("main", "all", "ip2p"):
+        assert CliRunner().invoke(main, [*words, "--methods", methods]).exit_code == 0
+    assert Counter(r.method for r in Editor.asked) == {"ip2p": 2 * len(truth.TEXT_KINDS)}
+    rows = workers.read_rows(tmp_path / "out" / "cases.csv", truth.WORDS, truth.WHOLE)
+    assert {(r["method"], r["kind"]) for r in rows} == {("ip2p", k) for k in truth.TEXT_KINDS} | {
+        ("round trip of the target", k) for k in truth.KINDS
+    }
 
 
 @pytest.mark.slow

@@ -177,6 +177,21 @@ def test_an_untouched_neighbour_earns_nothing_for_an_outline() -> None:
     assert truth.outline_iou(seen, case.after) > 0.25
 
 
+def test_a_guidance_image_is_judged_as_a_result_is() -> None:
+    class Guided(FakeEditor):
+        def edit_many(self, requests: list[truth.Case]) -> list[Result]:
+            return [Result(c.source, c.region, c.target) for c in requests]
+
+    names = ("guidance image", "ito lambda=0.6")
+    guidance, result = truth.run(Guided(False), oracle_of(["thing"], 1), names, ["thing"], 1, request=the_case)
+    assert (
+        (guidance["new"], guidance["old"], guidance["l1_in"]) == (1, 0, 0)
+        and result["old"] == 1
+        and result["l1_in"] > 0
+    )
+    assert truth.METHODS["guidance image"].options == truth.METHODS["ito lambda=0.6"].options
+
+
 def test_a_second_run_repeats_nothing_and_a_larger_one_only_adds(tmp_path: Path) -> None:
     editor, oracle = FakeEditor(True), oracle_of(["thing", "pose"], 8)
 

@@ -1,4 +1,4 @@
-"""Commands of `iedit train`: make the embedded model, the reader that judges it, and the figures of its card."""
+"""Commands of `iedit train`: make the embedded model, an InstructPix2Pix checkpoint of it, the reader that judges, and the figures of its card."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ def train() -> None:
     iEdit: `pairs` builds training pairs of captioned pictures, `finetune` fine-tunes a Stable Diffusion 1.x checkpoint
     on them, `ablation` shows what each loss does on `renders` of the picture-book world.
 
+    InstructPix2Pix: `instruct` fine-tunes the embedded model so that it takes the picture beside the noise, for --method ip2p.
+
     The embedded model, in this order: `embed` trains it, `classifier` the reader of pictures that judges it (10 minutes
     on one core), `figures` measures the model and `iedit evaluate truth` the edits. The last two write figures.json, and
     card.md for the card.
@@ -62,6 +64,47 @@ def embed(work: Path, processes: int, base: str | None, out: Path | None) -> Non
         training.train_all(work=work, log=click.echo, processes=processes, out=out, base=start)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+@train.command()
+@click.option("--work", type=click.Path(path_type=Path, file_okay=False), default=Path("build/instruct"), show_default=True,
+              help="Folder of the encoded pictures and the checkpoint; a run that was stopped goes on from there.")  # fmt: skip
+@click.option("--base", default="picturebook", show_default=True, metavar="MODEL",
+              help="What is fine-tuned: the embedded model, or a folder of `iedit train embed`.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=None,
+              help="Folder of the model, in diffusers' layout. Default: WORK/model.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+def instruct(work: Path, base: str, out: Path | None, overwrite: bool) -> None:
+    """Fine-tune an InstructPix2Pix checkpoint of the picture-book world, for `--method ip2p`.
+
+    \b
+    iedit train instruct
+    iedit edit in.png --prompt "a blue car on grass at noon" --method ip2p --model build/instruct/model
+    iedit evaluate truth --model build/instruct/model --methods ip2p
+
+    The UNet takes the picture beside the noise and learns from renders before and after an edit of a thing, a colour, the ground or the sky.
+    What it is told is the caption of the picture after the edit, as the text encoder knows captions alone. 40 minutes on one core. Ctrl-C
+    saves, and the same command goes on.
+    """
+    from ..runtime.cli.params import use_threads
+    from ..runtime.errors import RunError, UsageError
+    from ..runtime.model.checkpoint import find_folder
+    from . import instruct as training
+
+    out = work / "model" if out is None else out
+    if out.exists() and not training.is_checkpoint(out):
+        raise UsageError(f"--out: {out} is there and is no checkpoint of this command; name another folder")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out: {out} is there already; name another folder, or replace it with --overwrite")
+    start = find_folder(base)
+    use_threads()
+    try:
+        training.train(work, start, out, click.echo)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except FloatingPointError as error:
+        raise RunError(str(error)) from error
+    click.echo(f"wrote {out}")
 
 
 @train.command()

@@ -361,9 +361,10 @@ def write_card(output: Path, reader: Path, **found: Any) -> None:
 @click.option("--kinds", default="all", show_default=True, metavar="LIST",
               help="Comma-separated: thing, colour, background (sky or ground), pose, scribble.")  # fmt: skip
 @click.option("--methods", default="all", show_default=True, metavar="LIST",
-              help="Comma-separated: ito, ito exact (the full method, whatever the model recommends), ito adam (the paper's update), ito lambda=0.6, ito lambda=1, "
-                   "diffedit, sdedit, iedit, p2p, p2p without correction, ddpm (text kinds), controlnet, controlnet-diffedit (layout kinds), round "
-                   "trip of the target; all; or main, each method once as it is by default.")  # fmt: skip
+              help="Comma-separated: ito, ito exact (the full method, whatever the model recommends), ito adam (the paper's update), ito lambda=0.6, ito lambda=1, guidance image (of ito), "
+                   "diffedit, sdedit, iedit, p2p, p2p without correction, ddpm, ip2p (text kinds), controlnet, controlnet-diffedit (layout kinds), round "
+                   "trip of the target; all; or main, each method once as it is by default. All and main are those that the model runs: ip2p alone "
+                   "with an InstructPix2Pix checkpoint (iedit train instruct), all else with others.")  # fmt: skip
 @click.option("--sheet", type=click.IntRange(0), default=0, show_default=True,
               help="Show the first so many cases of each kind and method in OUTPUT/METHOD-KIND.png.")  # fmt: skip
 @click.option("--by-things", is_flag=True, help="Scenes of one and two things in rows of their own.")
@@ -405,6 +406,17 @@ def truth(
         use_threads()
     load = functools.partial(load_suite, model, reader, backend, engines)
     editor, judge = load()
+    unfit = [m for m in asked_methods if not suite.METHODS[m].runs_on(editor.model)]
+    if unfit and methods not in ("all", "main"):
+        kind = (
+            "an InstructPix2Pix checkpoint, which runs ip2p alone"
+            if editor.model.instructs
+            else "no InstructPix2Pix checkpoint"
+        )
+        raise UsageError(
+            f"--methods: {unfit[0]!r} cannot be run, {model} is {kind}; leave it out, or name another --model"
+        )
+    asked_methods = [m for m in asked_methods if m not in unfit]
     with progress("truth") as tell:
         rows = suite.run(
             editor, judge, asked_methods, asked_kinds, count, settings=machinery.model_settings(editor),

@@ -33,6 +33,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from ..runtime import machine
+from ..runtime.model.checkpoint import weights_of
 from ..runtime.model.module_io import CONTROLNET_PREFIX
 from . import world
 
@@ -137,27 +138,40 @@ class Plan:
 
 
 def plan_of(work: Path, base: Path | None = None) -> Plan:
-    """The plan of a work folder. A base is copied into it first, so that the run does not change with the folder it came from.
+    """The plan of a work folder, with the base kept there (`keep_base`).
 
     Raises:
         ValueError: `work` holds a run on top of another base, or one from scratch.
     """
     kept = work / "base"
-    if base is not None and not kept.exists():
+    if base is not None:
         begun = sorted(p.stem for p in work.glob("*.pt") if p.stem in PARTS)
-        if begun:
+        if begun and not kept.exists():
             raise ValueError(
                 f"embed: {work} holds a run from scratch ({', '.join(begun)}); give another --work for --base"
             )
-        temporary = kept.with_name(f"base.{os.getpid()}.tmp")
-        shutil.copytree(base, temporary)
-        os.replace(temporary, kept)
-    elif base is not None and (base / "unet" / UNET_FILE).read_bytes() != (kept / "unet" / UNET_FILE).read_bytes():
-        raise ValueError(f"embed: {work} goes on from another model than {base}; give another --work")
+        keep_base(work, base)
     if not kept.exists():
         return Plan(work, PARTS)
     before = [row["part"] for row in read_history(kept)]
     return Plan(work, {name: replace(part, seed=before.count(name)) for name, part in CONTINUED.items()}, kept)
+
+
+def keep_base(work: Path, base: Path) -> Path:
+    """A copy of the model that training goes on from, in `work/base`, so that a run does not change with the folder it came from.
+
+    Raises:
+        ValueError: `work` holds a run on top of another model.
+    """
+    kept = work / "base"
+    if not kept.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_name(f"base.{os.getpid()}.tmp")
+        shutil.copytree(base, temporary)
+        os.replace(temporary, kept)
+    elif len({tuple(p.read_bytes() for p in weights_of(folder / "unet")) for folder in (base, kept)}) > 1:
+        raise ValueError(f"{work} goes on from another model than {base}; give another --work")
+    return kept
 
 
 def read_history(model: Path) -> list[dict[str, Any]]:
@@ -372,25 +386,36 @@ def shard_scene(shard: int, i: int) -> world.Scene:
     return training_scene(random.Random(f"latents-{shard}-{i}"))
 
 
-def make_shards(vae: Any, work: Path, log: Callable[[str], None], shards: range) -> None:
-    """Encode `SHARD` scenes per shard to `work/latents/SHARD.pt` (float16, not scaled); shards that exist are kept."""
+def make_shards(
+    vae: Any,
+    folder: Path,
+    log: Callable[[str], None],
+    shards: range,
+    scene_of: Callable[[int, int], world.Scene] = shard_scene,
+) -> None:
+    """Encode `SHARD` scenes per shard to `folder/SHARD.pt` (float16, not scaled); shards that exist are kept."""
     for shard in shards:
-        path = work / "latents" / f"{shard:03d}.pt"
+        path = folder / f"{shard:03d}.pt"
         if path.exists():
             continue
         began, parts = time.perf_counter(), []
         for start in range(0, SHARD, 25):
-            pictures = [world.render(shard_scene(shard, i)) for i in range(start, start + 25)]
+            pictures = [world.render(scene_of(shard, i)) for i in range(start, start + 25)]
             parts.append(encode(vae, images_to_tensor(pictures)).half())
         write_whole(path, torch.cat(parts))
-        log(f"latents: shard {shard} in {time.perf_counter() - began:.0f} s")
+        log(f"latents: shard {shard + 1} of {shards.stop} in {time.perf_counter() - began:.0f} s")
 
 
 class Latents:
-    """The encoded scenes under `work/latents`; `draw` picks some, `keep` narrows which scenes may be picked."""
+    """The encoded scenes in a folder of `make_shards`; `draw` picks some, `keep` narrows which scenes may be picked."""
 
-    def __init__(self, work: Path, keep: Callable[[world.Scene], bool] | None = None):
-        self.folder, self.keep = work / "latents", keep
+    def __init__(
+        self,
+        folder: Path,
+        keep: Callable[[world.Scene], bool] | None = None,
+        scene_of: Callable[[int, int], world.Scene] = shard_scene,
+    ):
+        self.folder, self.keep, self.scene_of = folder, keep, scene_of
         self.data: dict[int, Tensor] = {}
         self.names: list[tuple[int, int]] = []
         self.refresh()
@@ -402,14 +427,17 @@ class Latents:
             if shard not in self.data:
                 self.data[shard] = torch.load(path, map_location="cpu", weights_only=True)
                 keep = self.keep
-                self.names += [(shard, i) for i in range(SHARD) if keep is None or keep(shard_scene(shard, i))]
+                self.names += [(shard, i) for i in range(SHARD) if keep is None or keep(self.scene_of(shard, i))]
         if not self.names:
             raise FileNotFoundError(f"no latents under {self.folder}: run the part 'latents' first")
 
     def draw(self, rng: random.Random, count: int) -> tuple[Tensor, list[world.Scene]]:
         """(count, 4, 16, 16) float32, not scaled, and their scenes."""
-        names = [rng.choice(self.names) for _ in range(count)]
-        return torch.stack([self.data[s][i] for s, i in names]).float(), [shard_scene(s, i) for s, i in names]
+        return self.take([rng.choice(self.names) for _ in range(count)])
+
+    def take(self, names: list[tuple[int, int]]) -> tuple[Tensor, list[world.Scene]]:
+        """Those of `names`, (shard, number in it), as `draw` returns them."""
+        return torch.stack([self.data[s][i] for s, i in names]).float(), [self.scene_of(s, i) for s, i in names]
 
 
 def train_decoder(vae: Any, plan: Plan, log: Callable[[str], None]) -> Any:
@@ -420,7 +448,7 @@ def train_decoder(vae: Any, plan: Plan, log: Callable[[str], None]) -> Any:
     vae.requires_grad_(False)
     modules = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     modules.requires_grad_(True)
-    latents = Latents(plan.work)
+    latents = Latents(plan.work / "latents")
 
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         z, scenes = latents.draw(rng, batch)
@@ -537,11 +565,9 @@ def new_scheduler() -> Any:
     )
 
 
-def tokens_of(tokenizer: Any, captions: list[str]) -> Tensor:
-    """(B, MAX_TOKENS) int64."""
-    return tokenizer(
-        captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-    ).input_ids
+def tokens_of(tokenizer: Any, captions: list[str], length: int = MAX_TOKENS) -> Tensor:
+    """(B, length) int64."""
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
 
 def noisy(z: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -560,7 +586,7 @@ def train_denoiser(vae: Any, tokenizer: Any, plan: Plan, log: Callable[[str], No
     unet, alphas = plan.start("unet", new_unet), new_scheduler().alphas_cumprod
     if part is None:
         return text, unet
-    latents, scale = Latents(plan.work), vae.config.scaling_factor
+    latents, scale = Latents(plan.work / "latents"), vae.config.scaling_factor
 
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         if step % 100 == 0:
@@ -604,7 +630,9 @@ def train_controlnet(
     unet.requires_grad_(False)
     text.requires_grad_(False)
     alphas, scale = new_scheduler().alphas_cumprod, vae.config.scaling_factor
-    latents = Latents(plan.work, (lambda s: any(t.kind == "person" for t in s.things)) if name == "pose" else None)
+    latents = Latents(
+        plan.work / "latents", (lambda s: any(t.kind == "person" for t in s.things)) if name == "pose" else None
+    )
 
     def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         z, scenes = latents.draw(rng, batch)
@@ -694,7 +722,7 @@ def run_part(name: str, plan: Plan, log: Callable[[str], None]) -> Any:
     vae = train_vae(plan, quiet)
     if name == "latents":
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return make_shards(vae, plan.work, log, range(rank, SHARDS, processes))
+        return make_shards(vae, plan.work / "latents", log, range(rank, SHARDS, processes))
     if name == "decoder":
         return train_decoder(vae, plan, log)
     if name == "denoiser":

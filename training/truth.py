@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..runtime.images import write_png
-from ..runtime.options import ItoSettings
+from ..runtime.options import IP2P, ItoSettings
 from ..runtime.presets import PRESETS
 from . import metrics, redraw, world
 from .classifier import Reading
@@ -58,13 +58,19 @@ class Method:
     """A method under test: its name in the tables, `EditRequest.method`, the kinds of edits that it is run on, and
     fields of `Options` that differ from the default.
 
-    An empty `method` is the autoencoder's round trip of the exact target, which no edit through it can beat.
+    An empty `method` is the autoencoder's round trip of the exact target, which no edit through it can beat. `shows`: what is judged, a picture of
+    `EditResult`.
     """
 
     name: str
     method: str
     kinds: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    shows: str = "image"
+
+    def runs_on(self, model: Any) -> bool:
+        """Whether a `runtime.model.model.Model` can be asked for it: an InstructPix2Pix checkpoint runs `ip2p`, and every other all else."""
+        return not self.method or (self.method in IP2P) == model.instructs
 
 
 LAMBDA_FIELD = "lam"  # the field of runtime.editor.Options that holds ITO's lambda
@@ -80,11 +86,13 @@ METHODS = {
         Method("ito adam", "ito", KINDS, {"guidance": _ADAM, "final": _ADAM}),
         Method("ito lambda=0.6", "ito", TEXT_KINDS, {LAMBDA_FIELD: 0.6}),
         Method("ito lambda=1", "ito", TEXT_KINDS, {LAMBDA_FIELD: 1.0}),
+        Method("guidance image", "ito", KINDS, {LAMBDA_FIELD: 0.6}, "guidance"),
         Method("diffedit", "diffedit", TEXT_KINDS),
         Method("sdedit", "sdedit", TEXT_KINDS),
         Method("iedit", "iedit", TEXT_KINDS),
         Method("p2p", "p2p", TEXT_KINDS),
         Method("ddpm", "ddpm", TEXT_KINDS),
+        Method("ip2p", "ip2p", TEXT_KINDS),
         Method("p2p without correction", "p2p", TEXT_KINDS, {"inversion_correction": "none"}),
         Method("controlnet", "controlnet", LAYOUT_KINDS),
         Method("controlnet-diffedit", "controlnet-diffedit", LAYOUT_KINDS),
@@ -317,7 +325,7 @@ class _Shown:
 def run(
     editor: Any,
     reader: Reader,
-    methods: Sequence[str | Method] = tuple(METHODS),
+    methods: Sequence[str | Method],
     kinds: Sequence[str] = KINDS,
     n: int = 100,
     *,
@@ -421,7 +429,7 @@ def _edit(editor: Any, cases: list[Case], method: Method, seed: int, steps: int,
         return [_Shown(c, i) for c, i in zip(cases, editor.reconstruct([c.target for c in cases]), strict=True)]
     results = editor.edit_many([request(c, method, seed + c.number, steps) for c in cases])
     return [
-        _Shown(c, r.image, r.mask, r.guidance, sum(r.profile.evaluations.values()) / len(cases))
+        _Shown(c, getattr(r, method.shows), r.mask, r.guidance, sum(r.profile.evaluations.values()) / len(cases))
         for c, r in zip(cases, results, strict=True)
     ]
 
