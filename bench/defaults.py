@@ -49,6 +49,7 @@ class Variant:
         kinds: of edits that it is measured on.
         steps: of sampling.
         base: the variant that it is compared with; None is the default.
+        shows: what is judged, a picture of `EditResult`.
     """
 
     section: str
@@ -58,13 +59,15 @@ class Variant:
     kinds: tuple[str, ...] = TEXT
     steps: int = STEPS
     base: Variant | None = None
+    shows: str = "image"
 
     @property
     def method(self) -> truth.Method:
         """Under a name that says everything that it depends on, so that a row is never taken for another variant's."""
         options = _changed(BASE, self.changed)
         fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}
-        return truth.Method(json.dumps(self.changed, sort_keys=True), "ito", self.kinds, fields)
+        name = json.dumps(self.changed, sort_keys=True) + ("" if self.shows == "image" else f" {self.shows}")
+        return truth.Method(name, "ito", self.kinds, fields, self.shows)
 
 
 def _changed(options: Any, changed: Mapping[str, Any]) -> Any:
@@ -88,6 +91,9 @@ def _both_phases(**changed: Any) -> dict[str, Any]:
 
 
 DEFAULT = Variant("", "default", "", {}, BOTH)
+_DRAWN = Variant(
+    "Guidance image, judged itself, against the default edit", "guidance image", "default", {}, BOTH, shows="guidance"
+)
 _LAMBDA_1 = Variant("Lambda", "lambda", "1", {"lam": 1.0}, BOTH)
 _SMALL = ("thing", "colour")  # whose masks are small, so that lambda is chosen as 1
 VARIANTS = (
@@ -133,6 +139,10 @@ VARIANTS = (
     Variant("Guidance image", "its path", "inverted", {"guidance_path": "inverted"}, BOTH),
     Variant("Guidance image", "its path", "inverted, through the VAE", {"round_trip": True}),
     Variant("Guidance image", "its path", "inverted, refined", {"refine": True}, BOTH),
+    _DRAWN,
+    Variant("Guidance image, judged itself, against the default's", "t_u", "10", {"guidance": {"t_u": 10}}, BOTH, base=_DRAWN, shows="guidance"),
+    Variant("Guidance image, judged itself, against the default's", "t_u", "20", {"guidance": {"t_u": 20}}, BOTH, base=_DRAWN, shows="guidance"),
+    Variant("Guidance image, judged itself, against the default's", "t_u and k", "20 and 30", {"guidance": {"t_u": 20, "k": 30}}, BOTH, base=_DRAWN, shows="guidance"),
     Variant("Composite", "composite", "latent", {"composite": "latent"}),
     Variant("Composite", "composite", "pixel", {"composite": "pixel"}),
     Variant("Sampling", "steps", "12", steps=12),

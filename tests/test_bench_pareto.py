@@ -48,7 +48,9 @@ def crowd(pareto: Any, count: int, seed: int) -> list[Any]:
 def test_everything_that_edits_is_run_and_what_comes_to_the_same_once_under_both_names(pareto: Any, tiny: Any) -> None:
     found = list(pareto.asked(tiny))
     names = [part for _, m in found for part in m.name.split(" = ")]
-    assert sorted(names) == sorted([*(m.name for m in truth.METHODS.values() if m.method), *PRESETS])
+    assert sorted(names) == sorted(
+        [*(m for m in truth.METHODS if m not in ("guidance image", "ip2p", "round trip of the target")), *PRESETS]
+    )
     assert [s for s, m in found if "faster" in m.name.split(" = ")] == [12]
     settled = [(s, m.method, Options(**m.options).settled(tiny, s, m.method)) for s, m in found]
     assert all(a != b for a, b in itertools.combinations(settled, 2))
