@@ -5,7 +5,7 @@
 One option is changed at a time. The default is what the checkpoint recommends, at lambda 0.6, so that the guidance image takes part in every
 edit. Figures are paired: the same cases, noises and default for every variant, on a seed that nothing was chosen on. Variants share the stages
 that they have in common through the editor's cache, so evaluations are counted apart, without it, on one edit of each kind. Every case is a row of
-OUTPUT/STEPS-steps/cases.csv; the same command goes on from there, and a larger --n adds to a smaller one.
+OUTPUT/STEPS-steps/cases.csv; the same command goes on from there, and a larger --n adds to a smaller one, also of a few lines (--only).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import click
 from common import FILE, FOLDER, Command, place, replace, suite
 from tables import table
 
+from iedit.runtime.errors import UsageError
 from iedit.runtime.options import DEFAULT_LAMBDA, Options
 from iedit.runtime.presets import PRESETS
 from iedit.runtime.stage_cache import StageCache
@@ -117,9 +118,9 @@ VARIANTS = (
     Variant("Lambda", "lambda", "0.8", {"lam": 0.8}, BOTH),
     _LAMBDA_1,
     Variant("Lambda", "lambda", "chosen by the mask's area", {"lam": None}),
-    Variant("At lambda 1, against lambda 1", "t_u", "10", {"lam": 1.0, "final": {"t_u": 10}}, _SMALL, base=_LAMBDA_1),
-    Variant("At lambda 1, against lambda 1", "t_u", "15", {"lam": 1.0, "final": {"t_u": 15}}, _SMALL, base=_LAMBDA_1),
-    Variant("At lambda 1, against lambda 1", "lr", "0.05", {"lam": 1.0, "final": {"lr": 0.05}}, _SMALL, base=_LAMBDA_1),
+    Variant("At lambda 1, against lambda 1", "t_u, lambda 1", "10", {"lam": 1.0, "final": {"t_u": 10}}, _SMALL, base=_LAMBDA_1),
+    Variant("At lambda 1, against lambda 1", "t_u, lambda 1", "15", {"lam": 1.0, "final": {"t_u": 15}}, _SMALL, base=_LAMBDA_1),
+    Variant("At lambda 1, against lambda 1", "lr, lambda 1", "0.05", {"lam": 1.0, "final": {"lr": 0.05}}, _SMALL, base=_LAMBDA_1),
     Variant("Mask", "mode", "trajectory", {"mask": {"mode": "trajectory"}}),
     Variant("Mask", "mode", "none", {"mask": {"mode": "none"}}),
     Variant("Mask", "norm", "clamp, threshold 0.5", {"mask": {"norm": "clamp"}}),
@@ -220,7 +221,7 @@ def verdict(found: Mapping[str, Difference]) -> str:
 
 def _number(name: str, value: float, sign: bool = True) -> str:
     plus = "+" if sign else ""
-    return f"{100 * value:{plus}.0f} %" if name == "new" else f"{value:{plus}.{4 if name == 'l1_out' else 3}f}"
+    return f"{100 * value:{plus}.0f} %" if name == "new" else f"{value:{plus}.{3 if name == 'mask_iou' else 4}f}"
 
 
 def _cell(name: str, d: Difference) -> str:
@@ -288,6 +289,21 @@ def document(rows: Mapping[Variant, Sequence[Row]], costs: Mapping[Variant, Sequ
 # --- running ------------------------------------------------------------------------------------------------------
 
 
+def some_of(names: Sequence[str]) -> list[Variant]:
+    """The default and the variants of these names ("OPTION VALUE"), with those that they are compared with; all of them if there is none.
+
+    Raises:
+        UsageError: there is no such variant.
+    """
+    named = {f"{v.option} {v.value}": v for v in VARIANTS}
+    unknown = [n for n in names if n not in named]
+    if unknown:
+        raise UsageError(f"--only: {unknown[0]!r} is not one of {'; '.join(named)}")
+    wanted = {named[n] for n in names} or set(VARIANTS)
+    wanted |= {v.base for v in wanted if v.base}
+    return [DEFAULT, *(v for v in VARIANTS if v in wanted)]
+
+
 def load_cached(model: str, reader: Path, backend: str, engines: str | None) -> tuple[Any, Any]:
     """`cli_evaluate.load_suite` with a cache."""
     editor, judge = load_suite(model, reader, backend, engines)
@@ -333,19 +349,28 @@ def measure(
 @suite
 @click.option("--n", "count", default=20, show_default=True, type=click.IntRange(2), help="Edits of each text kind.")
 @click.option("--layouts", default=10, show_default=True, type=click.IntRange(2), help="Edits of each layout kind.")
+@click.option(
+    "--only",
+    "chosen",
+    multiple=True,
+    metavar="'OPTION VALUE'",
+    help="These lines of the tables alone, for instance 'steps 12'; repeat for several. They are written to a place of their own, "
+    "<!-- closer -->.",
+)
 @click.option("--seed", default=11, show_default=True, help="Of the held-out edits; nothing was chosen on it.")
 @click.option("--batch", default=10, show_default=True, type=click.IntRange(1), help="Edits per call.")
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--output", type=FOLDER, default=Path("build/defaults"), show_default=True)
 @click.option("--write", type=FILE, default=None, help="A document whose tables are replaced.")
-def main(model: str, reader: Path, backend: str, engines: str | None, count: int, layouts: int, seed: int, batch: int, processes: int,
-         output: Path, write: Path | None) -> None:  # fmt: skip
+def main(model: str, reader: Path, backend: str, engines: str | None, count: int, layouts: int, chosen: tuple[str, ...], seed: int, batch: int,
+         processes: int, output: Path, write: Path | None) -> None:  # fmt: skip
     """Measure every option of ITO that is a choice, one at a time."""
+    mark = "closer" if chosen else "defaults"
     if write is not None:
-        place(write, "defaults")
+        place(write, mark)
+    asked = some_of(chosen)
     named = (model, reader, backend, None if engines is None else str(engines))
     more = {"seed": seed, "batch": batch, "processes": processes}
-    asked = (DEFAULT, *VARIANTS)
     costs = measure(
         asked, dict.fromkeys(BOTH, 1), functools.partial(load_suite, *named), "evaluations", output / "costs", **more
     )
@@ -353,7 +378,7 @@ def main(model: str, reader: Path, backend: str, engines: str | None, count: int
     text = document(measure(asked, counts, functools.partial(load_cached, *named), "edits", output, **more), costs)
     click.echo(text)
     if write is not None:
-        replace(write, "defaults", text)
+        replace(write, mark, text)
 
 
 if __name__ == "__main__":
