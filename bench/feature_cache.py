@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +24,13 @@ from typing import Any
 
 import click
 import torch
+from common import Command, place, replace
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.backends.torch_modules import PreparedCondition
 from iedit.runtime.editor import Editor
-from iedit.runtime.files import write_whole
 from iedit.runtime.model.model import Model, load_model
 from iedit.runtime.options import Options
 from iedit.runtime.presets import PRESETS
@@ -42,7 +41,7 @@ from iedit.training.classifier import Classifier
 from iedit.training.workers import read_json, write_json
 
 Row = dict[str, Any]
-BEGIN, END = "<!-- feature-cache -->\n", "<!-- /feature-cache -->"
+MARK = "feature-cache"  # of the place in a document
 DENOISING, INVERSION = ("guidance", "final"), ("invert",)
 EXACT = 170  # evaluations of an edit by text with the full method
 
@@ -421,7 +420,7 @@ def edit_table(
     return "\n".join(lines) + "\n"
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--reader", required=True, type=click.Path(path_type=Path), help="Weights of `iedit train classifier`.")
 @click.option("--n", "count", default=20, show_default=True, help="Edits of each text kind.")
 @click.option("--seed", default=7, show_default=True, help="Of the held-out edits.")
@@ -456,6 +455,8 @@ def main(
     output: Path, write: Path | None,
 ) -> None:  # fmt: skip
     """Measure what caching deep features would bring, and what edits lose by it."""
+    if write is not None:
+        place(write, MARK)  # said before anything runs
     torch.set_num_threads(1)
     model, judge = load_model(device="cpu", layouts=()), Classifier.load(reader)
     output.mkdir(parents=True, exist_ok=True)
@@ -478,8 +479,7 @@ def main(
     text = f"{cost_table(found)}\n{edit_table(results, counts, found)}"
     click.echo(text)
     if write is not None:
-        document = write.read_text()
-        write_whole(write, re.sub(f"{BEGIN}.*?{END}", lambda _: BEGIN + text + END, document, flags=re.DOTALL).encode())
+        replace(write, MARK, text)
 
 
 if __name__ == "__main__":

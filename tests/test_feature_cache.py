@@ -149,7 +149,7 @@ def test_the_command_writes_its_tables_into_a_document_and_repeats_nothing(
     monkeypatch.setattr(truth, "TEXT_KINDS", ("thing",))
     classifier.Classifier().save(tmp_path / "reader.safetensors")
     document = tmp_path / "page.md"
-    document.write_text(f"before\n{caching.BEGIN}old\n{caching.END}\nafter\n")
+    document.write_text("before\n<!-- feature-cache -->\nold\n<!-- /feature-cache -->\nafter\n")
     words = ["--reader", tmp_path / "reader.safetensors", "--n", 1, "--preset", "faster", "--interval", 3, "--depth", "1 block",
              "--output", tmp_path / "out", "--write", document]  # fmt: skip
     done = CliRunner().invoke(caching.main, list(map(str, words)), catch_exceptions=False)
@@ -164,3 +164,6 @@ def test_the_command_writes_its_tables_into_a_document_and_repeats_nothing(
     monkeypatch.setattr(Editor, "edit_many", lambda *_, **__: pytest.fail("it was edited again"))
     again = CliRunner().invoke(caching.main, list(map(str, words)), catch_exceptions=False)
     assert again.exit_code == 0
+    document.write_text("no marks\n")
+    refused = CliRunner().invoke(caching.main, list(map(str, words)))
+    assert refused.exit_code == 2 and "has no place for the tables" in refused.output and "3 of 3" not in refused.output

@@ -83,7 +83,7 @@ def instruct(work: Path, base: str, out: Path | None, overwrite: bool) -> None:
     iedit evaluate truth --model build/instruct/model --methods ip2p
 
     The UNet takes the picture beside the noise and learns from renders before and after an edit of a thing, a colour, the ground or the sky.
-    What it is told is the caption of the picture after the edit, as the text encoder knows captions alone. 40 minutes on one core. Ctrl-C
+    What it is told is the caption of the picture after the edit, as the text encoder knows captions alone. Half an hour on an idle core. Ctrl-C
     saves, and the same command goes on.
     """
     from ..runtime.cli.params import use_threads

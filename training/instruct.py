@@ -26,7 +26,7 @@ from ..runtime.model.model import Model, load_model
 from ..runtime.model.module_io import ADAPTER_PREFIX, CONTROLNET_PREFIX
 from . import embed, world
 
-PART = embed.Part(2200, 24, 4e-4)
+PART = embed.Part(1700, 24, 4e-4)
 SHARDS = 5  # of `embed.SHARD` pictures each
 KINDS = ("thing", "colour", "ground or sky")
 GROUP = 1 + len(KINDS)  # a scene, then that scene after an edit of each kind
