@@ -5,7 +5,7 @@
 One option is changed at a time. The default is what the checkpoint recommends, at lambda 0.6, so that the guidance image takes part in every
 edit. Figures are paired: the same cases, noises and default for every variant, on a seed that nothing was chosen on. Variants share the stages
 that they have in common through the editor's cache, so evaluations are counted apart, without it, on one edit of each kind. Every case is a row of
-OUTPUT/STEPS-steps/cases.csv; the same command goes on from there, and a larger --n adds to a smaller one.
+OUTPUT/STEPS-steps/cases.csv; the same command goes on from there, and a larger --n adds to a smaller one, also of a few lines (--only).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import click
 from common import FILE, FOLDER, Command, place, replace, suite
 from tables import table
 
+from iedit.runtime.errors import UsageError
 from iedit.runtime.options import DEFAULT_LAMBDA, Options
 from iedit.runtime.presets import PRESETS
 from iedit.runtime.stage_cache import StageCache
@@ -48,6 +49,8 @@ class Variant:
         changed: fields of `Options` that differ from `BASE`, nested as they are there.
         kinds: of edits that it is measured on.
         steps: of sampling.
+        base: the variant that it is compared with; None is the default.
+        shows: what is judged, a picture of `EditResult`.
     """
 
     section: str
@@ -56,13 +59,16 @@ class Variant:
     changed: Mapping[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = TEXT
     steps: int = STEPS
+    base: Variant | None = None
+    shows: str = "image"
 
     @property
     def method(self) -> truth.Method:
         """Under a name that says everything that it depends on, so that a row is never taken for another variant's."""
         options = _changed(BASE, self.changed)
         fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}
-        return truth.Method(json.dumps(self.changed, sort_keys=True), "ito", self.kinds, fields)
+        name = json.dumps(self.changed, sort_keys=True) + ("" if self.shows == "image" else f" {self.shows}")
+        return truth.Method(name, "ito", self.kinds, fields, self.shows)
 
 
 def _changed(options: Any, changed: Mapping[str, Any]) -> Any:
@@ -86,12 +92,18 @@ def _both_phases(**changed: Any) -> dict[str, Any]:
 
 
 DEFAULT = Variant("", "default", "", {}, BOTH)
+_DRAWN = Variant(
+    "Guidance image, judged itself, against the default edit", "guidance image", "default", {}, BOTH, shows="guidance"
+)
+_LAMBDA_1 = Variant("Lambda", "lambda", "1", {"lam": 1.0}, BOTH)
+_SMALL = ("thing", "colour")  # whose masks are small, so that lambda is chosen as 1
 VARIANTS = (
     Variant("Loss and update", "preservation loss", "mean over the kept area", {"kept_area": True}),
     Variant("Loss and update", "update", "Adam, fresh at each step", _both_phases(update="adam"), BOTH),
     Variant("Loss and update", "update", "Adam, carried on", _both_phases(update="adam", carry=True)),
     Variant("Loss and update", "lr, both passes", "0.05", _both_phases(lr=0.05)),
     Variant("Loss and update", "lr, both passes", "0.2", _both_phases(lr=0.2)),
+    Variant("Updated steps", "t_u, final pass", "5", {"final": {"t_u": 5}}),
     Variant("Updated steps", "t_u, final pass", "10", {"final": {"t_u": 10}}, BOTH),
     Variant("Updated steps", "t_u, final pass", "15", {"final": {"t_u": 15}}),
     Variant("Updated steps", "t_u, final pass", "20", {"final": {"t_u": 20}}, LAYOUTS),
@@ -104,8 +116,11 @@ VARIANTS = (
     Variant("Lambda", "lambda", "0.2", {"lam": 0.2}, BOTH),
     Variant("Lambda", "lambda", "0.4", {"lam": 0.4}, BOTH),
     Variant("Lambda", "lambda", "0.8", {"lam": 0.8}, BOTH),
-    Variant("Lambda", "lambda", "1", {"lam": 1.0}, BOTH),
+    _LAMBDA_1,
     Variant("Lambda", "lambda", "chosen by the mask's area", {"lam": None}),
+    Variant("At lambda 1, against lambda 1", "t_u, lambda 1", "10", {"lam": 1.0, "final": {"t_u": 10}}, _SMALL, base=_LAMBDA_1),
+    Variant("At lambda 1, against lambda 1", "t_u, lambda 1", "15", {"lam": 1.0, "final": {"t_u": 15}}, _SMALL, base=_LAMBDA_1),
+    Variant("At lambda 1, against lambda 1", "lr, lambda 1", "0.05", {"lam": 1.0, "final": {"lr": 0.05}}, _SMALL, base=_LAMBDA_1),
     Variant("Mask", "mode", "trajectory", {"mask": {"mode": "trajectory"}}),
     Variant("Mask", "mode", "none", {"mask": {"mode": "none"}}),
     Variant("Mask", "norm", "clamp, threshold 0.5", {"mask": {"norm": "clamp"}}),
@@ -125,6 +140,10 @@ VARIANTS = (
     Variant("Guidance image", "its path", "inverted", {"guidance_path": "inverted"}, BOTH),
     Variant("Guidance image", "its path", "inverted, through the VAE", {"round_trip": True}),
     Variant("Guidance image", "its path", "inverted, refined", {"refine": True}, BOTH),
+    _DRAWN,
+    Variant("Guidance image, judged itself, against the default's", "t_u", "10", {"guidance": {"t_u": 10}}, BOTH, base=_DRAWN, shows="guidance"),
+    Variant("Guidance image, judged itself, against the default's", "t_u", "20", {"guidance": {"t_u": 20}}, BOTH, base=_DRAWN, shows="guidance"),
+    Variant("Guidance image, judged itself, against the default's", "t_u and k", "20 and 30", {"guidance": {"t_u": 20, "k": 30}}, BOTH, base=_DRAWN, shows="guidance"),
     Variant("Composite", "composite", "latent", {"composite": "latent"}),
     Variant("Composite", "composite", "pixel", {"composite": "pixel"}),
     Variant("Sampling", "steps", "12", steps=12),
@@ -202,7 +221,7 @@ def verdict(found: Mapping[str, Difference]) -> str:
 
 def _number(name: str, value: float, sign: bool = True) -> str:
     plus = "+" if sign else ""
-    return f"{100 * value:{plus}.0f} %" if name == "new" else f"{value:{plus}.{4 if name == 'l1_out' else 3}f}"
+    return f"{100 * value:{plus}.0f} %" if name == "new" else f"{value:{plus}.{3 if name == 'mask_iou' else 4}f}"
 
 
 def _cell(name: str, d: Difference) -> str:
@@ -243,14 +262,13 @@ def document(rows: Mapping[Variant, Sequence[Row]], costs: Mapping[Variant, Sequ
         rows: of the default and the variants.
         costs: rows whose evaluations are those of an edit that takes nothing from a cache.
     """
-    default = rows[DEFAULT]
     found = {
-        variant: {kind: compare(some, [r for r in default if r["kind"] == kind]) for kind, some in _kinds(rows, variant)}
+        variant: {kind: compare(some, [r for r in rows[variant.base or DEFAULT] if r["kind"] == kind]) for kind, some in _kinds(rows, variant)}
         for variant in rows if variant is not DEFAULT
     }  # fmt: skip
     intervals = [d for kinds in found.values() for ds in kinds.values() for d in ds.values() if d.low != d.high]
     parts = [
-        "The default:", "", default_table(default, costs[DEFAULT]), "",
+        "The default:", "", default_table(rows[DEFAULT], costs[DEFAULT]), "",
         f"{len(found)} variants, {len(intervals)} intervals of something that moved at all. If nothing made any difference, about "
         f"{round(0.05 * len(intervals))} of them would exclude 0 by chance; {sum(d.verdict != '' for d in intervals)} do so by more than a trifle.", "",
     ]  # fmt: skip
@@ -269,6 +287,21 @@ def document(rows: Mapping[Variant, Sequence[Row]], costs: Mapping[Variant, Sequ
 
 
 # --- running ------------------------------------------------------------------------------------------------------
+
+
+def some_of(names: Sequence[str]) -> list[Variant]:
+    """The default and the variants of these names ("OPTION VALUE"), with those that they are compared with; all of them if there is none.
+
+    Raises:
+        UsageError: there is no such variant.
+    """
+    named = {f"{v.option} {v.value}": v for v in VARIANTS}
+    unknown = [n for n in names if n not in named]
+    if unknown:
+        raise UsageError(f"--only: {unknown[0]!r} is not one of {'; '.join(named)}")
+    wanted = {named[n] for n in names} or set(VARIANTS)
+    wanted |= {v.base for v in wanted if v.base}
+    return [DEFAULT, *(v for v in VARIANTS if v in wanted)]
 
 
 def load_cached(model: str, reader: Path, backend: str, engines: str | None) -> tuple[Any, Any]:
@@ -316,19 +349,28 @@ def measure(
 @suite
 @click.option("--n", "count", default=20, show_default=True, type=click.IntRange(2), help="Edits of each text kind.")
 @click.option("--layouts", default=10, show_default=True, type=click.IntRange(2), help="Edits of each layout kind.")
+@click.option(
+    "--only",
+    "chosen",
+    multiple=True,
+    metavar="'OPTION VALUE'",
+    help="These lines of the tables alone, for instance 'steps 12'; repeat for several. They are written to a place of their own, "
+    "<!-- closer -->.",
+)
 @click.option("--seed", default=11, show_default=True, help="Of the held-out edits; nothing was chosen on it.")
 @click.option("--batch", default=10, show_default=True, type=click.IntRange(1), help="Edits per call.")
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--output", type=FOLDER, default=Path("build/defaults"), show_default=True)
 @click.option("--write", type=FILE, default=None, help="A document whose tables are replaced.")
-def main(model: str, reader: Path, backend: str, engines: str | None, count: int, layouts: int, seed: int, batch: int, processes: int,
-         output: Path, write: Path | None) -> None:  # fmt: skip
+def main(model: str, reader: Path, backend: str, engines: str | None, count: int, layouts: int, chosen: tuple[str, ...], seed: int, batch: int,
+         processes: int, output: Path, write: Path | None) -> None:  # fmt: skip
     """Measure every option of ITO that is a choice, one at a time."""
+    mark = "closer" if chosen else "defaults"
     if write is not None:
-        place(write, "defaults")
+        place(write, mark)
+    asked = some_of(chosen)
     named = (model, reader, backend, None if engines is None else str(engines))
     more = {"seed": seed, "batch": batch, "processes": processes}
-    asked = (DEFAULT, *VARIANTS)
     costs = measure(
         asked, dict.fromkeys(BOTH, 1), functools.partial(load_suite, *named), "evaluations", output / "costs", **more
     )
@@ -336,7 +378,7 @@ def main(model: str, reader: Path, backend: str, engines: str | None, count: int
     text = document(measure(asked, counts, functools.partial(load_cached, *named), "edits", output, **more), costs)
     click.echo(text)
     if write is not None:
-        replace(write, "defaults", text)
+        replace(write, mark, text)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from scipy import stats
 
 from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.editor import Editor
+from iedit.runtime.errors import UsageError
 from iedit.runtime.model.model import load_model
 from iedit.runtime.options import USES, Options
 from iedit.runtime.stage_cache import StageCache
@@ -71,11 +72,23 @@ def test_every_variant_is_another_edit_than_the_default_and_one_that_can_be_made
     for v in defaults.VARIANTS:
         options = Options(**v.method.options)
         options.check()
+        base = v.base or defaults.DEFAULT
+        assert set(v.kinds) <= set(base.kinds) and (v.steps == base.steps or v.option == "steps")
         for kind in v.kinds:
             settled, default = (
-                o.settled(model, v.steps, layouts=kind in truth.LAYOUT_KINDS) for o in (options, defaults.BASE)
+                o.settled(model, v.steps, layouts=kind in truth.LAYOUT_KINDS)
+                for o in (options, Options(**base.method.options))
             )
-            assert v.steps != defaults.STEPS or settled != default, (v.option, v.value, kind)
+            assert v.steps != base.steps or settled != default or v.shows != base.shows, (v.option, v.value, kind)
+
+
+def test_a_few_lines_are_asked_for_by_their_names_and_bring_what_they_are_compared_with(defaults: Any) -> None:
+    assert defaults.some_of(()) == [defaults.DEFAULT, *defaults.VARIANTS]
+    for v in defaults.VARIANTS:
+        found = defaults.some_of((f"{v.option} {v.value}",))
+        assert found[0] is defaults.DEFAULT and set(found[1:]) == {v, v.base} - {None}
+    with pytest.raises(UsageError, match=r"'steps 13' is not one of .*steps 12"):
+        defaults.some_of(("steps 12", "steps 13"))
 
 
 def test_only_what_is_beyond_noise_and_no_trifle_is_better_or_worse(defaults: Any) -> None:
@@ -160,6 +173,8 @@ def test_what_is_not_there_is_a_line_before_anything_runs(defaults: Any, tmp_pat
     reader = tmp_path / "classifier.safetensors"
     for words, said in (
         (("--reader", reader, "--write", page), "put <!-- defaults -->"),
+        (("--reader", reader, "--write", page, "--only", "steps 12"), "put <!-- closer -->"),
+        (("--reader", reader, "--only", "steps"), "'steps' is not one of"),
         (("--reader", reader), "train it with"),
         (("--reader", reader, "--n", 1), "1 is not in the range"),
     ):

@@ -79,7 +79,6 @@ PRESET = {"guidance_until": 0.32, "guidance_path": "drawn", "mask_seeds": 4, "la
 # Mean absolute error of the autoencoder, of the range, above which a picture is not of the world. On 120 held-out renders it was 0.007 (at
 # most 0.011), on 30 of them as JPEG of quality 40 0.014 (at most 0.017); on 24 photographs and drawings of image libraries 0.045 to 0.179.
 RECONSTRUCTION_ERROR = 0.03
-TEXT_UPDATE_SHARE = 1.0  # of the steps, that ITO updates, in place of 15 of 25; likewise
 
 
 def images_to_tensor(images: list[Any]) -> Tensor:
@@ -864,11 +863,9 @@ evaluations, that of "trajectory" 0.39, 0.22, 0.74 for 480, with equal accuracy.
 of each kind (thing, colour, ground and sky, pose, outline), of a seed that the figures below do not use, the mask's IoU with the exact
 region went from 0.62, 0.53, 0.70, 0.74, 0.43, 0.53 to 0.64, 0.66, 0.83, 0.61, 0.62, 0.67, the L1 outside from 0.013, 0.018, 0.020,
 0.090, 0.016, 0.011 to 0.012, 0.015, 0.015, 0.054, 0.013, 0.010, and another sky was there in 13 of 13 edits in place of 8 of 15; the other kinds kept
-their accuracy. With that mask ITO updates every step of an edit without layouts (`text_update_share` 1, in place of 15 of 25): on 48 edits of sky or
-ground of that seed the L1 outside went from 0.057 to 0.045 (sky) and from 0.015 to 0.010 (ground), with the same accuracy. Edits with a layout
-keep 15 of 25: on 64 outlines and 48 poses of that seed every step took the L1 outside from 0.010 to 0.007 and from 0.013 to 0.010, but what
-was asked from 77 % to 73 % and from 100 % to 96 %, and the old was still there in 6 % and 4 % in place of 5 % and 2 % (with the scribble
-ControlNet at 2300 steps). All of this was measured with the papers' update, Adam; the figures below are with the default, clipped, and with
+their accuracy. ITO updates 15 of 25 steps as in the paper: with the paper's Adam and earlier weights every step was better for skies and grounds and was recommended
+for edits without layouts; with the clipped update 15 are (docs/defaults.md): on 30 edits of each kind of seed 31 the L1 inside of skies and grounds was 0.025 in place of 0.038, that
+of colours 0.063 in place of 0.067, with nothing lost outside and every edit there either way. The scale and the mask were measured with the papers' update, Adam; the figures below are with the default, clipped, and with
 Adam beside it ("ito adam"; docs/update.md says why). For ITO it recommends the preset `fast` (docs/presets.md): guidance for the first third of
 the steps, which text to image has too, the guidance image's own path, and a mask of 4 seeds; "ito exact" is the full method. Where no layout is given and the
 mask covers up to {PRESET["lambda_area"]:.0%} of the picture (`lambda_area`) lambda is 1, else 0.6: see docs/presets.md. The remaining defaults are the papers'.
@@ -919,7 +916,7 @@ def write_model(plan: Plan, log: Callable[[str], None], out: Path | None = None)
     (out / HISTORY_FILE).write_text(json.dumps(training_history(plan), indent=1) + "\n")
     (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
     hints = {"guidance_scale": GUIDANCE_SCALE, "mask_strength": MASK_STRENGTH, "mask_threshold": MASK_THRESHOLD,
-             "text_update_share": TEXT_UPDATE_SHARE, **PRESET, "words": WORDS, "reconstruction_error": RECONSTRUCTION_ERROR}  # fmt: skip
+             **PRESET, "words": WORDS, "reconstruction_error": RECONSTRUCTION_ERROR}  # fmt: skip
     (out / "iedit.json").write_text(json.dumps(hints) + "\n")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     log(f"model: written to {out}, {size / 1e6:.1f} MB")
