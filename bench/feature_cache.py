@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -40,6 +41,7 @@ from iedit.runtime.profile import current
 from iedit.runtime.stage_cache import StageCache
 from iedit.training import metrics, truth
 from iedit.training.classifier import Classifier
+from iedit.training.evaluate import model_settings
 from iedit.training.workers import read_json, write_json
 
 Row = dict[str, Any]
@@ -324,7 +326,7 @@ def rows_of(
 
 def settings_of(model: Model, variant: Variant) -> str:
     """What the rows of a variant depend on beside the case."""
-    return f"{model.digest} {variant.name} {sorted(method_of(variant).options.items())}"
+    return f"{model_settings(SimpleNamespace(model=model))} {variant.name} {sorted(method_of(variant).options.items())}"
 
 
 def paired(rows: Sequence[Row], base: Sequence[Row], field: str) -> tuple[float, float, float]:
