@@ -56,15 +56,18 @@ def table(summaries: Mapping[str, list[dict[str, Any]]]) -> str:
 @click.option("--model", default="picturebook", show_default=True)
 @click.option("--reader", required=True, type=click.Path(path_type=Path), help="Weights of `iedit train classifier`.")
 @click.option("--backend", default="torch", show_default=True)
+@click.option("--engines", default=None, help="Folder of exported engines. Default: the user's cache.")
 @click.option("--n", "count", default=100, show_default=True, help="Edits of each kind.")
 @click.option("--seed", default=0, show_default=True, help="Of the held-out edits; the presets were chosen on 31337.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("build/presets"), show_default=True)
 @click.option("--write", type=click.Path(path_type=Path), default=None, help="A document whose table is replaced.")
-def main(model: str, reader: Path, backend: str, count: int, seed: int, output: Path, write: Path | None) -> None:
+def main(
+    model: str, reader: Path, backend: str, engines: str | None, count: int, seed: int, output: Path, write: Path | None
+) -> None:
     """Measure the presets."""
     if write is not None:
         place(write, "presets")
-    editor = Editor.load(model, backend=backend, cache=StageCache(memory=0))
+    editor = Editor.load(model, backend=backend, cache=StageCache(memory=0), engines=engines)
     judge, summaries = Classifier.load(reader), dict[str, list[dict[str, Any]]]()
     for name, preset in PRESETS.items():
         fields = (f.name for f in dataclasses.fields(Options))
