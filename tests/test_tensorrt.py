@@ -13,9 +13,10 @@ import importlib.util
 import json
 import re
 import shutil
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -307,6 +308,15 @@ def test_the_parsers_errors_are_all_reported(machine: Machine) -> None:
     assert not (machine.folder / "unet").exists()
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C arrives, also where the tests were started in the background, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("stop", ["fail", "interrupted"])
 def test_a_build_that_stops_leaves_no_engine_and_the_one_before(machine: Machine, stop: str) -> None:
     machine.build("unet")
