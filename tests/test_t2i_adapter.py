@@ -203,6 +203,10 @@ def test_what_cannot_be_trained_on_is_one_line_and_exit_code_2(
         t2i_adapter.new_adapter(unet)
     unknown = run("--work", tmp_path / "work", layout="pos")
     assert unknown.exit_code == 2 and "Did you mean 'pose'?" in unknown.stderr
+    for text, says in (("[", "training.json cannot be read"), ("{}", "training.json has no list of parts")):
+        (plain / embed.HISTORY_FILE).write_text(text)
+        result = run("--work", tmp_path / "work", "--base", plain)
+        assert result.exit_code == 2 and says in result.stderr and not (tmp_path / "work").exists(), result.output
     missing = CliRunner().invoke(main, ["train", "adapter"])
     assert missing.exit_code == 2 and "Missing option '--layout'" in missing.stderr
     (tmp_path / "work" / "base" / "unet").mkdir(parents=True)

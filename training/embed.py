@@ -180,8 +180,9 @@ def load_base(base: Path) -> Model:
     """A model of the world, float32 on the CPU without what reads layouts, that another checkpoint is trained on top of.
 
     Raises:
-        UsageError: it is of no such model, or takes more than noise and text.
+        UsageError: it is of no such model, or takes more than noise and text; ValueError: its `training.json` is broken.
     """
+    read_history(base)  # which is written on at the end
     model = load_model(str(base), (), device="cpu", dtype="float32")
     if model.instructs or model.side != world.SIZE or model.schedule.prediction != "epsilon":
         had = "takes the picture already" if model.instructs else (
@@ -215,9 +216,19 @@ def checkpoint_from(base: Path, out: Path, left_out: Sequence[str]) -> Iterator[
 
 
 def read_history(model: Path) -> list[dict[str, Any]]:
-    """The rows of a model's `training.json`, one for each time that a part was trained; [] without one."""
+    """The rows of a model's `training.json`, one for each time that a part was trained; [] without one.
+
+    Raises:
+        ValueError: it cannot be read, or holds no such rows.
+    """
     path = model / HISTORY_FILE
-    return json.loads(path.read_text()) if path.exists() else []
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); mend it, or leave it out") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "part" in row for row in rows):
+        raise ValueError(f"{path} has no list of parts that were trained; mend it, or leave it out")
+    return rows
 
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"

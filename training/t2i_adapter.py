@@ -136,11 +136,10 @@ def train(work: Path, base: Path, out: Path, layout: str, log: Callable[[str], N
 def is_checkpoint(folder: Path, layout: str) -> bool:
     """Whether a folder is what `train` wrote for this layout, which may be replaced."""
     try:
-        history: Any = embed.read_history(folder)
+        history = embed.read_history(folder)
     except ValueError:
         return False
-    last = history[-1] if isinstance(history, list) and history else None
-    return isinstance(last, dict) and last.get("part") == part_of(layout)
+    return bool(history) and history[-1]["part"] == part_of(layout)
 
 
 def write_checkpoint(adapter: Any, layout: str, base: Path, work: Path, out: Path) -> Path:
