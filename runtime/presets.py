@@ -62,13 +62,13 @@ PRESETS = {
     "faster": Preset(
         12,
         Options(
-            guidance_until=0.5,
+            guidance_until=0.42,
             guidance_path="drawn",
             timestep_spacing="trailing",
             final=ItoSettings(k=2),
             mask=MaskOptions(seeds=4),
         ),
-        "as fast, in 12 steps from full noise, half of them guided, with 2 inner steps of the update",
+        "as fast, in 12 steps from full noise, 5 of them guided, with 2 inner steps of the update",
     ),
 }
 # Of `Options`, what a preset may set.

@@ -156,10 +156,10 @@ def test_the_command_writes_its_tables_into_a_document_and_repeats_nothing(
     assert done.exit_code == 0 and "3 of 3" in done.output, done.output
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    # 12 steps, 6 of them guided, full at 1, 4, 7, 10: 8 for the mask, then 12 + 2 * 18, of which 12 + 2 * 6 and 4 + 2 * 6 are full.
-    assert "| faster | 56 (56) | 1 / 3.0 |" in text
-    assert f"| faster, interval 3, 1 block, denoising | {32 + 24 / 4:.0f} (38) | 1 / 4.5 |" in text
-    assert f"| faster, interval 3, 1 block, denoising and inversion | {24 + 32 / 4:.0f} (32) | 1 / 5.3 |" in text
+    # 12 steps, 5 of them guided, full at 1, 4, 7, 10: 8 for the mask, then 12 + 2 * 17, of which 12 + 2 * 6 and 4 + 2 * 6 are full.
+    assert "| faster | 54 (54) | 1 / 3.1 |" in text
+    assert f"| faster, interval 3, 1 block, denoising | {32 + 22 / 4:.0f} (38) | 1 / 4.5 |" in text
+    assert f"| faster, interval 3, 1 block, denoising and inversion | {24 + 30 / 4:.0f} (32) | 1 / 5.4 |" in text
     assert (
         text.count("| thing (1) |") == 3 and "of 2000 ms" not in text
     )  # what the depths cost is told where there are several
