@@ -76,7 +76,10 @@ def asked(model: Any) -> Iterator[tuple[int, truth.Method]]:
     presets = [
         (p.steps or STEPS, truth.Method(name, "ito", truth.KINDS, _fields(p.options))) for name, p in PRESETS.items()
     ]
-    for steps, m in [*((STEPS, m) for m in truth.METHODS.values() if edits(m, model)), *presets]:
+    for steps, m in [
+        *((STEPS, dataclasses.replace(m, kinds=m.kinds_on(model))) for m in truth.METHODS.values() if edits(m, model)),
+        *presets,
+    ]:
         settled = Options(**m.options).settled(model, steps, m.method)
         key = (steps, m.method, repr(settled))
         if key in found:
@@ -89,7 +92,7 @@ def asked(model: Any) -> Iterator[tuple[int, truth.Method]]:
 
 def edits(method: truth.Method, model: Any) -> bool:
     """Whether a method of the suite makes an edit with this model: not the autoencoder's round trip, not what an edit shows on its way."""
-    return bool(method.method) and method.shows == "image" and method.runs_on(model)
+    return bool(method.method) and method.shows == "image" and bool(method.kinds_on(model))
 
 
 def _fields(options: Options) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,14 @@ from iedit.runtime.denoise_step import Condition, ControlInput
 from iedit.runtime.editor import Editor, EditRequest, Options
 from iedit.runtime.errors import UsageError
 from iedit.runtime.images import to_tensor
+from iedit.runtime.model.checkpoint import (
+    ADAPTER_TYPES,
+    adapter_features,
+    features_taken,
+    find_checkpoint,
+    fitting_adapter,
+    unet_features,
+)
 from iedit.runtime.model.model import load_model, read_digests
 from iedit.runtime.network import Network
 from iedit.runtime.profile import Profile
@@ -69,8 +78,7 @@ def gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-@pytest.mark.parametrize("names", [("sketch",), ("edge",), ("sketch", "edge")])
-def test_it_is_diffusers_adapter_pipeline(model: Any, names: tuple[str, ...]) -> None:
+def assert_as_diffusers_pipeline(model: Any, names: tuple[str, ...]) -> None:
     from diffusers import DDIMScheduler, StableDiffusionAdapterPipeline
 
     maps = [layout(i, "L" if name == "edge" else "RGB") for i, name in enumerate(names)]
@@ -94,6 +102,102 @@ def test_it_is_diffusers_adapter_pipeline(model: Any, names: tuple[str, ...]) ->
     assert gap(got, want) < 1e-5
     free = network.run(masked_sampling(noise, path, Condition(text[:1]), Condition(text[1:]), 7.5))
     assert gap(free, got) > 1e-3  # the adapter matters
+
+
+@pytest.mark.parametrize("names", [("sketch",), ("edge",), ("sketch", "edge")])
+def test_it_is_diffusers_adapter_pipeline(model: Any, names: tuple[str, ...]) -> None:
+    assert_as_diffusers_pipeline(model, names)
+
+
+DOWN = ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")  # of the embedded model
+WIDE = (16, 16, 32)
+
+
+@pytest.fixture(scope="module")
+def plain_first(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random checkpoint with a UNet whose first block has no cross-attention, an adapter for its three blocks, and one that adds to the
+    middle too, as SDXL's."""
+    from diffusers import T2IAdapter, UNet2DConditionModel
+
+    made = tmp_path_factory.mktemp("plain") / "checkpoint"
+    shutil.copytree(tiny_folder, made, ignore=shutil.ignore_patterns("controlnet-*", "unet"))
+    torch.manual_seed(1)
+    net: Any = UNet2DConditionModel(
+        sample_size=8, block_out_channels=WIDE, layers_per_block=1, down_block_types=DOWN, norm_num_groups=8, attention_head_dim=2,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=32,
+    )  # fmt: skip
+    net.save_pretrained(made / "unet")
+    for name, widths in (("sketch", WIDE), ("middle", (*WIDE, WIDE[-1]))):
+        reader: Any = T2IAdapter(3, list(widths), num_res_blocks=1, downscale_factor=16, adapter_type="full_adapter_xl")
+        reader.save_pretrained(made / f"adapter-{name}")
+    return made
+
+
+@pytest.mark.parametrize("name", ["sketch", "middle"])
+def test_on_a_unet_whose_first_block_has_no_cross_attention_it_is_diffusers_adapter_pipeline(
+    plain_first: Path, name: str
+) -> None:
+    model = load_model(str(plain_first), [name], device="cpu")
+    assert_as_diffusers_pipeline(model, (name,))
+    if name == "middle":  # its last feature is used
+        told = control(name, layout(0))
+        features = TorchBackend(model).adapter_features(name, told.image)
+        text, x, t = Codec(model).encode_text([PROMPT]), torch.ones(1, *SHAPE), torch.tensor([400])
+        with torch.no_grad():
+            without = model.unet(x, t, text, down_intrablock_additional_residuals=features[:3]).sample
+        assert gap(TorchBackend(model).predict(x, t, Condition(text, (told,))), without) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ADAPTER_TYPES)
+@pytest.mark.parametrize("channels", [[8], [8, 16], [8, 16, 24], [8, 16, 24, 24]])
+def test_what_an_adapter_makes_is_known_from_its_config(kind: str, channels: list[int]) -> None:
+    from diffusers import T2IAdapter
+
+    net: Any = T2IAdapter(3, channels, num_res_blocks=1, downscale_factor=4, adapter_type=kind)
+    with torch.no_grad():
+        made = net(torch.zeros(1, 3, 64, 64))
+    said = adapter_features(kind, channels, 4)
+    assert [tuple(f.shape) for f in made] == [(1, c, 64 // n, 64 // n) for c, n in zip(said.channels, said.cells)]
+
+
+@pytest.mark.parametrize("down", list(itertools.product((False, True), repeat=3)), ids=str)
+def test_what_a_unet_takes_is_known_from_its_config(down: tuple[bool, ...]) -> None:
+    from diffusers import UNet2DConditionModel
+
+    names = [("DownBlock2D", "CrossAttnDownBlock2D")[cross] for cross in down]
+    net: Any = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16, 24), layers_per_block=1, down_block_types=tuple(names), norm_num_groups=4, attention_head_dim=2,
+        up_block_types=("UpBlock2D",) * 3, cross_attention_dim=8,
+    )  # fmt: skip
+    taken = features_taken(net.config, {"block_out_channels": [1, 2, 3]})
+    assert taken.channels == (8, 16, 24)
+
+    @torch.no_grad()
+    def run(cells: Sequence[int]) -> Tensor:
+        features = [torch.ones(1, c, 32 // n, 32 // n) for c, n in zip(taken.channels, cells)]
+        out: Tensor = net(
+            torch.ones(1, 4, 8, 8), 7, torch.ones(1, 1, 8), down_intrablock_additional_residuals=features
+        ).sample
+        assert not features  # all were added
+        return out
+
+    assert run(taken.cells).shape == (1, 4, 8, 8)
+    for i, n in enumerate(taken.cells):
+        for other in (n // 2, n * 2):
+            if other != 32:  # a feature of one cell is spread over all
+                with pytest.raises(RuntimeError, match="must match"):
+                    run([*taken.cells[:i], other, *taken.cells[i + 1 :]])
+
+
+def test_the_adapter_for_a_unet_is_named_where_there_is_one() -> None:
+    cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
+    sd = unet_features((320, 640, 1280, 1280), [cross] * 3 + [plain], 8)
+    assert sd == adapter_features("full_adapter", (320, 640, 1280, 1280), 8)
+    assert sd == adapter_features("light_adapter", (320, 640, 1280), 8)
+    assert fitting_adapter(sd) == ("full_adapter", 8)
+    sdxl = unet_features((320, 640, 1280), [plain, cross, cross], 8)
+    assert fitting_adapter(sdxl) == ("full_adapter_xl", 16)
+    assert fitting_adapter(unet_features((8, 8, 8), [plain, plain, plain], 8)) is None
 
 
 def test_brightness_is_pillows(model: Any) -> None:
@@ -227,11 +331,27 @@ def test_from_the_command_line_inside_and_outside_the_checkpoint(
     [
         (
             {"channels": [32, 128]},
-            r"features of \[32, 128\] channels, the UNet's blocks have \[32, 64\]; it is for another model",
+            r"makes features of 32 channels at 1/8, 128 channels at 1/16 of the picture's size; the UNet adds features of 32 channels at 1/8, "
+            r"64 channels at 1/16 of the picture's size; one for this UNet has channels \[32, 64\] in place of \[32, 128\]$",
         ),
-        ({"adapter_type": "light_adapter"}, r"features of \[32, 64, 64\] channels"),
-        ({"downscale_factor": 16}, "reads a layout at 1/16 of its size, the VAE's latent is 1/8"),
-        ({"adapter_type": "full_adapter_xl"}, "adapter_type 'full_adapter_xl', expected full_adapter or light_adapter"),
+        (
+            {"adapter_type": "light_adapter"},
+            "makes features of 32 channels at 1/8, 64 channels at 1/16, 64 channels at 1/32 .*adapter_type full_adapter in place of light_adapter$",
+        ),
+        (
+            {"downscale_factor": 16},
+            "makes features of 32 channels at 1/16, 64 channels at 1/32 .* has downscale_factor 8 in place of 16$",
+        ),
+        (
+            {"adapter_type": "full_adapter_xl"},
+            "makes features of 32 channels at 1/8, 64 channels at 1/8 .* has adapter_type full_adapter in place of full_adapter_xl$",
+        ),
+        (
+            {"adapter_type": "half_adapter"},
+            "adapter_type 'half_adapter', expected full_adapter, light_adapter, full_adapter_xl",
+        ),
+        ({"channels": "many"}, "channels 'many', expected a list of whole numbers above 0"),
+        ({"channels": [32, 64, 64]}, r"channels \[32, 64\] in place of \[32, 64, 64\]$"),
         ({"in_channels": 4}, "in_channels 4, expected 3, or 1"),
         ({"_class_name": "MultiAdapter"}, "is of a MultiAdapter, expected a ControlNetModel"),
     ],
@@ -246,15 +366,48 @@ def test_an_adapter_of_another_model_is_refused_by_field(
         load_model(str(folder), {"sketch": str(copied)}, device="cpu")
 
 
-def test_a_unet_whose_blocks_have_no_cross_attention_and_a_name_with_two_readers_are_refused(
-    folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("adapter", "unet", "says"),
+    [
+        (
+            {"adapter_type": "full_adapter", "downscale_factor": 8},
+            {},
+            "makes features of 16 channels at 1/8, 16 channels at 1/16, .* adds features of 16 channels at 1/16, 16 channels at 1/16, .* has "
+            "adapter_type full_adapter_xl in place of full_adapter and downscale_factor 16 in place of 8$",
+        ),
+        (
+            {},
+            {"down_block_types": ["DownBlock2D"] * 3},
+            "at 1/32 of the picture's size; no type of adapter makes those",
+        ),
+        (
+            {},
+            {"down_block_types": ["AttnDownBlock2D", *DOWN[1:]]},
+            "UNet of down_block_types .*AttnDownBlock2D.* needs down blocks of",
+        ),
+        ({}, {"down_block_types": "DownBlock2D"}, "UNet of down_block_types 'DownBlock2D'"),
+        ({}, {"block_out_channels": [16, True, 32]}, r"UNet of block_out_channels \[16, True, 32\]"),
+        (
+            {"channels": [*WIDE, 32]},
+            {"mid_block_type": None},
+            r"has channels \[16, 16, 32\] in place of \[16, 16, 32, 32\]",
+        ),
+        ({"channels": [*WIDE, 16]}, {}, r"has channels \[16, 16, 32\] in place of \[16, 16, 32, 16\]"),
+    ],
+)
+def test_an_adapter_whose_features_are_not_added_where_they_fit_is_refused(
+    plain_first: Path, tmp_path: Path, adapter: dict[str, Any], unet: dict[str, Any], says: str
 ) -> None:
-    copied = Path(shutil.copytree(folder, tmp_path / "checkpoint"))
-    config = json.loads((copied / "unet" / "config.json").read_text())
-    blocks = ["DownBlock2D", "CrossAttnDownBlock2D"]
-    (copied / "unet" / "config.json").write_text(json.dumps(config | {"down_block_types": blocks}))
-    with pytest.raises(UsageError, match=r"cannot be added to a UNet of DownBlock2D, CrossAttnDownBlock2D"):
-        load_model(str(copied), device="cpu")
+    made = Path(shutil.copytree(plain_first, tmp_path / "checkpoint"))
+    for part, changes in (("adapter-sketch", adapter), ("unet", unet)):
+        path = made / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UsageError, match=says) as caught:
+        find_checkpoint(str(made), ["sketch"])
+    assert "\n" not in str(caught.value) and "adapter-sketch" in str(caught.value)
+
+
+def test_a_name_with_two_readers_or_none_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder_with_both := tmp_path / "both").mkdir()
     shutil.copytree(folder, folder_with_both, dirs_exist_ok=True)
     shutil.copytree(folder / "adapter-sketch", folder_with_both / "adapter-pose")

@@ -29,9 +29,10 @@ def test_help_imports_no_torch() -> None:
 
 def test_the_help_of_truth_names_every_method_and_kind() -> None:
     told = " ".join(CliRunner().invoke(evaluate, ["truth", "--help"]).stdout.split())
+    told = told.replace("- ", "-")  # lines end at hyphens
     assert all(name in told for name in (*truth.METHODS, *truth.KINDS))
     assert names(tuple(truth.METHODS), "main", truth.MAIN) == ["ito", "diffedit", "sdedit", "iedit", "p2p", "ddpm", "ip2p", "controlnet",
-                                                               "controlnet-diffedit", "round trip of the target"]  # fmt: skip
+                                                               "controlnet-diffedit", "t2i-adapter", "t2i-adapter-diffedit", "round trip of the target"]  # fmt: skip
 
 
 def test_an_unknown_kind_is_a_usage_error_that_names_the_known_ones() -> None:
@@ -185,6 +186,8 @@ class Editor:
 
     asked: ClassVar[list[editor.EditRequest]] = []
     instructs: ClassVar[bool] = False
+    controlnets: ClassVar[tuple[str, ...]] = ("pose", "scribble")
+    adapters: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def load(cls, model: str, backend: str, cache: Any, engines: Any) -> Editor:
@@ -203,6 +206,8 @@ class Editor:
             guidance_path=None,
             mask_seeds=None,
             instructs=self.instructs,
+            controlnets=dict.fromkeys(self.controlnets),
+            adapters=dict.fromkeys(self.adapters),
             lambda_area=None,
         )
 
@@ -235,13 +240,14 @@ def test_the_truth_command_runs_every_method_on_its_kinds_and_writes_card_rows_a
     result = CliRunner().invoke(evaluate, [*arguments, "--sheet", "1"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     counted = Counter((request.method, request.options) for request in Editor.asked)
-    methods = [m for m in truth.METHODS.values() if m.method and m.name != "ip2p"]
+    fit = [m for m in truth.METHODS.values() if m.name != "ip2p" and not m.name.startswith("t2i-adapter")]
+    methods = [m for m in fit if m.method]
     wanted = Counter((m.method, editor.Options(**m.options)) for m in methods for _ in range(2 * len(m.kinds)))
     assert counted == wanted  # two of them differ only in what is judged
     for request in Editor.asked:
         assert set(request.layouts) == set(request.source_layouts) <= {"pose", "scribble"}
         assert (request.mask is not None) == (request.method == "iedit")
-    assert len(list(output.glob("*.png"))) == sum(len(m.kinds) for m in truth.METHODS.values() if m.name != "ip2p")
+    assert len(list(output.glob("*.png"))) == sum(len(m.kinds) for m in fit)
     assert "### Edits of held-out scenes" in (output / "card.md").read_text()
     assert json.loads((output / "figures.json").read_text())["edits"][0]["n"] == 2
     CliRunner().invoke(evaluate, arguments, catch_exceptions=False)
@@ -284,6 +290,49 @@ def test_of_an_instructing_checkpoint_the_truth_command_runs_ip2p_and_refuses_wh
     assert {(r["method"], r["kind"]) for r in rows} == {("ip2p", k) for k in truth.TEXT_KINDS} | {
         ("round trip of the target", k) for k in truth.KINDS
     }
+
+
+def test_a_layout_that_a_t2i_adapter_reads_has_rows_by_that_name_and_the_other_keeps_the_controlnets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(editor, "Editor", Editor)
+    monkeypatch.setattr(Editor, "asked", [])
+    monkeypatch.setattr(Editor, "controlnets", ("scribble",))
+    monkeypatch.setattr(Editor, "adapters", ("pose",))
+    monkeypatch.setattr(truth, "crispness", lambda *_: 20.0)
+    reader, output = tmp_path / "reader.safetensors", tmp_path / "out"
+    classifier.Classifier().save(reader)
+    words = ["evaluate", "truth", "--model", "mine", "--reader", str(reader), "--output", str(output), "--n", "1"]
+    for asked, says in (
+        (
+            ("controlnet,ito", "pose"),
+            "'controlnet' cannot be run, mine has no ControlNet that reads pose; leave it out, ask for t2i-adapter, or",
+        ),
+        (
+            ("t2i-adapter-diffedit", "scribble,thing"),
+            "has no T2I-Adapter that reads scribble; leave it out, ask for controlnet-diffedit, or",
+        ),
+        (("ip2p", "thing"), "mine is no InstructPix2Pix checkpoint"),
+    ):
+        refused = CliRunner().invoke(main, [*words, "--methods", asked[0], "--kinds", asked[1]])
+        assert refused.exit_code == 2 and says in refused.stderr, refused.stderr
+    assert not Editor.asked and not output.exists()
+    wanted = {
+        ("controlnet", "scribble"),
+        ("controlnet-diffedit", "scribble"),
+        ("t2i-adapter", "pose"),
+        ("t2i-adapter-diffedit", "pose"),
+    }
+    names_of_rows = {m for m, _ in wanted}
+    for methods in (",".join(sorted(names_of_rows)), "main"):
+        output = tmp_path / methods[:4]
+        done = CliRunner().invoke(
+            main, [*words, "--output", str(output), "--methods", methods, "--kinds", "pose,scribble"]
+        )
+        assert done.exit_code == 0, done.output
+        rows = workers.read_rows(output / "cases.csv", truth.WORDS, truth.WHOLE)
+        assert {(r["method"], r["kind"]) for r in rows if r["method"] in names_of_rows} == wanted
+        assert "t2i-adapter-diffedit" in (output / "card.md").read_text()
 
 
 @pytest.mark.slow

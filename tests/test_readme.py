@@ -76,7 +76,7 @@ def test_every_command_line_of_the_evaluation_page_parses(root: Path) -> None:
 
 def test_every_command_line_of_the_methods_page_parses_and_every_method_is_on_it(root: Path) -> None:
     lines = command_lines(root, "docs/methods.md")
-    assert {parse(line).name for line in lines} == {"edit", "instruct", "truth"} and len(lines) >= 4
+    assert {parse(line).name for line in lines} == {"edit", "instruct", "adapter", "truth"} and len(lines) >= 7
     text = (root / "docs/methods.md").read_text()
     assert all(f"`{method}`" in text for method in METHODS)
 

@@ -1,11 +1,14 @@
-"""Commands of `iedit train`: make the embedded model, an InstructPix2Pix checkpoint of it, the reader that judges, and the figures of its card."""
+"""Commands of `iedit train`: make the embedded model, an InstructPix2Pix checkpoint and a T2I-Adapter of it, the reader that judges, and the figures of its card."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
+from ..runtime.cli.help import Choice
+from ..runtime.cli.params import together
 from .cli_evaluate import WORK, load_suite, reader_option, write_card
 from .cli_finetune import ablation, finetune
 from .cli_pairs import pairs, renders
@@ -37,6 +40,8 @@ def train() -> None:
 
     InstructPix2Pix: `instruct` fine-tunes the embedded model so that it takes the picture beside the noise, for --method ip2p.
 
+    T2I-Adapter: `adapter` trains one of the embedded model that reads a layout in place of its ControlNet.
+
     The embedded model, in this order: `embed` trains it, `classifier` the reader of pictures that judges it (10 minutes
     on one core), `figures` measures the model and `iedit evaluate truth` the edits. The last two write figures.json, and
     card.md for the card.
@@ -66,14 +71,47 @@ def embed(work: Path, processes: int, base: str | None, out: Path | None) -> Non
         raise click.ClickException(str(error)) from error
 
 
+_on_base = together([
+    click.option("--base", default="picturebook", show_default=True, metavar="MODEL",
+                 help="What is trained on: the embedded model, or a folder of `iedit train embed`."),
+    click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=None,
+                 help="Folder of the model, in diffusers' layout. Default: WORK/model."),
+    click.option("--overwrite", is_flag=True, help="Replace OUT if it is there."),
+])  # fmt: skip
+
+
+def _train_on(
+    base: str, out: Path, overwrite: bool, is_ours: Callable[[Path], bool], train_it: Callable[[Path], Path]
+) -> None:
+    """Run a training on top of a model and say where its checkpoint is.
+
+    Args:
+        is_ours: whether a folder is a checkpoint of the command, which --overwrite may replace.
+        train_it: trains on the base's folder and writes the checkpoint.
+    """
+    from ..runtime.cli.params import use_threads
+    from ..runtime.errors import RunError, UsageError
+    from ..runtime.model.checkpoint import find_folder
+
+    if out.exists() and not is_ours(out):
+        raise UsageError(f"--out: {out} is there and is no checkpoint of this command; name another folder")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out: {out} is there already; name another folder, or replace it with --overwrite")
+    start = find_folder(base)
+    use_threads()
+    try:
+        train_it(start)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except FloatingPointError as error:
+        raise RunError(str(error)) from error
+    click.echo(f"wrote {out}")
+
+
 @train.command()
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), default=Path("build/instruct"), show_default=True,
               help="Folder of the encoded pictures and the checkpoint; a run that was stopped goes on from there.")  # fmt: skip
-@click.option("--base", default="picturebook", show_default=True, metavar="MODEL",
-              help="What is fine-tuned: the embedded model, or a folder of `iedit train embed`.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=None,
-              help="Folder of the model, in diffusers' layout. Default: WORK/model.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@_on_base
 def instruct(work: Path, base: str, out: Path | None, overwrite: bool) -> None:
     """Fine-tune an InstructPix2Pix checkpoint of the picture-book world, for `--method ip2p`.
 
@@ -86,25 +124,46 @@ def instruct(work: Path, base: str, out: Path | None, overwrite: bool) -> None:
     What it is told is the caption of the picture after the edit, as the text encoder knows captions alone. Half an hour on an idle core. Ctrl-C
     saves, and the same command goes on.
     """
-    from ..runtime.cli.params import use_threads
-    from ..runtime.errors import RunError, UsageError
-    from ..runtime.model.checkpoint import find_folder
     from . import instruct as training
 
-    out = work / "model" if out is None else out
-    if out.exists() and not training.is_checkpoint(out):
-        raise UsageError(f"--out: {out} is there and is no checkpoint of this command; name another folder")
-    if out.exists() and not overwrite:
-        raise UsageError(f"--out: {out} is there already; name another folder, or replace it with --overwrite")
-    start = find_folder(base)
-    use_threads()
-    try:
-        training.train(work, start, out, click.echo)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    except FloatingPointError as error:
-        raise RunError(str(error)) from error
-    click.echo(f"wrote {out}")
+    made = work / "model" if out is None else out
+    _train_on(
+        base, made, overwrite, training.is_checkpoint, lambda start: training.train(work, start, made, click.echo)
+    )
+
+
+@train.command()
+@click.option(
+    "--layout",
+    type=Choice(["pose", "scribble"]),
+    required=True,
+    help="What the adapter reads: skeletons of people, or outlines of things.",
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Folder of the encoded pictures and the checkpoint; a run that was stopped goes on from there. Default: build/adapter-LAYOUT.",
+)
+@_on_base  # fmt: skip
+def adapter(layout: str, work: Path | None, base: str, out: Path | None, overwrite: bool) -> None:
+    """Train a T2I-Adapter of the picture-book world, which reads a layout in place of a ControlNet.
+
+    \b
+    iedit train adapter --layout pose
+    iedit edit in.png --prompt "a red person on grass at noon" --method controlnet --layout pose=map.png --model build/adapter-pose/model
+    iedit evaluate truth --model build/adapter-pose/model --kinds pose --methods t2i-adapter
+
+    The model's UNet stays as it is; the adapter learns from renders with their maps to add to it what the map shows. OUT is the whole model with
+    `adapter-LAYOUT` in place of `controlnet-LAYOUT`; what reads other layouts stays. Half an hour on an idle core. Ctrl-C saves, and the same command
+    goes on.
+    """
+    from . import t2i_adapter as training
+
+    folder = Path(f"build/adapter-{layout}") if work is None else work
+    made = folder / "model" if out is None else out
+    _train_on(base, made, overwrite, lambda at: training.is_checkpoint(at, layout),
+              lambda start: training.train(folder, start, made, layout, click.echo))  # fmt: skip
 
 
 @train.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -362,9 +363,10 @@ def write_card(output: Path, reader: Path, **found: Any) -> None:
               help="Comma-separated: thing, colour, background (sky or ground), pose, scribble.")  # fmt: skip
 @click.option("--methods", default="all", show_default=True, metavar="LIST",
               help="Comma-separated: ito, ito exact (the full method, whatever the model recommends), ito adam (the paper's update), ito lambda=0.6, ito lambda=1, guidance image (of ito), "
-                   "diffedit, sdedit, iedit, p2p, p2p without correction, ddpm, ip2p (text kinds), controlnet, controlnet-diffedit (layout kinds), round "
-                   "trip of the target; all; or main, each method once as it is by default. All and main are those that the model runs: ip2p alone "
-                   "with an InstructPix2Pix checkpoint (iedit train instruct), all else with others.")  # fmt: skip
+                   "diffedit, sdedit, iedit, p2p, p2p without correction, ddpm, ip2p (text kinds), controlnet, controlnet-diffedit, t2i-adapter, "
+                   "t2i-adapter-diffedit (layout kinds, by what reads the layout), round trip of the target; all; or main, each method once as it is by "
+                   "default. All and main are those that the model runs: ip2p alone with an InstructPix2Pix checkpoint (iedit train instruct), all else "
+                   "with others, and t2i-adapter for layouts that a T2I-Adapter reads (iedit train adapter).")  # fmt: skip
 @click.option("--sheet", type=click.IntRange(0), default=0, show_default=True,
               help="Show the first so many cases of each kind and method in OUTPUT/METHOD-KIND.png.")  # fmt: skip
 @click.option("--by-things", is_flag=True, help="Scenes of one and two things in rows of their own.")
@@ -406,20 +408,17 @@ def truth(
         use_threads()
     load = functools.partial(load_suite, model, reader, backend, engines)
     editor, judge = load()
-    unfit = [m for m in asked_methods if not suite.METHODS[m].runs_on(editor.model)]
-    if unfit and methods not in ("all", "main"):
-        kind = (
-            "an InstructPix2Pix checkpoint, which runs ip2p alone"
-            if editor.model.instructs
-            else "no InstructPix2Pix checkpoint"
-        )
-        raise UsageError(
-            f"--methods: {unfit[0]!r} cannot be run, {model} is {kind}; leave it out, or name another --model"
-        )
-    asked_methods = [m for m in asked_methods if m not in unfit]
+    fitting = {m: suite.METHODS[m].kinds_on(editor.model) for m in asked_methods}
+    if methods not in ("all", "main"):
+        for name, possible in fitting.items():
+            wanted = [k for k in asked_kinds if k in suite.METHODS[name].kinds]
+            if not possible or (wanted and not set(wanted) & set(possible)):
+                why = suite.why_not(name, editor.model, wanted)
+                raise UsageError(f"--methods: {name!r} cannot be run, {model} {why}")
+    chosen = [dataclasses.replace(suite.METHODS[m], kinds=possible) for m, possible in fitting.items() if possible]
     with progress("truth") as tell:
         rows = suite.run(
-            editor, judge, asked_methods, asked_kinds, count, settings=machinery.model_settings(editor),
+            editor, judge, chosen, asked_kinds, count, settings=machinery.model_settings(editor),
             seed=seed, steps=steps, batch=batch, output=output, sheet=sheet, tell=tell, processes=processes, load=load,
         )  # fmt: skip
     summary = suite.summarise(rows)

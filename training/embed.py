@@ -13,6 +13,7 @@ checkpoints (weights, optimiser, step) and goes on where it was stopped. What wa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from ..runtime import machine
+from ..runtime.errors import UsageError
 from ..runtime.model.checkpoint import weights_of
+from ..runtime.model.model import Model, load_model
 from ..runtime.model.module_io import CONTROLNET_PREFIX
 from . import world
 
@@ -173,10 +176,59 @@ def keep_base(work: Path, base: Path) -> Path:
     return kept
 
 
+def load_base(base: Path) -> Model:
+    """A model of the world, float32 on the CPU without what reads layouts, that another checkpoint is trained on top of.
+
+    Raises:
+        UsageError: it is of no such model, or takes more than noise and text; ValueError: its `training.json` is broken.
+    """
+    read_history(base)  # which is written on at the end
+    model = load_model(str(base), (), device="cpu", dtype="float32")
+    if model.instructs or model.side != world.SIZE or model.schedule.prediction != "epsilon":
+        had = "takes the picture already" if model.instructs else (
+            f"is of {model.side} pixels and predicts {model.schedule.prediction}"
+        )  # fmt: skip
+        raise UsageError(
+            f"base: the UNet of {base} {had}; expected one of the world's pictures, {world.SIZE} pixels, that predicts epsilon: picturebook, "
+            "or what `iedit train embed` wrote"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def checkpoint_from(base: Path, out: Path, left_out: Sequence[str]) -> Iterator[Path]:
+    """A checkpoint made of another: yields a copy of `base` to work on, which then is `out`, whole or not at all; what was there is replaced.
+
+    left_out: patterns of names at the top of `base` that are not copied.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copytree(base, temporary, ignore=lambda at, names: (
+            shutil.ignore_patterns(*left_out)(at, names) if Path(at) == base else set()
+        ))  # fmt: skip
+        yield temporary
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def read_history(model: Path) -> list[dict[str, Any]]:
-    """The rows of a model's `training.json`, one for each time that a part was trained; [] without one."""
+    """The rows of a model's `training.json`, one for each time that a part was trained; [] without one.
+
+    Raises:
+        ValueError: it cannot be read, or holds no such rows.
+    """
     path = model / HISTORY_FILE
-    return json.loads(path.read_text()) if path.exists() else []
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); mend it, or leave it out") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "part" in row for row in rows):
+        raise ValueError(f"{path} has no list of parts that were trained; mend it, or leave it out")
+    return rows
 
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -569,9 +621,12 @@ def tokens_of(tokenizer: Any, captions: list[str], length: int = MAX_TOKENS) -> 
     return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
 
-def noisy(z: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noised latents, timesteps (B,), the noise and the min-SNR weight (gamma 5) of the epsilon loss, min(5/SNR, 1)."""
-    t = torch.randint(0, 1000, (len(z),))
+def noisy(z: Tensor, alphas: Tensor, t: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noised latents, timesteps (B,), the noise and the min-SNR weight (gamma 5) of the epsilon loss, min(5/SNR, 1).
+
+    t: the timesteps; by default drawn evenly.
+    """
+    t = torch.randint(0, 1000, (len(z),)) if t is None else t
     noise = torch.randn_like(z)
     a = alphas[t].view(-1, 1, 1, 1)
     return a.sqrt() * z + (1 - a).sqrt() * noise, t, noise, (5 * (1 - a) / a).clamp(max=1.0)

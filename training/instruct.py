@@ -9,9 +9,7 @@ picture after the edit, which is also what the truth suite gives as the prompt. 
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import machine
-from ..runtime.errors import UsageError
 from ..runtime.model.checkpoint import read_json
-from ..runtime.model.model import Model, load_model
+from ..runtime.model.model import Model
 from ..runtime.model.module_io import ADAPTER_PREFIX, CONTROLNET_PREFIX
 from . import embed, world
 
@@ -117,15 +114,7 @@ def train(work: Path, base: Path, out: Path, log: Callable[[str], None]) -> Path
     Raises:
         UsageError: the base is no model of the world's pictures that text alone guides; ValueError: `work` holds a run on top of another.
     """
-    model = load_model(str(base), (), device="cpu", dtype="float32")
-    if model.instructs or model.side != world.SIZE or model.schedule.prediction != "epsilon":
-        had = "takes the picture already" if model.instructs else (
-            f"is of {model.side} pixels and predicts {model.schedule.prediction}"
-        )  # fmt: skip
-        raise UsageError(
-            f"base: the UNet of {base} {had}; expected one of the world's pictures, {world.SIZE} pixels, that predicts epsilon: picturebook, "
-            "or what `iedit train embed` wrote"
-        )
+    model = embed.load_base(base)
     base = embed.keep_base(work, base)
     embed.make_shards(model.vae, work / "edits", log, range(SHARDS), edited_scene)
     torch.manual_seed(0)
@@ -143,22 +132,12 @@ def is_checkpoint(folder: Path) -> bool:
 
 def write_checkpoint(unet: Any, base: Path, work: Path, out: Path) -> Path:
     """The base with the UNet in float16 in place of its own, without what reads layouts or shows the base; there whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        shutil.copytree(base, temporary, ignore=lambda at, names: (
-            shutil.ignore_patterns(*_LEFT_OUT)(at, names) if Path(at) == base else set()
-        ))  # fmt: skip
-        embed.save_folder(unet.half(), temporary / "unet")
+    with embed.checkpoint_from(base, out, _LEFT_OUT) as made:
+        embed.save_folder(unet.half(), made / "unet")
         index = read_json(base / "model_index.json") | {"_class_name": PIPELINE}
-        (temporary / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+        (made / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
         hints = read_json(base / "iedit.json") if (base / "iedit.json").is_file() else {}
-        (temporary / "iedit.json").write_text(json.dumps({k: hints[k] for k in _KEPT_HINTS if k in hints}) + "\n")
+        (made / "iedit.json").write_text(json.dumps({k: hints[k] for k in _KEPT_HINTS if k in hints}) + "\n")
         history = embed.training_history(embed.Plan(work, {"instruct": PART}, base))
-        (temporary / embed.HISTORY_FILE).write_text(json.dumps(history, indent=1) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (made / embed.HISTORY_FILE).write_text(json.dumps(history, indent=1) + "\n")
     return out

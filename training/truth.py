@@ -59,7 +59,7 @@ class Method:
     fields of `Options` that differ from the default.
 
     An empty `method` is the autoencoder's round trip of the exact target, which no edit through it can beat. `shows`: what is judged, a picture of
-    `EditResult`.
+    `EditResult`. `reader`: which field of a model has to have what reads the layout; by default either.
     """
 
     name: str
@@ -67,10 +67,16 @@ class Method:
     kinds: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     shows: str = "image"
+    reader: str = ""
 
-    def runs_on(self, model: Any) -> bool:
-        """Whether a `runtime.model.model.Model` can be asked for it: an InstructPix2Pix checkpoint runs `ip2p`, and every other all else."""
-        return not self.method or (self.method in IP2P) == model.instructs
+    def kinds_on(self, model: Any) -> tuple[str, ...]:
+        """The kinds of edits for which a `runtime.model.model.Model` can be asked for it.
+
+        An InstructPix2Pix checkpoint runs `ip2p`, and every other all else; a layout is read by a ControlNet or by a T2I-Adapter.
+        """
+        if self.method and (self.method in IP2P) != model.instructs:
+            return ()
+        return tuple(kind for kind in self.kinds if not self.reader or kind in getattr(model, self.reader))
 
 
 LAMBDA_FIELD = "lam"  # the field of runtime.editor.Options that holds ITO's lambda
@@ -94,12 +100,30 @@ METHODS = {
         Method("ddpm", "ddpm", TEXT_KINDS),
         Method("ip2p", "ip2p", TEXT_KINDS),
         Method("p2p without correction", "p2p", TEXT_KINDS, {"inversion_correction": "none"}),
-        Method("controlnet", "controlnet", LAYOUT_KINDS),
-        Method("controlnet-diffedit", "controlnet-diffedit", LAYOUT_KINDS),
+        Method("controlnet", "controlnet", LAYOUT_KINDS, reader="controlnets"),
+        Method("controlnet-diffedit", "controlnet-diffedit", LAYOUT_KINDS, reader="controlnets"),
+        Method("t2i-adapter", "controlnet", LAYOUT_KINDS, reader="adapters"),
+        Method("t2i-adapter-diffedit", "controlnet-diffedit", LAYOUT_KINDS, reader="adapters"),
         Method("round trip of the target", "", KINDS),
     )
 }
 MAIN = tuple(m.name for m in METHODS.values() if not m.options)  # each method once, as it is by default
+
+
+def why_not(name: str, model: Any, kinds: Sequence[str]) -> str:
+    """Why a method of `METHODS` cannot be run with a model on these kinds of edits, and what to do: the end of a sentence about the model."""
+    method = METHODS[name]
+    if method.method and (method.method in IP2P) != model.instructs:
+        kind = (
+            "an InstructPix2Pix checkpoint, which runs ip2p alone"
+            if model.instructs
+            else "no InstructPix2Pix checkpoint"
+        )
+        return f"is {kind}; leave it out, or name another --model"
+    lacks = {"controlnets": "ControlNet", "adapters": "T2I-Adapter"}[method.reader]
+    others = [m for m in METHODS.values() if m.method == method.method and m.reader != method.reader]
+    instead = "".join(f"ask for {m.name}, " for m in others if set(kinds) & set(m.kinds_on(model)))
+    return f"has no {lacks} that reads {' or '.join(kinds or method.kinds)}; leave it out, {instead}or name another --model"
 
 
 # --- cases ------------------------------------------------------------------------------------------------------

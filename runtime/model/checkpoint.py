@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import UsageError, first_line
 from ..files import parse_json
@@ -384,42 +384,120 @@ def _check_controlnet(path: Path, vae: Path) -> None:
         )
 
 
-def _check_adapter(path: Path, unet: Path, vae: Path) -> None:
-    """An adapter adds a picture of features to each block on the way down, of that block's channels and size."""
-    config, network, blocks = read_json(path), read_json(unet), read_json(vae).get("block_out_channels")
-    _whole_numbers(path, config, "in_channels", "downscale_factor")
-    kind, channels, inputs = (
-        config.get("adapter_type", "full_adapter"),
-        config.get("channels"),
-        config.get("in_channels", 3),
-    )
-    if kind not in ("full_adapter", "light_adapter"):
-        raise UsageError(
-            f"layouts: {path} has adapter_type {kind!r}, expected full_adapter or light_adapter: it is for SDXL"
+# diffusers' defaults, which a config may leave out.
+_SD_CHANNELS = (320, 640, 1280, 1280)
+_MAX_BLOCKS = 16  # of a network; each halves the picture
+_CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+ADAPTER_TYPES = ("full_adapter", "light_adapter", "full_adapter_xl")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Pictures of features, one for each block on a UNet's way down: what a T2I-Adapter makes, or what a UNet can add.
+
+    Attributes:
+        channels: of each.
+        cells: pixels of the layout's side for each cell of a feature's side.
+    """
+
+    channels: tuple[int, ...]
+    cells: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return (
+            ", ".join(f"{c} channels at 1/{n}" for c, n in zip(self.channels, self.cells, strict=True))
+            + " of the picture's size"
         )
+
+
+def adapter_features(kind: str, channels: Sequence[int], factor: int) -> Features:
+    """What diffusers' T2IAdapter makes, of an `adapter_type`, `channels` and `downscale_factor`."""
+    if kind == "full_adapter_xl":  # halves its pictures once, before the third
+        return Features(tuple(channels), tuple(factor * (1 if i < 2 else 2) for i in range(len(channels))))
+    made = (*channels, channels[-1]) if kind == "light_adapter" else tuple(channels)  # which has one more block
+    return Features(made, tuple(factor * 2**i for i in range(len(made))))
+
+
+def unet_features(channels: Sequence[int], down: Sequence[str], pixels: int) -> Features:
+    """What diffusers' UNet2DConditionModel adds to its blocks on the way down.
+
+    A block with cross-attention adds the feature before it halves its picture, one without after that; the last block halves nothing.
+
+    Args:
+        channels, down: `block_out_channels` and `down_block_types`.
+        pixels: per latent cell.
+    """
+    last = len(channels) - 1
+    halved = [i + (name != _CROSS and i < last) for i, name in enumerate(down)]
+    return Features(tuple(channels), tuple(pixels * 2**n for n in halved))
+
+
+def fitting_adapter(taken: Features) -> tuple[str, int] | None:
+    """The `adapter_type` and `downscale_factor` of the adapter that makes what a UNet takes; None where no type does."""
+    for kind in ("full_adapter", "full_adapter_xl"):
+        if adapter_features(kind, taken.channels, taken.cells[0]) == taken:
+            return kind, taken.cells[0]
+    return None
+
+
+def features_taken(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Features:
+    """`unet_features` of the configs of a UNet and a VAE.
+
+    Raises:
+        ValueError: the configs do not say, or a block is of a kind that adds no features or adds them elsewhere.
+    """
+    channels = unet.get("block_out_channels", _SD_CHANNELS)
+    if not _are_counts(channels):
+        raise ValueError(f"block_out_channels {channels!r}")
+    down = unet.get("down_block_types", [_CROSS] * (len(channels) - 1) + [_PLAIN])
+    if not isinstance(down, (list, tuple)) or len(down) != len(channels) or not set(map(str, down)) <= {_CROSS, _PLAIN}:
+        raise ValueError(f"down_block_types {down!r}")
+    levels = vae.get("block_out_channels", [64])
+    if not _are_counts(levels):
+        raise ValueError(f"a VAE of block_out_channels {levels!r}")
+    return unet_features(channels, down, 2 ** (len(levels) - 1))
+
+
+def _check_adapter(path: Path, unet: Path, vae: Path) -> None:
+    """An adapter adds a picture of features to each block on the way down, of that block's channels and size, and may add one more, of the last
+    one's, after the middle block (SDXL's do)."""
+    config, network = read_json(path), read_json(unet)
+    _whole_numbers(path, config, "in_channels", "downscale_factor")
+    kind, channels, inputs, factor = (
+        config.get("adapter_type", "full_adapter"),
+        config.get("channels", _SD_CHANNELS),
+        config.get("in_channels", 3),
+        config.get("downscale_factor", 8),
+    )
+    if kind not in ADAPTER_TYPES:
+        raise UsageError(f"layouts: {path} has adapter_type {kind!r}, expected {', '.join(ADAPTER_TYPES)}")
     if inputs not in (1, 3):
         raise UsageError(f"layouts: {path} has in_channels {inputs!r}, expected 3, or 1 for maps without colour")
-    # A light adapter has one more block than channels: the last one's twice.
-    made = (
-        [*channels, channels[-1]] if kind == "light_adapter" and isinstance(channels, list) and channels else channels
+    if not _are_counts(channels):
+        raise UsageError(f"layouts: {path} has channels {channels!r}, expected a list of whole numbers above 0")
+    try:
+        taken = features_taken(network, read_json(vae))
+    except ValueError as error:
+        raise UsageError(
+            f"layouts: {path} cannot be added to a UNet of {error}: a T2I-Adapter needs down blocks of {_CROSS} and {_PLAIN}"
+        ) from error
+    made, fits = adapter_features(kind, channels, factor), [taken]
+    if network.get("mid_block_type", "") is not None:  # it is ignored where there is no middle block
+        fits.append(Features((*taken.channels, taken.channels[-1]), (*taken.cells, taken.cells[-1])))
+    if made in fits:
+        return
+    known = fitting_adapter(taken)
+    if known is None:
+        wanted = "no type of adapter makes those"
+    else:
+        have, want = (list(channels), kind, factor), (list(taken.channels), *known)
+        names = ("channels", "adapter_type", "downscale_factor")
+        wanted = "one for this UNet has " + " and ".join(
+            f"{name} {b} in place of {a}" for name, a, b in zip(names, have, want, strict=True) if a != b
+        )
+    raise UsageError(
+        f"layouts: {path} is of an adapter for another model: it makes features of {made}; the UNet adds features of {taken}; {wanted}"
     )
-    if made != network.get("block_out_channels"):
-        raise UsageError(
-            f"layouts: {path} makes features of {made!r} channels, the UNet's blocks have {network.get('block_out_channels')!r}; it is for "
-            "another model"
-        )
-    factor = config.get("downscale_factor", 8)
-    if isinstance(blocks, list) and factor != 2 ** (len(blocks) - 1):
-        raise UsageError(
-            f"layouts: {path} reads a layout at 1/{factor} of its size, the VAE's latent is 1/{2 ** (len(blocks) - 1)} of the picture; it is "
-            "for another model"
-        )
-    down = network.get("down_block_types")
-    if isinstance(down, list) and any(name != "CrossAttnDownBlock2D" for name in down[:-1]):
-        raise UsageError(
-            f"layouts: {path} cannot be added to a UNet of {', '.join(map(str, down))}: all blocks but the last must be CrossAttnDownBlock2D, "
-            "as in Stable Diffusion 1.x"
-        )
 
 
 def _no_more_inputs(who: str, path: Path, config: Mapping[str, Any]) -> None:
@@ -440,3 +518,7 @@ def _whole_numbers(path: Path, config: Mapping[str, Any], *names: str) -> None:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_counts(value: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(value, (list, tuple)) and 0 < len(value) <= _MAX_BLOCKS and all(map(_is_count, value))
