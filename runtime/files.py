@@ -158,6 +158,13 @@ def _not_written(path: str | os.PathLike[str], error: OSError) -> RunError:
     return RunError(f"{path}: could not be written ({_reason(error)}); nothing was left behind")
 
 
+def share_weights(part: Path) -> None:
+    """Let the weights in a part's folder be read by whom its config.json may, which follows the umask; safetensors makes its files private (0600)."""
+    mode = stat.S_IMODE((part / "config.json").stat().st_mode)
+    for path in part.glob("*.safetensors"):
+        path.chmod(mode)
+
+
 def write_outputs(outputs: Mapping[Path, bytes]) -> None:
     """Write the files of a command, each whole or not at all; one that fails does not keep the others from being written.
 

@@ -332,7 +332,22 @@ def test_a_layout_that_a_t2i_adapter_reads_has_rows_by_that_name_and_the_other_k
         assert done.exit_code == 0, done.output
         rows = workers.read_rows(output / "cases.csv", truth.WORDS, truth.WHOLE)
         assert {(r["method"], r["kind"]) for r in rows if r["method"] in names_of_rows} == wanted
+        assert {r["kind"] for r in rows if r["method"] == "ito"} == (
+            {"pose", "scribble"} if methods == "main" else set()
+        )
         assert "t2i-adapter-diffedit" in (output / "card.md").read_text()
+    # Nothing reads outlines: no method is asked for them.
+    monkeypatch.setattr(Editor, "controlnets", ())
+    monkeypatch.setattr(Editor, "asked", [])
+    refused = CliRunner().invoke(main, [*words, "--methods", "ito", "--kinds", "scribble"])
+    assert (
+        refused.exit_code == 2
+        and "has no ControlNet or T2I-Adapter that reads scribble; leave it out, or" in refused.stderr
+    )
+    output = tmp_path / "one"
+    done = CliRunner().invoke(main, [*words, "--output", str(output), "--methods", "main"])
+    assert done.exit_code == 0, done.output
+    assert "scribble" not in {name for request in Editor.asked for name in request.layouts} and Editor.asked
 
 
 @pytest.mark.slow

@@ -51,6 +51,8 @@ def test_the_command_trains_every_part_and_writes_a_model_that_edits(tmp_path: P
     map_ = {"scribble": world.layout(scene, "scribble")}
     request = EditRequest(world.render(scene), "a red car", layouts=map_, source_layouts=map_, steps=2)
     assert editor.edit(request).image.size == (128, 128)
+    plain = (out / "vae" / "config.json").stat().st_mode
+    assert {p.stat().st_mode for p in out.rglob("*.safetensors")} == {plain}
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").glob("*.pt")}
     assert {p.stem for p in before} == set(embed.PARTS)
     embed.train_all(tmp_path / "work", said.append, out=tmp_path / "model")  # finished parts are not trained again

@@ -66,6 +66,14 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path, root: Path) -> Non
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions and links")
+def test_weights_may_be_read_by_whom_their_config_may(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").chmod(0o640)
+    (tmp_path / "a.safetensors").touch(0o600)
+    files.share_weights(tmp_path)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def test_an_output_follows_the_umask_and_a_link(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:

@@ -111,6 +111,8 @@ def test_the_groups_take_turns_and_the_result_is_a_checkpoint_that_edits(
         assert parts == ({"conv_in", "down_blocks"} if step.group == "input" else {"mid_block"})
     base, out = tiny_checkpoint_cli, tmp_path / "run" / "model"
     assert all(torch.equal(v, seen[-1][k]) for k, v in unet(out).items())
+    weights, config = (out / "unet" / n for n in ("diffusion_pytorch_model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode
     for name in ("vae", "text_encoder", "tokenizer", "scheduler", "controlnet-pose"):
         files = sorted(p.relative_to(base) for p in (base / name).rglob("*") if p.is_file())
         assert files and all((base / f).read_bytes() == (out / f).read_bytes() for f in files)

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from ..runtime import machine
 from ..runtime.errors import UsageError
+from ..runtime.files import share_weights
 from ..runtime.model.checkpoint import weights_of
 from ..runtime.model.model import Model, load_model
 from ..runtime.model.module_io import CONTROLNET_PREFIX
@@ -404,6 +405,7 @@ def save_folder(module: Any, folder: Path) -> None:
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     module.to(memory_format=torch.contiguous_format)  # safetensors takes no other
     module.save_pretrained(temporary, safe_serialization=True)
+    share_weights(temporary)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)

@@ -39,7 +39,7 @@ from ..runtime import machine
 from ..runtime.backends.base import missing
 from ..runtime.backends.torch_modules import why_not_xformers
 from ..runtime.errors import RunError, UsageError, first_line
-from ..runtime.files import write_whole
+from ..runtime.files import share_weights, write_whole
 from ..runtime.images import contact_sheet, png_bytes
 from ..runtime.model.checkpoint import find_folder, weights_of
 from ..runtime.model.model import Model, load_model, no_progress_bars
@@ -441,6 +441,7 @@ class Finetuning:
         folder.mkdir(parents=True)
         shutil.copyfile(self.model.folder / "unet" / "config.json", folder / "config.json")
         save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        share_weights(folder)
 
     # --- steps
 

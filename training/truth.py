@@ -72,13 +72,20 @@ class Method:
     def kinds_on(self, model: Any) -> tuple[str, ...]:
         """The kinds of edits for which a `runtime.model.model.Model` can be asked for it.
 
-        An InstructPix2Pix checkpoint runs `ip2p`, and every other all else; a layout is read by a ControlNet or by a T2I-Adapter.
+        An InstructPix2Pix checkpoint runs `ip2p`, and every other all else; a layout is read by a ControlNet or by a T2I-Adapter. The
+        autoencoder's round trip asks nothing of a model.
         """
         if self.method and (self.method in IP2P) != model.instructs:
             return ()
-        return tuple(kind for kind in self.kinds if not self.reader or kind in getattr(model, self.reader))
+        readers = [self.reader] if self.reader else list(_READERS)
+        return tuple(
+            kind
+            for kind in self.kinds
+            if not self.method or kind not in LAYOUT_KINDS or any(kind in getattr(model, r) for r in readers)
+        )
 
 
+_READERS = {"controlnets": "ControlNet", "adapters": "T2I-Adapter"}  # fields of a model with what reads its layouts
 LAMBDA_FIELD = "lam"  # the field of runtime.editor.Options that holds ITO's lambda
 _ADAM = ItoSettings(update="adam")
 _EXACT = {
@@ -120,7 +127,7 @@ def why_not(name: str, model: Any, kinds: Sequence[str]) -> str:
             else "no InstructPix2Pix checkpoint"
         )
         return f"is {kind}; leave it out, or name another --model"
-    lacks = {"controlnets": "ControlNet", "adapters": "T2I-Adapter"}[method.reader]
+    lacks = _READERS.get(method.reader) or " or ".join(_READERS.values())
     others = [m for m in METHODS.values() if m.method == method.method and m.reader != method.reader]
     instead = "".join(f"ask for {m.name}, " for m in others if set(kinds) & set(m.kinds_on(model)))
     return f"has no {lacks} that reads {' or '.join(kinds or method.kinds)}; leave it out, {instead}or name another --model"
