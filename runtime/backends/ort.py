@@ -285,6 +285,8 @@ def new_session(
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # A memory plan for each shape that was ever seen holds memory of its own: gigabytes after many batches and sizes, and no faster.
+    options.enable_mem_pattern = False
     options.log_severity_level = 3  # errors: it warns of every weight that a fusion leaves over
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if looped:
