@@ -173,14 +173,17 @@ class Editor:
         guidance_scale: float | None = None,
         size: tuple[int, int] | None = None,
         guidance_until: float | None = None,
+        eta: float | None = None,
     ) -> list[Image.Image]:
-        """Plain text-to-image with DDIM, to see what a model can draw.
+        """Plain text-to-image, to see what a model can draw.
 
         Args:
             layouts: name -> one map per prompt.
             seeds: one per prompt; 0, 1, ... by default.
             size: (width, height); the UNet's training size by default.
             guidance_until: share of the steps, the noisiest first, with guidance; what the checkpoint recommends by default, else 1.
+            eta: share of each level's noise that is fresh: 0 is DDIM, 1 is DDPM (DDIM Eq. 16), whose errors do not add up from step to step;
+                what the checkpoint recommends by default, else 0.
         """
         model, profile = self.model, Profile()
         if size is None and model.side is None:
@@ -204,10 +207,19 @@ class Editor:
             else guidance_until
         )
         network = Network(self.denoiser, model.schedule.prediction, self.max_batch(shape), profile)
+        path, share = levels.path(), (model.generate_eta or 0.0) if eta is None else eta
+        if not 0 <= share <= 1:
+            raise UsageError(f"eta is {share:g}, expected 0 (DDIM) to 1 (DDPM)")
+        fresh = None
+        if share and steps > 1:  # of each picture its own, so that a batch is its pictures
+            fresh = torch.stack([
+                torch.stack([seeded_noise(s, f"generate-{number}", shape) for s in numbers]) for number in range(steps - 1)
+            ]).to(model.device)  # fmt: skip
         with profile.stage("sample"):
-            latents = network.run(
-                masked_sampling(noise, levels.path(), condition, uncond, scale, guided=round(steps * until)), steps
+            sampler = masked_sampling(
+                noise, path, condition, uncond, scale, guided=round(steps * until), eta=share, noise=fresh
             )
+            latents = network.run(sampler, steps)
         return [pictures.to_image(i) for i in vae_batches(self.codec.decode, latents)]
 
     def reconstruct(self, images: Sequence[Image.Image]) -> list[Image.Image]:

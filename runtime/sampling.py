@@ -18,7 +18,7 @@ from ..kernels.ito_step import AdamState
 from ..kernels.mask_map import difference
 from .denoise_step import Blend, Condition, DenoiseStep, ItoUpdate, Sampler, repeat
 from .options import ItoSettings
-from .schedule import Level, add_noise, to_epsilon
+from .schedule import Level, add_noise, ddim_sigma, to_epsilon
 
 Path = Sequence[Level]
 
@@ -111,6 +111,8 @@ def masked_sampling(
     source: Reference | None = None,
     mask: Tensor | None = None,
     guided: int | None = None,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
 ) -> Sampler[Tensor]:
     """DDIM sampling along the path; with a mask, everything outside it is put back after each step.
 
@@ -121,14 +123,18 @@ def masked_sampling(
         y: (B, C, h, w) at the path's first level.
         mask: (B, 1, h, w) in [0, 1]; 1 edits.
         guided: the first so many steps have classifier-free guidance; None is all.
+        eta: share of the noise of each level that is fresh, 0 (DDIM) to 1 (DDPM); with more than 0 `noise` is given.
+        noise: (len(path) - 2, B, C, h, w), standard normal: of each step but the last, which adds none (DDPM Algorithm 2).
 
     Returns:
         (B, C, h, w) clean latents.
     """
+    fresh = [] if noise is None else list(noise)
     for number, (level, cleaner) in enumerate(pairwise(path)):
+        added = ddim_sigma(level.abar, cleaner.abar, eta) * fresh[number] if number < len(fresh) else None
         blend = source.blend(mask, cleaner) if mask is not None and source is not None else None
         low = uncond if guided is None or number < guided else None
-        y = yield DenoiseStep(y, level, cleaner, condition, low, scale, blend=blend)
+        y = yield DenoiseStep(y, level, cleaner, condition, low, scale, blend=blend, eta=eta, noise=added)
     return y
 
 

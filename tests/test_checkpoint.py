@@ -58,6 +58,7 @@ SCHEDULER, HINTS, INDEX = "scheduler/scheduler_config.json", "iedit.json", "mode
         (put(HINTS, guidance_path="bent"), "recommends guidance_path 'bent', expected inverted or drawn"),
         (put(HINTS, mask_seeds=0), "recommends mask_seeds 0, expected 1 to 1000"),
         (put(HINTS, lambda_area=26), "recommends lambda_area 26, expected a number from 0 to 1"),
+        (put(HINTS, generate_eta=2), "recommends generate_eta 2, expected a number from 0 to 1"),
         (put(HINTS, mask_seeds=True), "recommends mask_seeds True"),
         (put(HINTS, mask_seeds=[4]), r"recommends mask_seeds \[4\]"),
         (put(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"), "FlowMatchEulerDiscreteScheduler, which DDIM cannot be built"),

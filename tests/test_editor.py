@@ -130,11 +130,12 @@ def test_every_layout_matters(editor: RealEditor, picture: Picture) -> None:
 
 
 def test_generate_draws_each_prompt_from_its_seed(editor: RealEditor) -> None:
-    both = editor.generate([PROMPT, SOURCE], seeds=[3, 4], steps=3)
-    assert [i.size for i in both] == [(64, 64), (64, 64)]
-    alone = editor.generate([SOURCE], seeds=[4], steps=3)[0]
-    apart = np.abs(np.asarray(both[1]).astype(int) - np.asarray(alone).astype(int))
-    assert apart.max() <= 1  # the network's rounding may tip an 8-bit value
+    for eta in (0.0, 1.0):
+        both = editor.generate([PROMPT, SOURCE], seeds=[3, 4], steps=3, eta=eta)
+        assert [i.size for i in both] == [(64, 64), (64, 64)]
+        alone = editor.generate([SOURCE], seeds=[4], steps=3, eta=eta)[0]
+        apart = np.abs(np.asarray(both[1]).astype(int) - np.asarray(alone).astype(int))
+        assert apart.max() <= 1  # the network's rounding may tip an 8-bit value
     wide = editor.generate([PROMPT], {"pose": [layout((96, 64))]}, steps=2, size=(96, 64))
     assert wide[0].size == (96, 64)
 

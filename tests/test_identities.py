@@ -555,6 +555,26 @@ def test_9_inversion_is_diffedits_invert(
         assert max(gaps) < 1e-5
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_9_fresh_noise_is_ddims_eta(model: Any, prediction: str) -> None:
+    other, scheduler = editor_of(model, prediction).model, parts_of(model, prediction)["scheduler"]
+    scheduler.set_timesteps(10)
+    told = Condition(Codec(model).encode_text([SOURCE, PROMPT]))
+    uncond = told.with_prompt(Codec(model).encode_text(["", ""]))
+    x = torch.stack([seeded_noise(i, "x", SHAPE) for i in range(2)])
+    fresh = torch.stack([torch.stack([seeded_noise(i, f"{n}", SHAPE) for i in range(2)]) for n in range(9)])
+    path = other.schedule.levels(10).path()
+    for eta in (0.4, 1.0):
+        got = network_of(other).run(masked_sampling(x, path, told, uncond, 3.0, guided=6, eta=eta, noise=fresh))
+        want = x
+        for number, t in enumerate(scheduler.timesteps):
+            cond, low = (model.unet(want, t, c.prompt_embeds).sample for c in (told, uncond))
+            output = low + 3.0 * (cond - low) if number < 6 else cond
+            noise = fresh[number] if number < 9 else torch.zeros_like(want)
+            want = scheduler.step(output, t, want, eta=eta, variance_noise=noise).prev_sample
+        assert gap(got, want) < 1e-5
+
+
 def test_9_the_blend_is_inpaints(model: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import StableDiffusionInpaintPipeline
 

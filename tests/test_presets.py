@@ -229,6 +229,20 @@ def test_text_to_image_is_guided_for_what_the_checkpoint_recommends(tiny: Any) -
     )
 
 
+def test_text_to_image_draws_as_much_fresh_noise_as_the_checkpoint_recommends(tiny: Any) -> None:
+    plain, told = (Editor(m, TorchBackend(m)) for m in (tiny, dataclasses.replace(tiny, generate_eta=0.5)))
+    want = plain.generate(["a red car"], steps=4, eta=0.5)[0].tobytes()
+    assert told.generate(["a red car"], steps=4)[0].tobytes() == want
+    assert plain.generate(["a red car"], steps=4)[0].tobytes() != want
+    assert (
+        told.generate(["a red car"], steps=4, eta=0)[0].tobytes() == plain.generate(["a red car"], steps=4)[0].tobytes()
+    )
+    assert told.generate(["a red car"], steps=1)[0].size == (64, 64)  # the last step adds no noise
+    for eta in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UsageError, match=r"eta is .*, expected 0 \(DDIM\) to 1 \(DDPM\)"):
+            plain.generate(["a red car"], eta=eta)
+
+
 def test_every_preset_differs_from_the_default_in_its_fields_alone() -> None:
     for preset in PRESETS.values():
         changed = {

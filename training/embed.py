@@ -80,6 +80,7 @@ GUIDANCE_SCALE = 5.0
 MASK_STRENGTH, MASK_THRESHOLD = 1.0, 0.3
 # Of ITO: the preset `fast` (see `runtime/presets.py`), which was worse than the full method in no figure beyond its interval; docs/presets.md has them.
 PRESET = {"guidance_until": 0.32, "guidance_path": "drawn", "mask_seeds": 4, "lambda_area": 0.26}
+GENERATE_ETA = 1.0  # of text to image: a thing is nearer to one that the renderer draws, by 1 to 2 dB
 # Mean absolute error of the autoencoder, of the range, above which a picture is not of the world. On 120 held-out renders it was 0.007 (at
 # most 0.011), on 30 of them as JPEG of quality 40 0.014 (at most 0.017); on 24 photographs and drawings of image libraries 0.045 to 0.179.
 RECONSTRUCTION_ERROR = 0.03
@@ -973,7 +974,7 @@ def write_model(plan: Plan, log: Callable[[str], None], out: Path | None = None)
     (out / HISTORY_FILE).write_text(json.dumps(training_history(plan), indent=1) + "\n")
     (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
     hints = {"guidance_scale": GUIDANCE_SCALE, "mask_strength": MASK_STRENGTH, "mask_threshold": MASK_THRESHOLD,
-             **PRESET, "words": WORDS, "reconstruction_error": RECONSTRUCTION_ERROR}  # fmt: skip
+             **PRESET, "generate_eta": GENERATE_ETA, "words": WORDS, "reconstruction_error": RECONSTRUCTION_ERROR}  # fmt: skip
     (out / "iedit.json").write_text(json.dumps(hints) + "\n")
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     log(f"model: written to {out}, {size / 1e6:.1f} MB")

@@ -144,7 +144,7 @@ class Recommended:
     Attributes:
         guidance_scale: 0 to `MAX_GUIDANCE`.
         mask_strength: above 0 to 1.
-        mask_threshold, text_update_share, guidance_until, lambda_area: 0 to 1.
+        mask_threshold, text_update_share, guidance_until, lambda_area, generate_eta: 0 to 1.
         guidance_path: "inverted" or "drawn".
         mask_seeds: 1 to 1000.
         words: all that it was trained on, lower case; none where it does not say.
@@ -160,6 +160,7 @@ class Recommended:
     guidance_path: str | None = None
     mask_seeds: int | None = None
     lambda_area: float | None = None
+    generate_eta: float | None = None
     words: tuple[str, ...] = ()
     reconstruction_error: float | None = None
 
@@ -282,6 +283,7 @@ def _recommended(path: Path) -> Recommended:
         "text_update_share",
         "guidance_until",
         "lambda_area",
+        "generate_eta",
         "reconstruction_error",
     )
     shares = dict.fromkeys(names, 1)

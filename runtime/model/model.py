@@ -38,6 +38,7 @@ class Model:
         text_update_share: share of the steps that ITO updates (`ItoSettings.t_u`) in an edit without layouts, likewise.
         guidance_until, guidance_path, mask_seeds: of `Options` for ITO, likewise; the first also of text to image (`Editor.generate`).
         lambda_area: share of the picture up to which ITO's lambda is 1 where it is left open (`Options.chosen_lambda`); None is never.
+        generate_eta: of `Editor.generate`, likewise.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Model:
     guidance_path: str | None = None
     mask_seeds: int | None = None
     lambda_area: float | None = None
+    generate_eta: float | None = None
     part_digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     words: frozenset[str] = frozenset()
@@ -290,6 +292,7 @@ def load_model(
         guidance_path=recommended.guidance_path,
         mask_seeds=recommended.mask_seeds,
         lambda_area=recommended.lambda_area,
+        generate_eta=recommended.generate_eta,
         adapters=adapters,
         recommends_guidance=recommended.guidance_scale is not None,
     )
