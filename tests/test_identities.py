@@ -758,6 +758,7 @@ ON_TRAINED_WEIGHTS: list[tuple[Callable[..., None], dict[str, Any]]] = [
     (test_9_controlnet_is_controlnet_img2img, {"names": ("pose", "scribble")}),
     (test_9_the_single_mask_is_generate_mask, {"seeds": 10, "guided": True}),
     (test_9_inversion_is_diffedits_invert, {"prediction": "epsilon"}),
+    (test_9_fresh_noise_is_ddims_eta, {"prediction": "epsilon"}),
     (test_9_the_blend_is_inpaints, {}),
     (test_9_an_ito_edit_is_the_equations_with_diffusers_and_autograd, {"k": 1, "refine": False, "update": "clipped"}),
     (test_unconditional_halves_that_cancel_need_not_be_evaluated, {}),
