@@ -179,6 +179,12 @@ def event_cost(calls: int = 20000) -> float:
 )
 @click.option("--engines", type=click.Path(path_type=Path), default=None, help="Folder of exported engines.")
 @click.option("--diffusers/--no-diffusers", "pipelines", default=True, help="Also diffusers' DiffEdit and Img2Img.")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path),
+    default=None,
+    help=f"Folder of {RANDOM}, made if it is not there; default a temporary one.",
+)
 @click.option("--device", default=None, help="cpu or cuda.")
 @click.option("--dtype", default=None, help="float32, float16 or bfloat16.")
 @click.option("--size", default=512, show_default=True, help="Of the picture; the world's are 128.")
@@ -189,7 +195,7 @@ def event_cost(calls: int = 20000) -> float:
 @click.option("--reader", type=click.Path(path_type=Path), default=None, help="Weights of `iedit train classifier`.")
 @click.option("--skip-missing", is_flag=True, help="Leave out, with its reason, a backend that cannot run here.")
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="Append rows to this CSV.")
-def main(model: str, backends: str, engines: Path | None, pipelines: bool, device: str | None, dtype: str | None, size: int,
+def main(model: str, backends: str, engines: Path | None, pipelines: bool, keep: Path | None, device: str | None, dtype: str | None, size: int,
          edits: int, rounds: int, steps: int, threads: int, reader: Path | None, skip_missing: bool, output: Path | None) -> None:  # fmt: skip
     """Time an ITO text edit by every backend against the plain composition of diffusers' parts."""
     if threads:
@@ -200,7 +206,7 @@ def main(model: str, backends: str, engines: Path | None, pipelines: bool, devic
 
         # Until the process ends: the scheduler's config is read from there later.
         made = tempfile.TemporaryDirectory()
-        folder = made.name
+        folder = made.name if keep is None else str(keep)
         full_size.write(Path(folder))
     loaded = load_model(folder, device=device, dtype=dtype)
     loaded.name = model

@@ -227,13 +227,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     on_gpu = not why_not_triton(torch.empty(1, device=device))
-    repeats = 3 if options.quick else 100 if device.type == "cuda" else 10
+    repeats = 3 if options.quick else 50 if device.type == "cuda" else 10
     ceiling = copy_bandwidth(device, repeats, (1 << 30) if device.type == "cuda" else (16 << 20))
     print(f"{device}: copy {ceiling / 1e9:.1f} GB/s")
     if options.quick:
         dtypes, sizes = [torch.float32], [(1, 16)]
     else:
-        dtypes, sizes = [torch.float32, torch.float16, torch.bfloat16], [(1, 64), (8, 64), (1, 128), (8, 128)]
+        dtypes, sizes = (
+            [torch.float32, torch.float16, torch.bfloat16],
+            [(1, 64), (8, 64), (1, 128), (8, 128), (64, 128)],
+        )
     rows = 0
     for dtype in dtypes:
         for batch, side in sizes:

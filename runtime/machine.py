@@ -113,18 +113,29 @@ def has_arithmetic(dtype: torch.dtype | str) -> bool:
     return needed is None or any(features().get(name) for name in needed)
 
 
-def training_dtype() -> torch.dtype:
-    """What training multiplies in on this processor: bfloat16 (under autocast) where it has arithmetic for it, else float32."""
+def training_dtype(device: torch.device | None = None) -> torch.dtype:
+    """What training multiplies in: bfloat16 (under autocast) where the device has arithmetic for it, else float32.
+
+    Args:
+        device: None is this machine's processor.
+    """
     import torch
 
+    if device is not None and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if has_arithmetic("bfloat16") else torch.float32
 
 
-def autocast() -> contextlib.AbstractContextManager[Any]:
-    """A block in which networks on the CPU compute in `training_dtype`; their weights stay float32."""
+def autocast(device: torch.device | None = None) -> contextlib.AbstractContextManager[Any]:
+    """A block in which networks on a device compute in `training_dtype`; their weights stay float32.
+
+    Args:
+        device: None is this machine's processor.
+    """
     import torch
 
-    return torch.autocast("cpu", torch.bfloat16, enabled=has_arithmetic("bfloat16"))
+    kind = "cpu" if device is None else device.type
+    return torch.autocast(kind, torch.bfloat16, enabled=training_dtype(device) is torch.bfloat16)
 
 
 def describe_processor() -> str:

@@ -95,7 +95,7 @@ def test_a_step_that_fails_or_is_late_does_not_keep_the_next_from_running_and_wh
 ) -> None:
     gpu = bench("gpu")
     row = dict.fromkeys(bench("results").COLUMNS, "") | {
-        "name": "kernels/x", "variant": "Triton", "shape": "8x4x64x64", "p50": "9", "quality": "9 GB/s needed bytes, 0.3 of copy",
+        "name": "kernels/x", "variant": "Triton", "shape": "64x4x64x64", "p50": "9", "quality": "9 GB/s needed bytes, 0.3 of copy",
     }  # fmt: skip
     program = tmp_path / "write.py"
     program.write_text(
@@ -115,7 +115,7 @@ def test_a_step_that_fails_or_is_late_does_not_keep_the_next_from_running_and_wh
     said = capsys.readouterr().out
     assert "failed: wrong failed with exit code 3" in said and "; late took longer than its 0.01 minutes" in said
     assert "ran: writes (0 s)" in said
-    assert "fell short: kernels/x Triton 8x4x64x64 : 0.3 of a copy, aim 0.8" in said
+    assert "fell short: kernels/x Triton 64x4x64x64 : 0.3 of a copy, aim 0.8" in said
     edit = row | {"name": "edit/x", "variant": "compile, 1 threads", "shape": "512x512", "p50": "1.25",
                   "quality": "naive / this 3.10, mask IoU 1.000 and L1 0.0001 to naive, 4.5% outside the networks"}  # fmt: skip
     assert gpu.edit_aim(edit) == "1.25 s, aim 0.8; 3.1 times naive, aim 4; 4.5 % outside the networks, aim 3"

@@ -107,15 +107,14 @@ def test_training_computes_in_bfloat16_only_where_the_processor_has_arithmetic_f
         monkeypatch.setattr(machine, "features", lambda: features)
         net = nn.Linear(3, 1)
 
-        def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        def loss_of(batch: int) -> tuple[Tensor, dict[str, Tensor]]:
             with machine.autocast():
                 got = net(torch.randn(batch, 3))
             seen.append(got.dtype)
             return got.float().square().mean(), {}
 
-        embed.train_loop(
-            "fit", embed.Part(steps, 2, 1e-3), nn.ModuleDict({"net": net}), loss_of, tmp_path, lambda _: None
-        )
+        task = embed.Task(lambda step, count, rng: count, loss_of)
+        embed.train_loop("fit", embed.Part(steps, 2, 1e-3), nn.ModuleDict({"net": net}), task, tmp_path, lambda _: None)
         return card()
 
     assert "two CPU cores, float32, AdamW" in train(1, avx2=True)
@@ -134,13 +133,17 @@ def loop(work: Path, part: embed.Part, stop_at: int | None = None) -> Tensor:
     torch.manual_seed(0)
     net = nn.Linear(3, 1)
 
-    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+    def draw(step: int, count: int, rng: random.Random) -> tuple[int, float]:
         if step == stop_at:
             raise KeyboardInterrupt
-        x = torch.randn(batch, 3) + rng.random()
+        return count, rng.random()
+
+    def loss_of(batch: tuple[int, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        x = torch.randn(batch[0], 3) + batch[1]
         return ((net(x) - x.sum(1, keepdim=True)) ** 2).mean(), {}
 
-    embed.train_loop("fit", part, nn.ModuleDict({"net": net}), loss_of, work, lambda _: None, every=7)
+    task = embed.Task(draw, loss_of)
+    embed.train_loop("fit", part, nn.ModuleDict({"net": net}), task, work, lambda _: None, every=7)
     return net.weight.detach().clone()
 
 
@@ -157,11 +160,9 @@ def test_a_run_that_was_interrupted_ends_where_an_uninterrupted_one_does(tmp_pat
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path: Path) -> None:
     net = nn.Linear(1, 1)
 
-    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        return net.weight.sum() * (float("nan") if step == 3 else 1.0), {}
-
+    task = embed.Task(lambda step, *_: step, lambda step: (net.weight.sum() * (float("nan") if step == 3 else 1.0), {}))
     with pytest.raises(FloatingPointError, match="fit: the loss is nan at step 3"):
-        embed.train_loop("fit", embed.Part(5, 1, 1e-3), nn.ModuleDict({"net": net}), loss_of, tmp_path, lambda _: None)
+        embed.train_loop("fit", embed.Part(5, 1, 1e-3), nn.ModuleDict({"net": net}), task, tmp_path, lambda _: None)
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
@@ -191,3 +192,29 @@ def test_the_loss_weight_is_min_snr() -> None:
     assert torch.allclose(x, a.sqrt() * z + (1 - a).sqrt() * noise)
     snr = a / (1 - a)
     assert torch.allclose(weight, torch.minimum(snr, torch.tensor(5.0)) / snr)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_whoever_draws_them(workers: int) -> None:
+    made = [int(t) for t in embed.ahead(lambda i: torch.tensor(i * i), range(3, 11), workers)]
+    assert made == [i * i for i in range(3, 11)]
+
+
+def test_a_network_trained_from_batches_drawn_ahead_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(work: Path) -> Tensor:
+        torch.manual_seed(0)
+        net = nn.Linear(3, 1)
+
+        def loss_of(batch: tuple[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            x = batch[0] + torch.randn(3)
+            return ((net(x) - x.sum(1, keepdim=True)) ** 2).mean(), {}
+
+        task = embed.Task(lambda step, count, rng: (torch.tensor([[rng.random()] * 3] * count),), loss_of)
+        embed.train_loop("fit", embed.Part(12, 4, 1e-2), nn.ModuleDict({"net": net}), task, work, lambda _: None)
+        return net.weight.detach().clone()
+
+    want = trained(tmp_path / "here")
+    monkeypatch.setattr(embed, "drawers", lambda device: 2)
+    assert torch.equal(trained(tmp_path / "ahead"), want)

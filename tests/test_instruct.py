@@ -83,7 +83,8 @@ def test_the_network_is_shown_the_noised_target_the_source_and_the_targets_capti
     monkeypatch.setattr(embed, "SHARD", 8)
     latents, net, count = embed.Latents(tmp_path, scene_of=instruct.edited_scene), Seen(), 200
     torch.manual_seed(4)
-    loss, _ = instruct.loss_function(model, net, latents)(0, count, random.Random(9))
+    task = instruct.task_of(model, net, latents)
+    loss, _ = task.loss(task.draw(0, count, random.Random(9)))
     rng = random.Random(9)
     before, after = instruct.draw_pairs(rng, latents.names, count)
     lost = [instruct.dropped(rng.random()) for _ in range(count)]

@@ -71,7 +71,8 @@ def test_the_network_is_shown_the_noised_picture_the_maps_features_and_half_of_t
     scene_of, count = t2i_adapter.scene_for("pose"), 60
     latents, net = embed.Latents(tmp_path, scene_of=scene_of), Seen()
     model.unet = net
-    loss, _ = t2i_adapter.loss_function(model, lambda maps: [maps], "pose", latents)(0, count, random.Random(9))
+    task = t2i_adapter.task_of(model, lambda maps: [maps], "pose", latents)
+    loss, _ = task.loss(task.draw(0, count, random.Random(9)))
     z, scenes = latents.draw(random.Random(9), count)
     told = embed.tokens_of(model.tokenizer, ["", *map(world.caption, scenes)])
     with torch.no_grad():

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ..runtime import machine
 from . import world
-from .embed import Part, images_to_tensor, train_loop
+from .embed import Part, Task, images_to_tensor, train_loop
 
 SLOTS = 2  # slot 0: the only or the left thing; slot 1: the right one
 GRID = 32  # heatmaps of the joints; a cell is 4 pixels and the expectation over cells gives the fraction
@@ -240,7 +240,7 @@ def soften(images: Tensor) -> Tensor:
     return ((images + 1) * gain - 1 + noise).clamp(-1, 1)
 
 
-def reader_loss(net: Classifier, drawn: Sequence[Drawn], augment: bool = True) -> tuple[Tensor, dict[str, float]]:
+def reader_loss(net: Classifier, drawn: Sequence[Drawn], augment: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the cross-entropies of the heads, mask BCE + Dice, joints (heat cross-entropy + L1 in cells)."""
     images = torch.from_numpy(np.stack([d[0] for d in drawn])).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
     if augment:
@@ -255,14 +255,14 @@ def reader_loss(net: Classifier, drawn: Sequence[Drawn], augment: bool = True) -
     dice = 1 - (2 * (p * mask).sum((1, 2, 3)) + 1) / (p.sum((1, 2, 3)) + mask.sum((1, 2, 3)) + 1)
     segment = F.binary_cross_entropy_with_logits(seen, mask) + 0.5 * dice.mean()
     there = ~points[..., 0, 0].isnan()  # (B, 2)
-    terms = {"heads": heads.sum().item(), "mask": segment.item()}
+    terms = {"heads": heads.sum(), "mask": segment}
     loss = heads.sum() + 2 * segment
     if there.any():
         want, got = points[there], heat[there]
         entropy = -(_heat_of(want) * got.flatten(-2).log_softmax(-1).unflatten(-1, (GRID, GRID))).sum((-1, -2)).mean()
         off = expected_points(got) - want.clamp(_CELL / 2, world.SIZE - _CELL / 2)
         loss = loss + 0.3 * entropy + 0.5 * off.abs().mean() / _CELL
-        terms["px"] = off.detach().norm(dim=-1).mean().item()
+        terms["px"] = off.detach().norm(dim=-1).mean()
     return loss, terms
 
 
@@ -277,10 +277,11 @@ def train_classifier(
     torch.manual_seed(part.seed)
     net: Classifier = Classifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        return reader_loss(net.train(), [_pooled(rng.randrange(pool)) for _ in range(batch)])
+    def draw(step: int, count: int, rng: random.Random) -> list[Drawn]:
+        return [_pooled(rng.randrange(pool)) for _ in range(count)]
 
-    train_loop("classifier", part, nn.ModuleDict({"net": net}), loss_of, work, log, every=200)
+    task = Task(draw, lambda drawn: reader_loss(net.train(), drawn))
+    train_loop("classifier", part, nn.ModuleDict({"net": net}), task, work, log, every=200)
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()

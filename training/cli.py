@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from ..runtime.cli.params import together
 from .cli_evaluate import WORK, load_suite, reader_option, write_card
 from .cli_finetune import ablation, finetune
 from .cli_pairs import pairs, renders
+
+if TYPE_CHECKING:
+    import torch
 
 _work = click.option(
     "--work", type=click.Path(path_type=Path, file_okay=False), default=WORK, show_default=True,
@@ -24,6 +28,8 @@ _model = click.option(
 _steps = click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="Sampling steps.")
 _seed = click.option("--seed", type=int, default=0, show_default=True, help="Which held-out scenes, and their noise.")
 
+
+_device = click.option("--device", default=None, help="cpu, cuda or cuda:NUMBER. Default: the GPU if there is one.")
 
 _backend = click.option(
     "--backend", type=click.Choice(["torch", "compile", "onnx", "tensorrt"]), default="torch", show_default=True,
@@ -50,23 +56,32 @@ def train() -> None:
 
 @train.command()
 @_work
-@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="One for each core.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="One for each core; on a GPU, which one process keeps busy, 1.",
+)
 @click.option("--base", default=None, metavar="MODEL",
-              help="Train a finished model on (UNet, then the ControlNets): picturebook, or a folder.")  # fmt: skip
+              help="Train a finished model on (UNet, then the ControlNets; on a GPU the decoder too): picturebook, or a folder.")  # fmt: skip
+@_device
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=None,
               help="Folder of the model. Default: in place of the embedded one.")  # fmt: skip
-def embed(work: Path, processes: int, base: str | None, out: Path | None) -> None:
+def embed(work: Path, processes: int, base: str | None, device: str | None, out: Path | None) -> None:
     """Train the embedded model: autoencoder, UNet and text encoder, ControlNets, CLIP.
 
     Takes hours on two cores. Every part writes a checkpoint every few minutes: stop it with Ctrl-C and give the same
     command again to go on.
     """
     from ..runtime.model.checkpoint import picturebook_folder
+    from ..runtime.model.model import find_device
     from . import embed as training
 
     start = picturebook_folder() if base == "picturebook" else None if base is None else Path(base)
     try:
-        training.train_all(work=work, log=click.echo, processes=processes, out=out, base=start)
+        where = find_device(device)
+        training.train_all(work=work, log=click.echo, processes=processes, out=out, base=start, device=where)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
@@ -77,30 +92,37 @@ _on_base = together([
     click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=None,
                  help="Folder of the model, in diffusers' layout. Default: WORK/model."),
     click.option("--overwrite", is_flag=True, help="Replace OUT if it is there."),
+    _device,
 ])  # fmt: skip
 
 
 def _train_on(
-    base: str, out: Path, overwrite: bool, is_ours: Callable[[Path], bool], train_it: Callable[[Path], Path]
+    base: str,
+    out: Path,
+    overwrite: bool,
+    device: str | None,
+    is_ours: Callable[[Path], bool],
+    train_it: Callable[[Path, torch.device], Path],
 ) -> None:
     """Run a training on top of a model and say where its checkpoint is.
 
     Args:
         is_ours: whether a folder is a checkpoint of the command, which --overwrite may replace.
-        train_it: trains on the base's folder and writes the checkpoint.
+        train_it: trains on the base's folder, on a device, and writes the checkpoint.
     """
     from ..runtime.cli.params import use_threads
     from ..runtime.errors import RunError, UsageError
     from ..runtime.model.checkpoint import find_folder
+    from ..runtime.model.model import find_device
 
     if out.exists() and not is_ours(out):
         raise UsageError(f"--out: {out} is there and is no checkpoint of this command; name another folder")
     if out.exists() and not overwrite:
         raise UsageError(f"--out: {out} is there already; name another folder, or replace it with --overwrite")
-    start = find_folder(base)
+    start, where = find_folder(base), find_device(device)
     use_threads()
     try:
-        train_it(start)
+        train_it(start, where)
     except ValueError as error:
         raise UsageError(str(error)) from error
     except FloatingPointError as error:
@@ -112,7 +134,7 @@ def _train_on(
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), default=Path("build/instruct"), show_default=True,
               help="Folder of the encoded pictures and the checkpoint; a run that was stopped goes on from there.")  # fmt: skip
 @_on_base
-def instruct(work: Path, base: str, out: Path | None, overwrite: bool) -> None:
+def instruct(work: Path, base: str, out: Path | None, overwrite: bool, device: str | None) -> None:
     """Fine-tune an InstructPix2Pix checkpoint of the picture-book world, for `--method ip2p`.
 
     \b
@@ -127,9 +149,8 @@ def instruct(work: Path, base: str, out: Path | None, overwrite: bool) -> None:
     from . import instruct as training
 
     made = work / "model" if out is None else out
-    _train_on(
-        base, made, overwrite, training.is_checkpoint, lambda start: training.train(work, start, made, click.echo)
-    )
+    _train_on(base, made, overwrite, device, training.is_checkpoint,
+              lambda start, where: training.train(work, start, made, click.echo, where))  # fmt: skip
 
 
 @train.command()
@@ -146,7 +167,7 @@ def instruct(work: Path, base: str, out: Path | None, overwrite: bool) -> None:
     help="Folder of the encoded pictures and the checkpoint; a run that was stopped goes on from there. Default: build/adapter-LAYOUT.",
 )
 @_on_base  # fmt: skip
-def adapter(layout: str, work: Path | None, base: str, out: Path | None, overwrite: bool) -> None:
+def adapter(layout: str, work: Path | None, base: str, out: Path | None, overwrite: bool, device: str | None) -> None:
     """Train a T2I-Adapter of the picture-book world, which reads a layout in place of a ControlNet.
 
     \b
@@ -162,8 +183,8 @@ def adapter(layout: str, work: Path | None, base: str, out: Path | None, overwri
 
     folder = Path(f"build/adapter-{layout}") if work is None else work
     made = folder / "model" if out is None else out
-    _train_on(base, made, overwrite, lambda at: training.is_checkpoint(at, layout),
-              lambda start: training.train(folder, start, made, layout, click.echo))  # fmt: skip
+    _train_on(base, made, overwrite, device, lambda at: training.is_checkpoint(at, layout),
+              lambda start, where: training.train(folder, start, made, layout, click.echo, where))  # fmt: skip
 
 
 @train.command()

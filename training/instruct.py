@@ -65,48 +65,52 @@ def dropped(share: float) -> tuple[bool, bool]:
 
 def widened(unet: Any) -> Any:
     """A UNet that takes the picture's latent as further channels; while their weights are zero it answers as `unet` whatever they hold."""
-    wide = type(unet).from_config(dict(unet.config) | {"in_channels": 2 * unet.config.in_channels})
+    wide = type(unet).from_config(dict(unet.config) | {"in_channels": 2 * unet.config.in_channels}).to(unet.device)
     state = unet.state_dict()
     first = state["conv_in.weight"]
     wide.load_state_dict(state | {"conv_in.weight": torch.cat([first, torch.zeros_like(first)], 1)})
     return wide
 
 
-def loss_function(
-    model: Model, unet: Any, latents: embed.Latents
-) -> Callable[[int, int, random.Random], tuple[Tensor, dict[str, float]]]:
-    """The min-SNR weighted epsilon loss of a batch of pairs, for `embed.train_loop`.
+def task_of(model: Model, unet: Any, latents: embed.Latents) -> embed.Task:
+    """The min-SNR weighted epsilon loss of a batch of pairs.
 
     Args:
         model: whose VAE's scale, text encoder and noise schedule it is.
         unet: that is trained, of twice the latent's channels.
         latents: of `edited_scene`.
     """
-    alphas, scale = torch.tensor(model.schedule.alphas_cumprod), model.vae.config.scaling_factor
+    alphas = torch.tensor(model.schedule.alphas_cumprod, device=model.device)
+    scale = model.vae.config.scaling_factor
 
-    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        (source, _), (target, scenes) = map(latents.take, draw_pairs(rng, latents.names, batch))
-        no_picture, no_text = zip(*(dropped(rng.random()) for _ in range(batch)), strict=True)
+    def draw(step: int, count: int, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+        (source, _), (target, scenes) = map(latents.take, draw_pairs(rng, latents.names, count))
+        no_picture, no_text = zip(*(dropped(rng.random()) for _ in range(count)), strict=True)
         source[list(no_picture)] = 0
         texts = ["" if no else world.caption(s) for no, s in zip(no_text, scenes, strict=True)]
+        return source, target, embed.tokens_of(model.tokenizer, texts, model.text_length)
+
+    def loss_of(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        source, target, tokens = batch
         x, t, noise, weight = embed.noisy(target * scale, alphas)
-        with machine.autocast():
+        with machine.autocast(model.device):
             with torch.no_grad():
-                told = model.text_encoder(embed.tokens_of(model.tokenizer, texts, model.text_length)).last_hidden_state
+                told = model.text_encoder(tokens).last_hidden_state
             got = unet(torch.cat([x, source], 1), t, told).sample
         error = (got.float() - noise) ** 2
-        return (weight * error).mean(), {"mse": error.detach().mean().item()}
+        return (weight * error).mean(), {"mse": error.mean()}
 
-    return loss_of
+    return embed.Task(draw, loss_of)
 
 
-def train(work: Path, base: Path, out: Path, log: Callable[[str], None]) -> Path:
+def train(work: Path, base: Path, out: Path, log: Callable[[str], None], device: torch.device = embed.CPU) -> Path:
     """Train on top of a model of the world and write the checkpoint.
 
     Args:
         work: encoded pictures, the base and the checkpoint; the same call goes on where it was stopped.
         base: folder of the model, of `iedit train embed`.
         out: folder of the checkpoint, in diffusers' layout, for `--method ip2p`; what is there is replaced.
+        device: where.
 
     Returns:
         `out`.
@@ -114,13 +118,13 @@ def train(work: Path, base: Path, out: Path, log: Callable[[str], None]) -> Path
     Raises:
         UsageError: the base is no model of the world's pictures that text alone guides; ValueError: `work` holds a run on top of another.
     """
-    model = embed.load_base(base)
+    model = embed.load_base(base, device)
     base = embed.keep_base(work, base)
     embed.make_shards(model.vae, work / "edits", log, range(SHARDS), edited_scene)
     torch.manual_seed(0)
     unet = widened(model.unet).train()
-    loss_of = loss_function(model, unet, embed.Latents(work / "edits", scene_of=edited_scene))
-    embed.train_loop("instruct", PART, nn.ModuleDict({"unet": unet}), loss_of, work, log, every=100)
+    task = task_of(model, unet, embed.Latents(work / "edits", scene_of=edited_scene))
+    embed.train_loop("instruct", PART, nn.ModuleDict({"unet": unet}), task, work, log, every=100, device=device)
     return write_checkpoint(unet, base, work, out)
 
 

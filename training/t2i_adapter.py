@@ -74,30 +74,35 @@ def new_adapter(model: Model) -> Any:
     return T2IAdapter(3, list(taken.channels), num_res_blocks=2, downscale_factor=kind[1], adapter_type=kind[0])
 
 
-def loss_function(
-    model: Model, adapter: Any, layout: str, latents: embed.Latents
-) -> Callable[[int, int, random.Random], tuple[Tensor, dict[str, float]]]:
-    """The epsilon loss of a batch of scenes with their maps, for `embed.train_loop`.
+def task_of(model: Model, adapter: Any, layout: str, latents: embed.Latents) -> embed.Task:
+    """The epsilon loss of a batch of scenes with their maps.
 
     Args:
         model: whose frozen UNet, text encoder, VAE's scale and noise schedule it is.
         adapter: that is trained.
         latents: of `scene_for(layout)`.
     """
-    alphas, scale = torch.tensor(model.schedule.alphas_cumprod), model.vae.config.scaling_factor
+    alphas = torch.tensor(model.schedule.alphas_cumprod, device=model.device)
+    scale = model.vae.config.scaling_factor
 
-    def loss_of(step: int, batch: int, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        z, scenes = latents.draw(rng, batch)
+    def draw(step: int, count: int, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+        z, scenes = latents.draw(rng, count)
         texts = ["" if rng.random() < 0.5 else world.caption(s) for s in scenes]
-        maps = (embed.images_to_tensor([world.layout(s, layout) for s in scenes]) + 1) / 2
-        x, t, noise, _ = embed.noisy(z * scale, alphas, cubic_timesteps(torch.rand(batch), len(alphas)))
-        with machine.autocast():
+        tokens = embed.tokens_of(model.tokenizer, texts, model.text_length)
+        return z, tokens, embed.images_to_bytes([world.layout(s, layout) for s in scenes])
+
+    def loss_of(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        z, tokens, maps = batch
+        share = torch.rand(len(z)).to(z.device)
+        x, t, noise, _ = embed.noisy(z * scale, alphas, cubic_timesteps(share, len(alphas)))
+        with machine.autocast(model.device):
             with torch.no_grad():
-                told = model.text_encoder(embed.tokens_of(model.tokenizer, texts, model.text_length)).last_hidden_state
-            got = model.unet(x, t, told, down_intrablock_additional_residuals=adapter(maps)).sample
+                told = model.text_encoder(tokens).last_hidden_state
+            features = adapter((embed.signed(maps) + 1) / 2)
+            got = model.unet(x, t, told, down_intrablock_additional_residuals=features).sample
         return ((got.float() - noise) ** 2).mean(), {}
 
-    return loss_of
+    return embed.Task(draw, loss_of)
 
 
 def part_of(layout: str) -> str:
@@ -105,7 +110,9 @@ def part_of(layout: str) -> str:
     return ADAPTER_PREFIX + layout
 
 
-def train(work: Path, base: Path, out: Path, layout: str, log: Callable[[str], None]) -> Path:
+def train(
+    work: Path, base: Path, out: Path, layout: str, log: Callable[[str], None], device: torch.device = embed.CPU
+) -> Path:
     """Train on top of a model of the world and write the checkpoint.
 
     Args:
@@ -113,6 +120,7 @@ def train(work: Path, base: Path, out: Path, layout: str, log: Callable[[str], N
         base: folder of the model, of `iedit train embed`; its weights stay as they are.
         out: folder of the whole model with the adapter, in diffusers' layout; what is there is replaced.
         layout: one of `LAYOUTS`.
+        device: where.
 
     Returns:
         `out`.
@@ -120,16 +128,18 @@ def train(work: Path, base: Path, out: Path, layout: str, log: Callable[[str], N
     Raises:
         UsageError: the base is no model of the world that an adapter can be added to; ValueError: `work` holds a run on top of another.
     """
-    model = embed.load_base(base)
+    model = embed.load_base(base, device)
     torch.manual_seed(0)
-    adapter = new_adapter(model).train()
+    adapter = new_adapter(model).train().to(device)
     base = embed.keep_base(work, base)
     scene_of, folder = scene_for(layout), work / f"latents-{layout}"
     embed.make_shards(model.vae, folder, log, range(SHARDS), scene_of)
-    if machine.training_dtype() is torch.float32:
+    if machine.training_dtype(device) is torch.float32:
         model.unet.to(memory_format=torch.channels_last)  # as `embed.train_loop` does with what it trains
-    loss_of = loss_function(model, adapter, layout, embed.Latents(folder, scene_of=scene_of))
-    embed.train_loop(part_of(layout), PART, nn.ModuleDict({"adapter": adapter}), loss_of, work, log, every=100)
+    task = task_of(model, adapter, layout, embed.Latents(folder, scene_of=scene_of))
+    embed.train_loop(
+        part_of(layout), PART, nn.ModuleDict({"adapter": adapter}), task, work, log, every=100, device=device
+    )
     return write_checkpoint(adapter, layout, base, work, out)
 
 

@@ -210,7 +210,7 @@ def _digests(checkpoint: Checkpoint) -> Digests:
     return Digests(whole.hexdigest()[:16], weights.hexdigest()[:16], parts)
 
 
-def _device(asked: str | torch.device | None) -> torch.device:
+def find_device(asked: str | torch.device | None) -> torch.device:
     """The device to use: the one asked for, or the GPU if there is one."""
     if asked is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -254,7 +254,7 @@ def load_model(
 
     checkpoint = find_checkpoint(model, layouts)
     folder, recommended = checkpoint.folder, checkpoint.recommended
-    used_device = _device(device)
+    used_device = find_device(device)
     used_dtype, notes = _dtype(dtype, used_device, emulate)
     unet = _read(UNet2DConditionModel, folder / "unet", used_dtype)
     vae = _read(AutoencoderKL, folder / "vae", used_dtype)
