@@ -188,6 +188,8 @@ def event_cost(calls: int = 20000) -> float:
 @click.option("--device", default=None, help="cpu or cuda.")
 @click.option("--dtype", default=None, help="float32, float16 or bfloat16.")
 @click.option("--size", default=512, show_default=True, help="Of the picture; the world's are 128.")
+@click.option("--wait-for", type=click.Path(path_type=Path), default=None,
+              help="After the round that is thrown away, wait until this file is there: the machine is busy until then.")  # fmt: skip
 @click.option("--edits", default=6, show_default=True, help="Edits in a round.")
 @click.option("--rounds", default=5, show_default=True, help="Rounds that count.")
 @click.option("--steps", default=25, show_default=True)
@@ -196,7 +198,7 @@ def event_cost(calls: int = 20000) -> float:
 @click.option("--skip-missing", is_flag=True, help="Leave out, with its reason, a backend that cannot run here.")
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="Append rows to this CSV.")
 def main(model: str, backends: str, engines: Path | None, pipelines: bool, keep: Path | None, device: str | None, dtype: str | None, size: int,
-         edits: int, rounds: int, steps: int, threads: int, reader: Path | None, skip_missing: bool, output: Path | None) -> None:  # fmt: skip
+         wait_for: Path | None, edits: int, rounds: int, steps: int, threads: int, reader: Path | None, skip_missing: bool, output: Path | None) -> None:  # fmt: skip
     """Time an ITO text edit by every backend against the plain composition of diffusers' parts."""
     if threads:
         torch.set_num_threads(threads)
@@ -232,6 +234,8 @@ def main(model: str, backends: str, engines: Path | None, pipelines: bool, keep:
     last: dict[str, list[Run]] = {}
     with click.progressbar(length=(rounds + 1) * len(variants), label="rounds", file=sys.stderr) as bar:
         for round_ in range(rounds + 1):
+            while round_ == 1 and wait_for is not None and not wait_for.exists():
+                time.sleep(0.2)
             for name, run in variants.items():
                 last[name] = [run(r) for r in asked]
                 if round_:

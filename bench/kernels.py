@@ -151,6 +151,9 @@ def timings(run: Callable[[], Any], device: torch.device, repeats: int) -> list[
     for i in range(repeats + 2):
         if cold is not None:
             cold.zero_()
+            torch.cuda._sleep(
+                500_000
+            )  # a quarter of a millisecond, so that the launches are queued before the clock starts
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()
             run()
@@ -222,6 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one small shape, float32, few repeats: does it run?")
+    parser.add_argument("--variants", default="Triton,eager closed form,autograd", help="some of these, by comma")
     parser.add_argument("--table", type=Path, default=Path(__file__).parent / "results.csv")
     parser.add_argument("--no-table", action="store_true", help="print only")
     options = parser.parse_args(arguments)
@@ -242,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
         for batch, side in sizes:
             for case in cases(device, dtype, batch, side):
                 for variant in (*(("Triton",) if on_gpu else ()), "eager closed form", "autograd"):
-                    if variant == "autograd" and case.eager is None:
+                    if (variant == "autograd" and case.eager is None) or variant not in options.variants.split(","):
                         continue
                     os.environ[VARIABLE] = "triton" if variant == "Triton" else "reference"
                     row = measure(case, variant, dtype, device, repeats, ceiling)

@@ -15,6 +15,7 @@ from iedit.runtime import denoise_step as steps
 from iedit.runtime.backends.compiled import CompileBackend
 from iedit.runtime.backends.cuda_graphs import CudaGraphCache, outline, tensors_of, with_tensors
 from iedit.runtime.backends.eager import TorchBackend
+from iedit.runtime.backends.graphs import GraphsBackend
 from iedit.runtime.denoise_step import ItoUpdate, Transition
 from iedit.runtime.editor import Editor, EditRequest, Options
 from iedit.runtime.errors import RunError
@@ -260,3 +261,33 @@ def test_an_edit_in_inference_mode_is_the_edit(tiny: Any, taped: Any, picture: C
         with torch.inference_mode(inference):
             assert torch.equal(editor.edit(request).latent, plain.latent)
     assert captures.replays > 0 and not backend.graphs.failed
+
+
+@pytest.mark.parametrize("how", ["ito", "layouts"])
+def test_recorded_eager_networks_compute_what_eager_ones_do(tiny: Any, taped: Any, picture: Any, how: str) -> None:
+    request = _request(picture, how)
+    want = Editor(tiny, TorchBackend(tiny), cache=StageCache(memory=0)).edit(request)
+    captures = taped.Captures()
+    backend = GraphsBackend(tiny, graphs=CudaGraphCache(CPU, capture=captures))
+    editor = Editor(tiny, backend, cache=StageCache(memory=0))
+    for _ in range(3):
+        result, replays = editor.edit(request), captures.replays
+        assert torch.equal(result.latent, want.latent) and not result.profile.fallbacks
+    calls = result.profile.modules
+    assert {c.backend for c in calls} == {"graphs"} and replays
+    assert not any(c.cold for c in calls)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["ito", "layouts"])
+def test_on_a_gpu_recorded_eager_networks_compute_what_eager_ones_do(
+    tiny_checkpoint_cli: Any, picture: Any, how: str
+) -> None:
+    model = load_model(str(tiny_checkpoint_cli), device="cuda", dtype="float32")
+    backend, request = GraphsBackend(model), _request(picture, how)
+    want = Editor(model, TorchBackend(model), cache=StageCache(memory=0)).edit(request)
+    editor = Editor(model, backend, cache=StageCache(memory=0))
+    for _ in range(3):
+        result = editor.edit(request)
+        assert not backend.graphs.failed
+        assert (result.latent - want.latent).abs().max() < 1e-4 * want.latent.abs().max()

@@ -18,9 +18,10 @@ from .engine import EngineBackend
 from .fallback import FallbackBackend
 
 # name -> module of this package, with `why_unavailable()` and `load(model, options)`
-REGISTRY = {"tensorrt": "trt", "onnx": "ort", "compile": "compiled", "torch": "eager"}
+REGISTRY = {"tensorrt": "trt", "onnx": "ort", "compile": "compiled", "graphs": "graphs", "torch": "eager"}
 # Why `auto` leaves a backend out that could run.
-NOT_IN_AUTO = {"compile": "it compiles for half a minute and more for each shape; ask for it by name"}
+NOT_IN_AUTO = {"compile": "it compiles for half a minute and more for each shape; ask for it by name",
+               "graphs": "it keeps the memory of every shape that it has recorded; ask for it by name"}  # fmt: skip
 
 
 def _module(name: str) -> Any:
