@@ -37,15 +37,16 @@ def spread(row: Row) -> str:
 
 
 def shown(row: Row) -> bool:
-    """Of the kernels' 24 rows for each dtype on each device, only those of one shape and dtype."""
-    return not row["name"].startswith("kernels/") or (row["shape"], row["dtype"]) == ("8x4x64x64", "float32")
+    """Of the kernels' rows on each device, only those of one shape and dtype, on a GPU of a large shape too."""
+    shapes = ("8x4x64x64",) if row["device"] == "cpu" else ("8x4x64x64", "64x4x128x128")
+    return not row["name"].startswith("kernels/") or (row["shape"] in shapes and row["dtype"] == "float32")
 
 
 def render(rows: list[Row]) -> str:
     """All tables, markdown; a heading for each group that has rows."""
     rows = latest(rows)
     parts = []
-    for prefix, title in (("edit/", "ITO text edits, warm, A B A B in one process"), ("kernels/", "Kernels, 8 latents in float32; the other shapes and dtypes are in bench/results.csv"),
+    for prefix, title in (("edit/", "ITO text edits, warm, A B A B in one process"), ("kernels/", "Kernels, 8 latents in float32, on a GPU 64 too; the other shapes and dtypes are in bench/results.csv"),
                           ("full-size/", "Stable Diffusion 1.5's shapes, random weights, without a GPU")):  # fmt: skip
         group = [r for r in rows if r["name"].startswith(prefix) and shown(r)]
         if group:

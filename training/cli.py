@@ -32,7 +32,7 @@ _seed = click.option("--seed", type=int, default=0, show_default=True, help="Whi
 _device = click.option("--device", default=None, help="cpu, cuda or cuda:NUMBER. Default: the GPU if there is one.")
 
 _backend = click.option(
-    "--backend", type=click.Choice(["torch", "compile", "onnx", "tensorrt"]), default="torch", show_default=True,
+    "--backend", type=click.Choice(["torch", "graphs", "compile", "onnx", "tensorrt"]), default="torch", show_default=True,
     help="What runs the networks; onnx takes half the time on a CPU (run `iedit export onnx` first).",
 )  # fmt: skip
 
