@@ -237,7 +237,7 @@ def test_the_truth_command_runs_every_method_on_its_kinds_and_writes_card_rows_a
     reader, output = tmp_path / "reader.safetensors", tmp_path / "out"
     classifier.Classifier().save(reader)
     arguments = ["truth", "--reader", str(reader), "--output", str(output), "--n", "2"]
-    result = CliRunner().invoke(evaluate, [*arguments, "--sheet", "1"], catch_exceptions=False)
+    result = CliRunner().invoke(evaluate, [*arguments, "--methods", "all", "--sheet", "1"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     counted = Counter((request.method, request.options) for request in Editor.asked)
     fit = [m for m in truth.METHODS.values() if m.name != "ip2p" and not m.name.startswith("t2i-adapter")]
@@ -252,6 +252,12 @@ def test_the_truth_command_runs_every_method_on_its_kinds_and_writes_card_rows_a
     assert json.loads((output / "figures.json").read_text())["edits"][0]["n"] == 2
     CliRunner().invoke(evaluate, arguments, catch_exceptions=False)
     assert len(Editor.asked) == sum(counted.values())  # nothing was run again
+    plain = CliRunner().invoke(
+        evaluate, [*arguments, "--output", str(tmp_path / "plain"), "--n", "1"], catch_exceptions=False
+    )
+    assert plain.exit_code == 0  # by default each method as it is by default
+    main_ones = [m for m in methods if m.name in truth.MAIN]
+    assert len(Editor.asked) == sum(counted.values()) + sum(len(m.kinds) for m in main_ones)
     refused = CliRunner().invoke(main, ["evaluate", *arguments, "--methods", "ito,ip2p"])
     assert (
         refused.exit_code == 2

@@ -361,7 +361,7 @@ def write_card(output: Path, reader: Path, **found: Any) -> None:
 @click.option("--n", "count", type=click.IntRange(1), default=100, show_default=True, help="Held-out edits per kind.")
 @click.option("--kinds", default="all", show_default=True, metavar="LIST",
               help="Comma-separated: thing, colour, background (sky or ground), pose, scribble.")  # fmt: skip
-@click.option("--methods", default="all", show_default=True, metavar="LIST",
+@click.option("--methods", default="main", show_default=True, metavar="LIST",
               help="Comma-separated: ito, ito exact (the full method, whatever the model recommends), ito adam (the paper's update), ito lambda=0.6, ito lambda=1, guidance image (of ito), "
                    "diffedit, sdedit, iedit, p2p, p2p without correction, ddpm, ip2p (text kinds), controlnet, controlnet-diffedit, t2i-adapter, "
                    "t2i-adapter-diffedit (layout kinds, by what reads the layout), round trip of the target; all; or main, each method once as it is by "
@@ -397,7 +397,7 @@ def truth(
     \b
     A quick look:  iedit evaluate truth --n 4 --sheet 4
     One method:    iedit evaluate truth --methods ito --kinds pose,scribble
-    Two cores:     iedit evaluate truth --n 50 --methods main --processes 2
+    Two cores:     iedit evaluate truth --n 50 --processes 2
     """
     from ..runtime.cli.params import use_threads
     from . import evaluate as machinery
