@@ -64,7 +64,7 @@ def kernel_aim(row: Row) -> str:
 
 def edit_aim(row: Row) -> str:
     """An edit of 512x512 takes 0.8 s at most, a fourth of the plain composition, and spends 3 % outside the networks."""
-    if row["shape"] != "512x512" or row["variant"].split(",")[0] not in ("torch", "compile"):
+    if row["shape"] != "512x512" or row["variant"].split(",")[0] not in ("torch", "graphs", "compile"):
         return ""
     ratio, outside = _number(r"naive / this ([\d.]+)", row["quality"]), _number(r"([\d.]+)% outside", row["quality"])
     short = [f"{float(row['p50']):.2f} s, aim 0.8"] if float(row["p50"]) > 0.8 else []
@@ -108,9 +108,9 @@ STEPS = (
          ("-m pytest -q -x tests/test_guided_step.py -k reference",), 5),
     Step("tests", ("pytest",), ("-m pytest -q -m gpu tests",), ("-m pytest -q --collect-only -m gpu tests",), 8),
     Step("kernels", ("triton",), ("bench/kernels.py --device cuda --table {table}",), ("bench/kernels.py --device cpu --quick --table {table}",), 8, kernel_aim),
-    Step("edit", NETWORKS, (_EDIT.format(dtype="bfloat16") + "torch",), (_SMALL + "torch",), 10, edit_aim),
+    Step("edit", NETWORKS, (_EDIT.format(dtype="bfloat16") + "torch,graphs",), (_SMALL + "torch",), 10, edit_aim),
     Step("edit-compile", NETWORKS, (_EDIT.format(dtype="bfloat16") + "compile --no-diffusers",), (_SMALL + "torch --no-diffusers",), 10, edit_aim),
-    Step("edit-float16", NETWORKS, (_EDIT.format(dtype="float16") + "torch,compile --no-diffusers",), (_SMALL + "torch --no-diffusers",), 10, edit_aim),
+    Step("edit-float16", NETWORKS, (_EDIT.format(dtype="float16") + "torch,graphs --no-diffusers",), (_SMALL + "torch --no-diffusers",), 10, edit_aim),
     Step("edit-xformers", (*NETWORKS, "xformers"), (_EDIT.format(dtype="float16") + "xformers --no-diffusers",), (_SMALL + "torch --no-diffusers",), 6, edit_aim),
     Step("onnx", (*NETWORKS, "onnx", "onnxscript", "onnxruntime"),
          ("-m iedit.runtime.cli.main export onnx picturebook", "bench/edit.py --model picturebook --device cuda --size 128 --backends torch,onnx --rounds 3 --edits 2 "
