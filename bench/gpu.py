@@ -100,7 +100,7 @@ class Step:
     aim: Callable[[Row], str] = lambda row: ""
 
 
-_EDIT = "bench/edit.py --model sd15-random --device cuda --dtype {dtype} --size 512 --edits 1 --rounds 10 --skip-missing --output {{table}} --backends "
+_EDIT = "bench/edit.py --model sd15-random --keep build/gpu/sd15 --device cuda --dtype {dtype} --size 512 --edits 1 --rounds 10 --skip-missing --output {{table}} --backends "
 _SMALL = "bench/edit.py --model picturebook --device cpu --size 128 --edits 1 --rounds 1 --steps 4 --skip-missing --output {table} --backends "
 _KERNEL_TESTS = "tests/test_kernels_gpu.py tests/test_ito_step.py tests/test_guided_step.py tests/test_mask_map.py"
 STEPS = (
