@@ -1085,11 +1085,14 @@ The two cores were shared with other work, so the hours are upper bounds. Steps 
 while it ran, so the cosine of the learning rate was not one piece everywhere: the autoencoder's first 2000 and the denoiser's first
 1500 steps ran under one meant for 4000, the pose ControlNet was stopped at 1000 of 1500, and the scribble ControlNet, finished at
 1500, went on to 2300, and from there to 5000. That last part took the outlines that are as asked after an edit from 77 % to 89 %, of 64 of a seed
-that the figures below do not use, and their IoU from 0.81 to 0.85. The rows of seed 1 and 2 are of training on (`--base`): UNet and text encoder
+that the figures below do not use, and their IoU from 0.81 to 0.85. What follows the row of `clip` is of training on (`--base`): on the two cores UNet and text encoder
 twice, then the pose ControlNet.
 
 The last round, in batches of 128 to 1024, is four minutes of an NVIDIA H200: decoder and denoiser side by side, then both ControlNets, each for a time that was set beforehand and
-with the cosine of its learning rate over that time. The encoder stayed as it was, so latents are the same space as before. LAST_ROUND
+with the cosine of its learning rate over that time. The encoder stayed as it was, so latents are the same space as before. On the same held-out scenes what text to image draws of a single thing went from
+22.6 dB of what the renderer draws to 25.5 and of two from 24.4 to 26.3, the joints of poses from 1.5 and 1.4 px off to 1.0 and 0.9, the overlap with asked outlines from 0.92 and 0.90
+to 0.94 and 0.93; with edits a thing from 23.1 to 26.2, a recoloured one from 23.7 to 26.2, a pose from 21.1 to 22.8 and an outline from 23.0 to 24.7. Skies and grounds lost by it: 97 of 100 are as asked
+in place of 300 of 300.
 
 {figures}"""
 
