@@ -66,7 +66,7 @@ def load_backend(name: str, model: Model, engines: Path | None = None, **options
     unusable: dict[str, list[str]] = {}
     for candidate in BACKENDS:
         if candidate in NOT_IN_AUTO:
-            unusable[candidate] = [NOT_IN_AUTO[candidate]]
+            unusable[candidate] = why_unavailable(candidate) or [NOT_IN_AUTO[candidate]]
             continue
         try:
             usable.append(_module(candidate).load(model, BackendOptions(engines, **options)))
