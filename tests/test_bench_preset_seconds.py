@@ -58,7 +58,10 @@ def test_the_table_is_of_the_counted_rounds_and_replaces_the_one_before(timing: 
 
 def test_what_is_wrong_is_one_line(timing: Any, tmp_path: Path) -> None:
     for words, says in (
-        (["--backends", "torch,cuda"], "--backends: 'cuda', expected different ones of tensorrt, onnx, compile, torch"),
+        (
+            ["--backends", "torch,cuda"],
+            "--backends: 'cuda', expected different ones of tensorrt, onnx, compile, graphs, torch",
+        ),
         (["--backends", "torch,torch"], "--backends: 'torch', expected different ones"),
         (["--write", str(tmp_path / "none.md")], "has no place for the tables"),
     ):
