@@ -7,16 +7,13 @@ what is computed is what eager computes, bit for bit. Compiled kernels (`compile
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..model.model import Model
 from ..profile import module_call
 from .base import BackendOptions
-from .compiled import CompileBackend
+from .graph_modules import GraphModules
 
 
 def why_unavailable() -> list[str]:
@@ -29,17 +26,14 @@ def load(model: Model, options: BackendOptions) -> GraphsBackend:
     return GraphsBackend(model, attention=options.attention, channels_last=options.channels_last)
 
 
-class GraphsBackend(CompileBackend):
-    """See this file's docstring. Arguments as of `CompileBackend`."""
+class GraphsBackend(GraphModules):
+    """See this file's docstring. Arguments as of `GraphModules`."""
 
     name = "graphs"
-
-    def _function(self, module: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return function
 
     @torch.no_grad()
     def encode_tokens(self, ids: Tensor) -> Tensor:
         # transformers looks at values of its masks on the way, which waits for the GPU and cannot be recorded; three calls an edit.
         with module_call("text_encoder", self.name, len(ids), device=ids.device):
-            prompt_embeds: Any = self.model.text_encoder(ids)[0].float()
+            prompt_embeds: Tensor = self.model.text_encoder(ids)[0].float()
         return prompt_embeds
