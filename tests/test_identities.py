@@ -7,7 +7,6 @@ the size. Measured on the random model: 4e-6 and less.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
@@ -55,15 +54,11 @@ Picture = Callable[..., Image.Image]
 RUNS: dict[str, Backend] = {}
 
 
-# 20-30 s for each of its compilations on one core, of which a test with ControlNets needs several. What is recorded is what eager torch makes, bit for
-# bit, in test_cuda_graphs.py.
-SLOW = [
-    pytest.param("tiny-compile", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
-    pytest.param("tiny-recorded", marks=pytest.mark.slow),
-]
+# 20-30 s for each of its compilations on one core, of which a test with ControlNets needs several.
+SLOW = pytest.param("tiny-compile", marks=[pytest.mark.slow, pytest.mark.timeout(900)])
 
 
-@pytest.fixture(scope="session", params=["tiny", "tiny-onnx", *SLOW])
+@pytest.fixture(scope="session", params=["tiny", "tiny-onnx", "tiny-recorded", SLOW])
 def model(request: pytest.FixtureRequest) -> Any:
     """Every backend that the identities must hold on. The embedded model has a case of each identity at the end of this file."""
     name = request.param
@@ -97,6 +92,31 @@ class OneByOne:
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         pieces = [slice(i, i + 1) for i in range(len(x))]
         return torch.cat([self.inner.predict(x[p], t[p], condition.take(p)) for p in pieces])
+
+
+class Remembering:
+    """The network, which remembers each sample that it was asked for and what it answered."""
+
+    def __init__(self, model: Any):
+        self.inner = backend_of(model)
+        self.samples: list[tuple[Tensor, int, Tensor, Tensor]] = []  # latent, timestep, prompt embeddings, answer
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        output = self.inner.predict(x, t, condition)
+        rows = zip(x, t.expand(len(x)), condition.prompt_embeds, output, strict=True)
+        self.samples += [(a, int(b), c, d) for a, b, c, d in rows]
+        return output
+
+    def answer(self, x: Tensor, t: int, prompt_embeds: Tensor) -> Tensor:
+        """What was answered for this sample, (1, C, h, w); it must have been asked for, to 1e-5 of its size."""
+        asked = [
+            (gap(latent[None], x), output)
+            for latent, level, told, output in self.samples
+            if level == t and torch.allclose(told[None], prompt_embeds, atol=1e-5)
+        ]
+        nearest, output = min(asked, key=lambda one: one[0])
+        assert nearest < 1e-5, nearest
+        return output[None]
 
 
 def editor_of(
@@ -417,7 +437,7 @@ def embedded() -> RealEditor:
 @pytest.mark.parametrize("kind", truth.KINDS)
 def test_8_calls_grouped_otherwise_give_the_same_picture_within_1_of_255(embedded: RealEditor, kind: str) -> None:
     """The network rounds differently in another batch, and the clipped update leaves that rounding."""
-    for how, worst in grouped_otherwise(embedded, kind, 5, WORLD_STEPS, alone=2).items():
+    for how, worst in grouped_otherwise(embedded, kind, 8, WORLD_STEPS, alone=2).items():
         assert max(worst) <= 1, (how, worst)
 
 
@@ -603,76 +623,80 @@ def test_9_the_blend_is_inpaints(model: Any, picture: Picture, monkeypatch: pyte
 def test_9_an_ito_edit_is_the_equations_with_diffusers_and_autograd(
     model: Any, picture: Picture, k: int, refine: bool, update: str
 ) -> None:
-    """The whole of ITO written a second time from the paper's equations, in float64. Measured 6e-6 with the clipped update and
-    8e-6 with Adam's, which could be missed without a fault: it makes a step of full size also out of a gradient that is rounding. A trained network
-    may make more of a rounding; what it makes of one of 2^-22 of the largest value in each of its answers is allowed (six scenes of the embedded model were 0.1 to 0.8 of that)."""
+    """The whole of ITO written a second time from the paper's equations. Measured 3e-6 with the clipped update and 7e-6 with
+    Adam's, which could be missed without a fault: it makes a step of full size also out of a gradient that is rounding.
+
+    A trained network makes more of a rounding in its input than a random one, and its two runs drift apart. There the equations take the answers that the
+    edit's network gave, each for the latent that the equations have come to."""
     from diffusers import DDIMInverseScheduler
 
     steps, lam, phase, mask = 8, 0.6, ItoSettings(t_u=5, k=k, update=update), square()
     options = Options(lam=lam, guidance_scale=7.5, guidance=phase, final=phase)
     if refine:
         options = dataclasses.replace(options, refine=True, refinement=ItoSettings(t_u=6, update=update))
-    result = editor_of(model).edit(request(picture, steps=steps, mask=mask, options=options))
+    remembered = Remembering(model) if model.name == "picturebook" else None
+    result = editor_of(model, denoiser=remembered).edit(request(picture, steps=steps, mask=mask, options=options))
+    scheduler = parts_of(model, model.schedule.prediction)["scheduler"]
+    inverse = DDIMInverseScheduler.from_config(scheduler.config)
+    scheduler.set_timesteps(steps)
+    inverse.set_timesteps(steps)
+    m = torch.from_numpy(np.array(mask.resize((8, 8), Image.Resampling.NEAREST)) / 255).float()[None, None]
+    text = {t: Codec(model).encode_text([t]) for t in (PROMPT, SOURCE, "")}
+    x0 = result.source_latent[None]
+
+    @torch.no_grad()
+    def eps(x: Tensor, t: Any, prompt: str, scale: float) -> Tensor:
+        def network(prompt: str) -> Tensor:
+            if remembered is not None:
+                return remembered.answer(x, int(t), text[prompt])
+            output: Tensor = model.unet(x, t, text[prompt]).sample
+            return output
+
+        out = network(prompt)
+        if scale == 1:
+            return out
+        low = network("")
+        return low + scale * (out - low)
+
+    def inverted(x: Tensor, prompt: str) -> list[Tensor]:
+        found = [x]
+        for t in inverse.timesteps:
+            found.append(inverse.step(eps(found[-1], t, prompt, 1), t, found[-1]).prev_sample)
+        return found[::-1]
+
+    def optimised(
+        y: Tensor, source: list[Tensor], guide: list[Tensor] | None, weight: float, t_u: int = 5, k: int = k
+    ) -> Tensor:
+        for i, t in enumerate(scheduler.timesteps):
+            y = scheduler.step(eps(y, t, PROMPT, 7.5), t, y).prev_sample
+            if i < t_u:
+                leaf = y.clone().requires_grad_()
+                adam = torch.optim.Adam([leaf], lr=0.1)
+                for _ in range(k):
+                    adam.zero_grad()
+                    loss = weight * (((1 - m) * (leaf - source[i + 1])) ** 2).mean()
+                    if guide is not None:
+                        near = torch.nn.functional.cosine_similarity(leaf.flatten(), guide[i + 1].flatten(), dim=0)
+                        loss = loss + (1 - weight) * (1 - near)
+                    loss.backward()
+                    if update == "adam":
+                        adam.step()
+                    else:
+                        assert leaf.grad is not None
+                        with torch.no_grad():
+                            leaf -= (leaf.grad * (leaf.numel() / 2)).clamp(-0.1, 0.1)
+                y = leaf.detach()
+        return y
+
     noise = seeded_noise(0, "guidance", SHAPE)[None]
-
-    def by_equations(rounding: float) -> Tensor:
-        dtype, random = torch.float64, torch.Generator().manual_seed(0)
-        scheduler = parts_of(model, model.schedule.prediction)["scheduler"]
-        inverse = DDIMInverseScheduler.from_config(scheduler.config)
-        scheduler.set_timesteps(steps)
-        inverse.set_timesteps(steps)
-        unet = copy.deepcopy(model.unet).to(dtype)
-        m = torch.from_numpy(np.array(mask.resize((8, 8), Image.Resampling.NEAREST)) / 255).to(dtype)[None, None]
-        text = {t: Codec(model).encode_text([t]).to(dtype) for t in (PROMPT, SOURCE, "")}
-        x0 = result.source_latent[None].to(dtype)
-
-        @torch.no_grad()
-        def eps(x: Tensor, t: Any, prompt: str, scale: float) -> Tensor:
-            outs = [unet(x, t, text[p]).sample for p in ((prompt,) if scale == 1 else (prompt, ""))]
-            outs = [o + rounding * o.abs().max() * torch.randn(o.shape, generator=random, dtype=dtype) for o in outs]
-            made: Tensor = outs[-1] + scale * (outs[0] - outs[-1]) if len(outs) > 1 else outs[0]
-            return made
-
-        def inverted(x: Tensor, prompt: str) -> list[Tensor]:
-            found = [x]
-            for t in inverse.timesteps:
-                found.append(inverse.step(eps(found[-1], t, prompt, 1), t, found[-1]).prev_sample)
-            return found[::-1]
-
-        def optimised(
-            y: Tensor, source: list[Tensor], guide: list[Tensor] | None, weight: float, t_u: int = 5, k: int = k
-        ) -> Tensor:
-            for i, t in enumerate(scheduler.timesteps):
-                y = scheduler.step(eps(y, t, PROMPT, 7.5), t, y).prev_sample
-                if i < t_u:
-                    leaf = y.clone().requires_grad_()
-                    adam = torch.optim.Adam([leaf], lr=0.1)
-                    for _ in range(k):
-                        adam.zero_grad()
-                        loss = weight * (((1 - m) * (leaf - source[i + 1])) ** 2).mean()
-                        if guide is not None:
-                            near = torch.nn.functional.cosine_similarity(leaf.flatten(), guide[i + 1].flatten(), dim=0)
-                            loss = loss + (1 - weight) * (1 - near)
-                        loss.backward()
-                        if update == "adam":
-                            adam.step()
-                        else:
-                            assert leaf.grad is not None
-                            with torch.no_grad():
-                                leaf -= (leaf.grad * (leaf.numel() / 2)).clamp(-0.1, 0.1)
-                    y = leaf.detach()
-            return y
-
-        noised = [scheduler.add_noise(x0, noise.to(dtype), t[None]) for t in scheduler.timesteps] + [x0]
-        guidance = optimised(noised[0], noised, None, 1.0)
-        x, g = inverted(x0, SOURCE), inverted(guidance, PROMPT)
-        if refine:
-            g = inverted(optimised(g[0], g, x, 0.0, t_u=6, k=1), PROMPT)
-        return optimised(x[0], x, g, lam)
-
-    exact = by_equations(0.0)
-    off = gap(result.latent[None].double(), exact)
-    assert off < (1e-5 if update == "clipped" else 1e-4) or off < gap(by_equations(2**-22), exact)
+    noised = [scheduler.add_noise(x0, noise, t[None]) for t in scheduler.timesteps] + [x0]
+    guidance = optimised(noised[0], noised, None, 1.0)
+    x, g = inverted(x0, SOURCE), inverted(guidance, PROMPT)
+    if refine:
+        g = inverted(optimised(g[0], g, x, 0.0, t_u=6, k=1), PROMPT)
+    want = optimised(x[0], x, g, lam)
+    differences = (result.latent[None] - want).abs() / want.abs().max()
+    assert differences.max() < (1e-5 if update == "clipped" else 1e-4)
 
 
 # --- the mask's shortcut ------------------------------------------------------------------------------------------
