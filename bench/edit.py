@@ -11,6 +11,7 @@ the same edit by other means; with `--reader` (weights of `iedit train classifie
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ from iedit.runtime.profile import module_call, peak_memory
 from iedit.runtime.stage_cache import StageCache
 from iedit.training import truth
 
+CHANNELS_LAST = "+channels-last"
 RANDOM = "sd15-random"  # --model: the shapes of SD 1.5 with random weights, made on the spot
 
 
@@ -44,18 +46,17 @@ def world_edits(count: int) -> list[Any]:
     return [each[i % len(each)][i // len(each)] for i in range(count)]
 
 
-def requests_of(model: str, size: int, count: int, steps: int) -> tuple[list[EditRequest], list[Any]]:
-    """The edits, and the world's cases where they are of the world."""
+def requests_of(model: str, size: int, count: int, steps: int | None) -> tuple[list[EditRequest], list[Any]]:
+    """The edits as a preset takes them, and the world's cases where they are of the world."""
     if model == "picturebook":
         cases = world_edits(count)
         requests = [EditRequest(c.source, c.prompts[1], c.prompts[0], steps=steps) for c in cases]
-        return [with_preset(r, "exact") for r in requests], cases  # the plain composition is of the full method
+        return requests, cases
     rng = np.random.default_rng(0)
     smooth = [
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((size, size), 3) for _ in range(count)
     ]
-    requests = [EditRequest(s, "a blue house on sand", "a red car on grass", steps=steps) for s in smooth]
-    return [with_preset(r, "exact") for r in requests], []
+    return [EditRequest(s, "a blue house on sand", "a red car on grass", steps=steps) for s in smooth], []
 
 
 class Run:
@@ -67,19 +68,24 @@ class Run:
         self.picture = np.asarray(picture, dtype=np.float32) / 255
 
 
-def ours(editor: Editor) -> Callable[[EditRequest], Run]:
+def ours(editor: Editor, preset: str, together: int = 1) -> Callable[[EditRequest], Run]:
+    """The edit by this runtime; with `together`, seconds and evaluations are an edit's share of so many in one batch, each of its own seed."""
+
     def run(request: EditRequest) -> Run:
         editor.cache = StageCache(memory=0)
+        made = with_preset(request if preset == "exact" else dataclasses.replace(request, steps=None), preset)
+        batch = [dataclasses.replace(made, seed=made.seed + i) for i in range(together)]
         synchronise(editor.model.device)
         began = time.perf_counter()
-        result = editor.edit(request)
+        result = editor.edit_many(batch)[0]
         synchronise(editor.model.device)
-        seconds = time.perf_counter() - began
+        seconds = (time.perf_counter() - began) / together
         factor = editor.model.vae_scale_factor
         assert result.mask is not None
         mask = result.mask.resize((result.mask.width // factor, result.mask.height // factor), Image.Resampling.NEAREST)
         share = result.profile.outside_modules() / sum(result.profile.seconds.values())
-        return Run(seconds, result.image, np.asarray(mask) > 127, share, sum(result.profile.evaluations.values()))
+        evaluations = sum(result.profile.evaluations.values()) // together
+        return Run(seconds, result.image, np.asarray(mask) > 127, share, evaluations)
 
     return run
 
@@ -88,6 +94,7 @@ def naive(model: Any, steps: int) -> Callable[[EditRequest], Run]:
     plain = Naive(model, steps, model.guidance_scale)
 
     def run(request: EditRequest) -> Run:
+        request = with_preset(request, "exact")  # the plain composition is of the full method
         synchronise(model.device)
         began, plain.evaluations = time.perf_counter(), 0
         made = plain.edit(
@@ -175,7 +182,19 @@ def event_cost(calls: int = 20000) -> float:
 @click.command()
 @click.option("--model", default="picturebook", show_default=True, help=f"As of `iedit edit`, or {RANDOM}.")
 @click.option(
-    "--backends", default="torch", show_default=True, help="Comma-separated: torch, compile, onnx, tensorrt, xformers."
+    "--backends",
+    default="torch",
+    show_default=True,
+    help=f"Comma-separated: torch, graphs, compile, onnx, tensorrt, xformers; with {CHANNELS_LAST} behind one, on weights of that memory format.",
+)
+@click.option(
+    "--presets", default="", help="Comma-separated: also these presets, by every backend; they say their own steps."
+)
+@click.option(
+    "--together",
+    default=1,
+    show_default=True,
+    help="Also so many edits in one batch, by every backend; seconds are an edit's share.",
 )
 @click.option("--engines", type=click.Path(path_type=Path), default=None, help="Folder of exported engines.")
 @click.option("--diffusers/--no-diffusers", "pipelines", default=True, help="Also diffusers' DiffEdit and Img2Img.")
@@ -197,7 +216,7 @@ def event_cost(calls: int = 20000) -> float:
 @click.option("--reader", type=click.Path(path_type=Path), default=None, help="Weights of `iedit train classifier`.")
 @click.option("--skip-missing", is_flag=True, help="Leave out, with its reason, a backend that cannot run here.")
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="Append rows to this CSV.")
-def main(model: str, backends: str, engines: Path | None, pipelines: bool, keep: Path | None, device: str | None, dtype: str | None, size: int,
+def main(model: str, backends: str, presets: str, together: int, engines: Path | None, pipelines: bool, keep: Path | None, device: str | None, dtype: str | None, size: int,
          wait_for: Path | None, edits: int, rounds: int, steps: int, threads: int, reader: Path | None, skip_missing: bool, output: Path | None) -> None:  # fmt: skip
     """Time an ITO text edit by every backend against the plain composition of diffusers' parts."""
     if threads:
@@ -217,17 +236,29 @@ def main(model: str, backends: str, engines: Path | None, pipelines: bool, keep:
     asked, cases = requests_of(model, size, edits, steps)
     variants: dict[str, Callable[[EditRequest], Run]] = {"naive": naive(loaded, steps)}
     editors: dict[str, Editor] = {}
+    own: dict[bool, Any] = {False: loaded}  # the memory format is of the model
     for name in backends.split(","):
-        options = {"attention": "xformers", "channels_last": True} if name == "xformers" else {}
+        last_channels = name.endswith(CHANNELS_LAST) or name == "xformers"
+        if last_channels and True not in own:
+            own[True] = load_model(folder, device=device, dtype=dtype)
+            own[True].name = model
+        options = {"channels_last": last_channels} | ({"attention": "xformers"} if name == "xformers" else {})
+        of, shown = own[last_channels], name.replace("+", ", ")
+        shown = "torch, xformers attention, channels-last" if name == "xformers" else shown
         try:
-            backend = load_backend("torch" if name == "xformers" else name, loaded, engines, **options)
+            plain = name.removesuffix(CHANNELS_LAST)
+            backend = load_backend("torch" if name == "xformers" else plain, of, engines, **options)
         except UsageError as error:
             if not skip_missing:
                 raise click.ClickException(str(error)) from error
             click.echo(f"{name} is left out: {error}", err=True)
             continue
-        editors[name] = Editor(loaded, backend)
-        variants[name] = ours(editors[name])
+        editors[shown] = editor = Editor(of, backend)
+        variants[shown] = ours(editor, "exact")
+        for preset in filter(None, presets.split(",")):
+            variants[f"{shown}, preset {preset}"] = ours(editor, preset)
+        if together > 1:
+            variants[f"{shown}, {together} edits in a batch"] = ours(editor, "exact", together)
     if pipelines:
         variants |= {n: diffusers_pipeline(loaded, n, steps) for n in ("diffusers DiffEdit", "diffusers Img2Img")}
     seconds: dict[str, list[float]] = {n: [] for n in variants}
@@ -244,6 +275,7 @@ def main(model: str, backends: str, engines: Path | None, pipelines: bool, keep:
                     click.echo(f" first round of {name}: {sum(r.seconds for r in last[name]):.1f} s", err=True)
                 bar.update(1)
     rows = []
+    where = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else loaded.device.type
     for name, runs in last.items():
         ratio = float(np.median([a / b for a, b in zip(seconds["naive"], seconds[name], strict=True)]))
         quality = f"naive / this {ratio:.2f}"
@@ -254,10 +286,9 @@ def main(model: str, backends: str, engines: Path | None, pipelines: bool, keep:
         if runs[0].outside is not None:
             quality += f", {np.mean([r.outside for r in runs]):.1%} outside the networks"
         p20, p50, p80 = np.percentile(seconds[name], [20, 50, 80])
-        shown = "torch, xformers attention, channels-last" if name == "xformers" else name
         width, height = asked[0].image.size
-        rows.append({"name": f"edit/{model}", "variant": f"{shown}, {torch.get_num_threads()} threads", "shape": f"{width}x{height}",
-                     "p20": round(p20, 4), "p50": round(p50, 4), "p80": round(p80, 4), "peak_mib": round(peak_memory() / 2**20),
+        rows.append({"name": f"edit/{model}", "variant": f"{name}, {torch.get_num_threads()} threads", "shape": f"{width}x{height}",
+                     "p20": round(p20, 4), "p50": round(p50, 4), "p80": round(p80, 4), "peak_mib": round(peak_memory() / 2**20), "device": where,
                      "evaluations": runs[0].calls or "", "quality": quality})  # fmt: skip
         click.echo(f"{name:20} p50 {p50:.3f} s ({p20:.3f}-{p80:.3f}); {quality}")
     events = 76 * event_cost()
@@ -267,8 +298,7 @@ def main(model: str, backends: str, engines: Path | None, pipelines: bool, keep:
         else ""
     )
     if output is not None:
-        editor = next(iter(editors.values()))
-        append_rows(output, rows, editor)
+        append_rows(output, rows, next(iter(editors.values())))
 
 
 if __name__ == "__main__":

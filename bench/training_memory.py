@@ -204,32 +204,36 @@ def main(words: list[str]) -> None:
 
     logging.disable_progress_bar()
     kind, table = words[0], Path(words[1]) if len(words) > 1 else None
-    rows: list[dict[str, Any]] = []
     shared = {
         "name": "training/step, SD 1.4 shapes",
         "shape": f"{SIDE}x{SIDE}, batch 1",
         "versions": f"torch {torch.__version__}",
     }
+
+    def write(row: dict[str, Any]) -> None:
+        """As it is measured: a run that is cut off keeps what it has."""
+        if table is not None:
+            write_rows(table, [shared | row])
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if kind == "step" and not torch.cuda.is_available():
+        on_cpu = kind == "step" and not torch.cuda.is_available()
+        if on_cpu:
             found = one_step(folder)
             print(", ".join(f"{k} {v:.4g}" for k, v in found.items()))
-            rows.append(shared | {"variant": "input group, checkpointing", "dtype": "float32", "p50": round(found["seconds 1"], 1), "unit": "s",
-                                  "peak_mib": round(found["peak"] * 1024), "device": "cpu"})  # fmt: skip
-        for title, (checkpointing, efficient) in SETTINGS.items() if kind == "count" or not rows else ():
+            write({"variant": "input group, checkpointing", "dtype": "float32", "p50": round(found["seconds 1"], 1), "unit": "s",
+                   "peak_mib": round(found["peak"] * 1024), "device": "cpu"})  # fmt: skip
+        for title, (checkpointing, efficient) in () if on_cpu else SETTINGS.items():
             if kind == "count":
                 found = count(checkpointing, efficient, folder)
                 print(f"{title}: {found['peak']:.2f} GiB at the peak, {found['kept']:.2f} GiB of it between steps")
-                rows.append(shared | {"variant": f"counted on tensors without data: {title}", "dtype": "bfloat16 autocast", "unit": "MiB",
-                                      "peak_mib": round(found["peak"] * 1024), "device": "cpu"})  # fmt: skip
+                write({"variant": f"counted on tensors without data: {title}", "dtype": "bfloat16 autocast", "unit": "MiB",
+                       "peak_mib": round(found["peak"] * 1024), "device": "cpu"})  # fmt: skip
             else:
                 found = measure(checkpointing, efficient, folder)
                 print(f"{title}: {found['peak']:.2f} GiB at the peak, {found['steps_per_second']:.2f} steps/s")
-                rows.append(shared | {"variant": title, "dtype": "float16 autocast", "p50": round(1 / found["steps_per_second"], 4), "unit": "s",
-                                      "peak_mib": round(found["peak"] * 1024), "device": torch.cuda.get_device_name()})  # fmt: skip
-    if table is not None:
-        write_rows(table, rows)
+                write({"variant": title, "dtype": "float16 autocast", "p50": round(1 / found["steps_per_second"], 4), "unit": "s",
+                       "peak_mib": round(found["peak"] * 1024), "device": torch.cuda.get_device_name()})  # fmt: skip
 
 
 if __name__ == "__main__":
