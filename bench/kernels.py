@@ -28,6 +28,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iedit.kernels.dispatch import VARIABLE, why_not_triton
+from iedit.kernels.geglu import geglu, geglu_reference
+from iedit.kernels.group_norm import group_norm, group_norm_reference
 from iedit.kernels.guided_step import guided_step, guided_step_reference
 from iedit.kernels.ito_step import ito_step, ito_step_reference
 from iedit.kernels.mask_map import difference
@@ -94,6 +96,7 @@ class Case:
     exact: Callable[[], Tensor]
     moved: int
     eager: Callable[[], Tensor] | None = None
+    eager_variant: str = "autograd"
 
 
 def cases(device: torch.device, dtype: torch.dtype, batch: int, side: int) -> list[Case]:
@@ -144,6 +147,39 @@ def cases(device: torch.device, dtype: torch.dtype, batch: int, side: int) -> li
     return made
 
 
+def network_cases(device: torch.device, dtype: torch.dtype, batch: int, side: int) -> list[Case]:
+    """What the UNet of SD 1.5 does at its first level for latents (batch, 4, side, side): a norm as a residual block has it, and a gate."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, 320, side, side)
+    x = torch.randn(shape, generator=generator).to(device, dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 320, generator=generator).to(device, dtype)
+    shift = torch.randn(shape[:2], generator=generator).to(device, dtype)
+    wide = [t.double() for t in (weight, bias, shift)]
+    gate = torch.randn(batch, side * side, 2560, generator=generator).to(device, dtype)
+    size = x.element_size()
+
+    def eager_norm() -> Tensor:
+        return F.silu(F.group_norm(x + shift[:, :, None, None], 32, weight, bias, 1e-5))
+
+    def eager_gate() -> Tensor:
+        value, other = gate.chunk(2, dim=-1)
+        return value * F.gelu(other)
+
+    return [
+        Case(
+            "group_norm + shift + silu",
+            "x".join(map(str, shape)),
+            lambda: group_norm(x, 32, weight, bias, 1e-5, shift=shift, silu=True),
+            lambda: group_norm_reference(x.double(), 32, wide[0], wide[1], 1e-5, wide[2], True),
+            2 * x.numel() * size,
+            eager_norm,
+            "eager modules",
+        ),
+        Case("geglu", "x".join(map(str, gate.shape)), lambda: geglu(gate), lambda: geglu_reference(gate.double()), gate.numel() * 3 // 2 * size,
+             eager_gate, "eager modules"),
+    ]  # fmt: skip
+
+
 def timings(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
     """Seconds of `repeats` runs after two that warm up, sorted; on CUDA by events, each run with a cold L2 cache."""
     cold = torch.empty(256 << 20, dtype=torch.int8, device=device) if device.type == "cuda" else None
@@ -184,7 +220,7 @@ def measure(
     Raises:
         SystemExit: a kernel's result is not within twice the error of rounding the exact one once.
     """
-    run = case.eager if variant == "autograd" and case.eager is not None else case.run
+    run = case.eager if variant == case.eager_variant and case.eager is not None else case.run
     exact, got = case.exact(), run()
     error = float((got.double() - exact).abs().max())
     bound = 2 * float((exact.to(got.dtype).double() - exact).abs().max())
@@ -224,8 +260,11 @@ def measure(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="operations whose names begin so")
     parser.add_argument("--quick", action="store_true", help="one small shape, float32, few repeats: does it run?")
-    parser.add_argument("--variants", default="Triton,eager closed form,autograd", help="some of these, by comma")
+    parser.add_argument(
+        "--variants", default="Triton,eager closed form,eager modules,autograd", help="some of these, by comma"
+    )
     parser.add_argument("--table", type=Path, default=Path(__file__).parent / "results.csv")
     parser.add_argument("--no-table", action="store_true", help="print only")
     options = parser.parse_args(arguments)
@@ -244,9 +283,13 @@ def main(arguments: list[str] | None = None) -> None:
     rows = 0
     for dtype in dtypes:
         for batch, side in sizes:
-            for case in cases(device, dtype, batch, side):
-                for variant in (*(("Triton",) if on_gpu else ()), "eager closed form", "autograd"):
-                    if (variant == "autograd" and case.eager is None) or variant not in options.variants.split(","):
+            networks = dtype != torch.float32 and side == 64  # those kernels are of networks in a half
+            for case in cases(device, dtype, batch, side) + (
+                network_cases(device, dtype, batch, side) if networks else []
+            ):
+                others = ("eager closed form", *((case.eager_variant,) if case.eager is not None else ()))
+                for variant in (*(("Triton",) if on_gpu else ()), *others):
+                    if variant not in options.variants.split(",") or not case.name.startswith(options.only):
                         continue
                     os.environ[VARIABLE] = "triton" if variant == "Triton" else "reference"
                     row = measure(case, variant, dtype, device, repeats, ceiling)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from iedit.kernels import geglu as geglu_definition
+from iedit.kernels import group_norm as norm_definition
 from iedit.kernels import guided_step as guided_definition
 from iedit.kernels import ito_step as ito_definition
 from iedit.kernels import mask_map as mask_definition
@@ -301,3 +303,35 @@ def test_a_guided_step_is_one_launch_and_a_mask_two(
     heat = mask_definition.difference(torch.rand(1, 10, 4, 16, 16), torch.rand(1, 10, 4, 16, 16))
     mask_definition.mask_map(heat, sigma=1.0, norm="minmax", threshold=0.5)
     assert seen == ["difference_kernel", "threshold_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((2, 20, 5, 7), 2), ((2, 320, 8, 8), 32), ((1, 48, 40, 37), 4), ((3, 8, 16, 16), 8), ((2, 32, 33, 31), 1)],
+)
+def test_group_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+    """Groups that are one tile and of several parts, ragged in cells and in channels; far from zero, where squares would cancel."""
+    rng = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=rng) * 3 + 20).to(dtype)
+    weight, bias = torch.randn(2, shape[1], generator=rng).to(dtype)
+    shift = torch.randn(shape[:2], generator=rng).to(dtype)
+    for silu, added in ((False, None), (True, shift)):
+        got = norm_definition.group_norm(x, groups, weight, bias, 1e-5, shift=added, silu=silu)
+        wide = None if added is None else added.double()
+        exact = norm_definition.group_norm_reference(
+            x.double(), groups, weight.double(), bias.double(), 1e-5, wide, silu
+        )
+        # x - mean is off by a rounding of the mean, some 20, and is scaled by 1 / 3 and a weight of up to 4; twice that.
+        bound = once(exact, dtype) + 2 * 20 * 2**-24 * 4 / 3
+        assert float((got.double() - exact).abs().max()) <= bound
+        assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_geglu(dtype: torch.dtype) -> None:
+    x = (torch.randn(3, 7, 2 * 1300, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    exact = geglu_definition.geglu_reference(x.double())
+    # 1 + erf is rounded at 1 where the gate is far below zero: 2^-24 of value times gate.
+    bound = once(exact, dtype) + float(x.abs().max()) ** 2 * 2**-24
+    assert float((geglu_definition.geglu(x).double() - exact).abs().max()) <= bound

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from iedit.kernels.geglu import geglu
+from iedit.kernels.group_norm import group_norm
 from iedit.kernels.guided_step import guided_step
 from iedit.kernels.ito_step import ito_step
 from iedit.kernels.mask_map import difference
 
 pytestmark = pytest.mark.gpu
 
+NAMES = ["ito_step_once", "ito_step_many", "guided_step", "group_norm", "geglu", "difference"]
 Draw = Callable[..., list[Tensor]]
 
 
@@ -35,11 +38,16 @@ def every_kernel(gpu_draw: Draw) -> dict[str, tuple[list[Tensor], Callable[..., 
             [y, x, g, mask, half],
             lambda y, x, g, mask, half: guided_step(y, x, g, 5.0, half, half, mask=mask, reference=x),
         ),
+        "group_norm": (
+            gpu_draw((2, 320, 64, 64), torch.bfloat16, 1) + gpu_draw((320,), torch.bfloat16, 2),
+            lambda x, weight, bias: group_norm(x, 32, weight, bias, 1e-5, silu=True),
+        ),
+        "geglu": (gpu_draw((2, 64, 2560), torch.bfloat16, 1), geglu),
         "difference": ([seeds, seeds.roll(1, 0)], lambda a, b: difference(a, b)),
     }
 
 
-@pytest.mark.parametrize("name", ["ito_step_once", "ito_step_many", "guided_step", "difference"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_kernel_runs_on_the_stream_that_is_current(name: str, gpu_draw: Draw) -> None:
     inputs, call = every_kernel(gpu_draw)[name]
     want = call(*inputs)
@@ -53,7 +61,7 @@ def test_a_kernel_runs_on_the_stream_that_is_current(name: str, gpu_draw: Draw) 
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["ito_step_once", "ito_step_many", "guided_step", "difference"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_kernel_can_be_captured_in_a_cuda_graph(name: str, gpu_draw: Draw) -> None:
     inputs, call = every_kernel(gpu_draw)[name]
     static = [t.clone() for t in inputs]

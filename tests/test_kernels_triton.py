@@ -37,6 +37,8 @@ def test_the_kernels_match_float64_in_the_interpreter() -> None:
 
 
 def _kernels() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    from iedit.kernels import geglu_triton as geglu
+    from iedit.kernels import group_norm_triton as norm
     from iedit.kernels import guided_step_triton as guided
     from iedit.kernels import ito_step_triton as ito
     from iedit.kernels import mask_map_triton as mask
@@ -61,6 +63,25 @@ def _kernels() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
         names |= {"scale": "fp32", "n": "i32", "hw": "i32"}
         constants = {"GUIDED": True, "MASKED": True, "NOISED": True, "BLOCK": guided.BLOCK}
         found.append((f"guided-{kind}", guided.guided_step_kernel, names, constants, 4))
+        names = dict.fromkeys(("x_ptr", "shift_ptr", "weight_ptr", "bias_ptr", "out_ptr"), p)
+        names |= {"moments_ptr": "*fp32", "eps": "fp32", **dict.fromkeys(("channels", "hw", "parts"), "i32")}
+        for width, rows, parts in (
+            (10, 512, 8),
+            (20, 256, 4),
+            (40, 256, 1),
+            (80, 64, 1),
+            (4, 2048, 128),
+        ):  # of SD 1.5 and its VAE
+            lanes = 1 << (width - 1).bit_length()
+            tile = {"SHIFTED": True, "WIDTH": width, "LANES": lanes, "ROWS": rows}
+            label, warps = f"{kind}-{width}-{rows}", norm.warps(rows * lanes)
+            found.append((f"moments-{label}", norm.moments_kernel, names, tile, warps))
+            found.append(
+                (f"normalise-{label}", norm.normalise_kernel, names, tile | {"SILU": True, "PARTS": parts}, warps)
+            )
+        found.append(
+            (f"geglu-{kind}", geglu.geglu_kernel, {"x_ptr": p, "out_ptr": p, "n": "i32"}, {"BLOCK": geglu.BLOCK}, 4)
+        )
     names = {"a_ptr": "*fp32", "b_ptr": "*fp32", "out_ptr": "*fp32", "planes": "i32", "hw": "i32"}
     found.append(("difference", mask.difference_kernel, names, {"BLOCK": mask.BLOCK}, 4))
     names = {"heat_ptr": "*fp32", "weight_ptr": "*fp32", "scratch_ptr": "*fp32", "out_ptr": "*fp32", "threshold": "fp32",

@@ -105,15 +105,15 @@ class TorchBackend(TorchModules):
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        steps = blocks_as_steps(self.model.vae.encoder, "encode")
+        steps = blocks_as_steps(self.vae.encoder, "encode")
         with steps, module_call("vae_encoder", self.name, len(images), device=images.device):
-            return encode_image(self.model.vae, images.to(self.dtype))
+            return encode_image(self.vae, images.to(self.dtype))
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
-        steps = blocks_as_steps(self.model.vae.decoder, "decode")
+        steps = blocks_as_steps(self.vae.decoder, "decode")
         with steps, module_call("vae_decoder", self.name, len(latents), device=latents.device):
-            return decode_latent(self.model.vae, latents.to(self.dtype))
+            return decode_latent(self.vae, latents.to(self.dtype))
 
     @torch.no_grad()
     def encode_tokens(self, ids: Tensor) -> Tensor:

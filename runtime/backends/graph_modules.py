@@ -121,13 +121,11 @@ class GraphModules(TorchModules):
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         # The first half of the channels is the posterior's mean, which is its mode.
-        return self._run("vae_encoder", lambda x: self.model.vae._encode(x).chunk(2, dim=1)[0], images.to(self.dtype))
+        return self._run("vae_encoder", lambda x: self.vae._encode(x).chunk(2, dim=1)[0], images.to(self.dtype))
 
     @torch.no_grad()
     def decode_latent(self, latents: Tensor) -> Tensor:
-        return self._run(
-            "vae_decoder", lambda z: self.model.vae.decode(z, return_dict=False)[0], latents.to(self.dtype)
-        )
+        return self._run("vae_decoder", lambda z: self.vae.decode(z, return_dict=False)[0], latents.to(self.dtype))
 
     @torch.no_grad()
     def encode_tokens(self, ids: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class GraphsBackend(GraphModules):
     """See this file's docstring. Arguments as of `GraphModules`."""
 
     name = "graphs"
+    fuses = True
 
     @torch.no_grad()
     def encode_tokens(self, ids: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ class Attention:
             source, edited = control.sources, control.edited
             mixed[edited] += self._mix(attn, query[source], key[source], control.cross @ value[edited])
         mixed = attn.to_out[0](mixed)
-        return (mixed + hidden_states if attn.residual_connection else mixed) / attn.rescale_output_factor
+        mixed = mixed + hidden_states if attn.residual_connection else mixed
+        return mixed if attn.rescale_output_factor == 1 else mixed / attn.rescale_output_factor
 
     def _mix(self, attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, N, inner), (B, M, inner) and (B, M, inner) -> (B, N, inner), in heads."""
@@ -167,13 +168,18 @@ class AsIs(nn.Module):
         return x
 
 
+def sharing(net: Any) -> Any:
+    """A copy of a network that shares its weights."""
+    return copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
+
+
 def runnable(net: Any, timesteps: int, current: CurrentCondition | None, attention: str) -> Any:
     """A copy of a UNet or ControlNet that shares its weights, with `TimeTable` and `Attention` in place.
 
     Args:
         timesteps: that the table is made for, 0 to `timesteps - 1`.
     """
-    made = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
+    made = sharing(net)
     made.time_proj, made.time_embedding = TimeTable(made, timesteps), AsIs()
     for part in made.modules():
         if hasattr(part, "set_processor") and Attention.takes(part):
@@ -243,6 +249,9 @@ class TorchModules:
     """
 
     keeps_text = True  # whether keys and values of a text are kept from step to step
+    fuses = (
+        False  # with `channels_last`, whether activations are kept so by kernels of this project (`channels_last.py`)
+    )
     held = 4  # prepared conditions that are kept; keys and values of one are 3.8 MB a sample for SD 1.5 in float16
 
     def __init__(self, model: Model, *, attention: str = "sdpa", channels_last: bool = False):
@@ -260,8 +269,15 @@ class TorchModules:
             made = runnable(net, timesteps, current, attention)
             self.embeddings[name], made.controlnet_cond_embedding = made.controlnet_cond_embedding, AsIs()
             self.controlnets[name] = made
-        if channels_last:
-            for net in (self.unet, model.vae, *self.controlnets.values()):
+        self.vae = model.vae
+        if channels_last and self.fuses:
+            from .channels_last import keep_channels_last
+
+            self.vae = sharing(model.vae)
+            for net in (self.unet, self.vae, *self.controlnets.values()):
+                keep_channels_last(net)
+        elif channels_last:
+            for net in (self.unet, self.vae, *self.controlnets.values()):
                 net.to(memory_format=torch.channels_last)
         self._conditions: IdentityCache[PreparedCondition] = IdentityCache(self.held)
 
