@@ -158,8 +158,8 @@ class Network:
         key = (step.level.abar, step.to.abar, step.eta, len(x), x.dtype, x.device)
         if key not in self._constants:
             coefficients = ddim_coefficients(step.level.abar, step.to.abar, self.prediction, step.eta)
-            values = torch.tensor(coefficients, dtype=x.dtype, device=x.device)
-            self._constants[key] = values.unsqueeze(1).expand(2, len(x)).contiguous().unbind()
+            # Filled where they are: a copy from the host waits for all that a GPU has been given.
+            self._constants[key] = [torch.full((len(x),), c, dtype=x.dtype, device=x.device) for c in coefficients]
         c_x, c_out = self._constants[key]
         return Transition(x, step.guided, step.scale, c_x, c_out, step.blend, step.update, step.noise)
 

@@ -47,7 +47,8 @@ class ResidualBlock(nn.Module):
     def takes(part: nn.Module) -> bool:
         """Whether a module is a residual block without anything that `forward` leaves out."""
         return (
-            type(part) is ResnetBlock2D
+            isinstance(part, ResnetBlock2D)
+            and type(part).forward is ResnetBlock2D.forward
             and part.time_embedding_norm in (("default",) if part.time_emb_proj is not None else ("default", "group"))
             and not part.skip_time_act
             and part.upsample is None
