@@ -15,10 +15,11 @@ Row = dict[str, str]
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """The last row of each measurement, in the order in which they first came."""
+    """The last row of each measurement, in the order in which they first came; of kernels on any GPU."""
     last: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        last[tuple(row[k] for k in ("name", "variant", "shape", "dtype", "device"))] = row
+        on_gpu = row["name"].startswith("kernels/") and row["device"] != "cpu"
+        last[(*(row[k] for k in ("name", "variant", "shape", "dtype")), "gpu" if on_gpu else row["device"])] = row
     return list(last.values())
 
 
@@ -37,7 +38,9 @@ def spread(row: Row) -> str:
 
 
 def shown(row: Row) -> bool:
-    """Of the kernels' rows on each device, only those of one shape and dtype, on a GPU of a large shape too."""
+    """Of the kernels' rows on each device, only those of one shape and dtype, on a GPU of a large shape too; those of networks in bfloat16."""
+    if row["name"].startswith(("kernels/group_norm", "kernels/geglu")):
+        return row["dtype"] == "bfloat16"
     shapes = ("8x4x64x64",) if row["device"] == "cpu" else ("8x4x64x64", "64x4x128x128")
     return not row["name"].startswith("kernels/") or (row["shape"] in shapes and row["dtype"] == "float32")
 
@@ -46,7 +49,7 @@ def render(rows: list[Row]) -> str:
     """All tables, markdown; a heading for each group that has rows."""
     rows = latest(rows)
     parts = []
-    for prefix, title in (("edit/", "ITO text edits, warm, A B A B in one process"), ("kernels/", "Kernels, 8 latents in float32, on a GPU 64 too; the other shapes and dtypes are in bench/results.csv"),
+    for prefix, title in (("edit/", "ITO text edits, warm, A B A B in one process"), ("kernels/", "Kernels, 8 latents in float32, on a GPU 64 too, those of networks in bfloat16; the other shapes and dtypes are in bench/results.csv"),
                           ("full-size/", "Stable Diffusion 1.5's shapes, random weights, without a GPU")):  # fmt: skip
         group = [r for r in rows if r["name"].startswith(prefix) and shown(r)]
         if group:

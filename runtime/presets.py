@@ -57,22 +57,24 @@ PRESETS = {
         Options(guidance_until=0.32, guidance_path="drawn", mask=MaskOptions(seeds=4)),
         "classifier-free guidance for the first third of the steps, the guidance image as it was drawn in place of inverted, a mask of 4 seeds",
     ),
-    # ITO moves a latent by `lr` at most in an update, so half the steps reach half as far; two inner steps, which ask no network, make up
-    # for it. And 12 timesteps with leading spacing begin at 914 of 1000, where the sky that is to change still shows.
+    # ITO moves a latent by `lr` at most in an update, so half the steps reach half as far; inner steps, which ask no network, make up for it:
+    # with four of them skies and grounds are nearer to what was asked than with two, and none of 100 was lost in place of five. And 12
+    # timesteps with leading spacing begin at 914 of 1000, where the sky that is to change still shows.
     "faster": Preset(
         12,
         Options(
             guidance_until=0.42,
             guidance_path="drawn",
             timestep_spacing="trailing",
-            final=ItoSettings(k=2),
+            guidance=ItoSettings(k=4),
+            final=ItoSettings(k=4),
             mask=MaskOptions(seeds=4),
         ),
-        "as fast, in 12 steps from full noise, 5 of them guided, with 2 inner steps of the update",
+        "as fast, in 12 steps from full noise, 5 of them guided, with 4 inner steps of the update",
     ),
 }
 # Of `Options`, what a preset may set.
-FIELDS = ("lam", "guidance_scale", "guidance_until", "guidance_path", "timestep_spacing", "guidance.t_u", "guidance.update", "final.t_u", "final.k",
+FIELDS = ("lam", "guidance_scale", "guidance_until", "guidance_path", "timestep_spacing", "guidance.t_u", "guidance.k", "guidance.update", "final.t_u", "final.k",
           "final.update", "mask.seeds", "mask.strength", "mask.threshold")  # fmt: skip
 
 
