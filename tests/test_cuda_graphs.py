@@ -278,15 +278,31 @@ def test_recorded_eager_networks_compute_what_eager_ones_do(tiny: Any, taped: An
     assert not any(c.cold for c in calls)
 
 
+@pytest.mark.parametrize("how", ["ito", "layouts"])
+def test_an_edit_with_activations_channels_last_is_eager_s_within_one(
+    tiny_folder: Any, taped: Any, picture: Any, how: str
+) -> None:
+    eager, other = (load_model(str(tiny_folder), device="cpu") for _ in range(2))
+    request, captures = _request(picture, how), taped.Captures()
+    want = Editor(eager, TorchBackend(eager), cache=StageCache(memory=0)).edit(request).image
+    backend = GraphsBackend(other, channels_last=True, graphs=CudaGraphCache(CPU, capture=captures))
+    editor = Editor(other, backend, cache=StageCache(memory=0))
+    for _ in range(3):
+        apart = np.asarray(editor.edit(request).image, dtype=int) - np.asarray(want, dtype=int)
+        assert np.abs(apart).max() <= 1
+    assert captures.replays and not backend.graphs.failed
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", ["ito", "layouts"])
+@pytest.mark.parametrize("channels_last", [False, True])
 def test_on_a_gpu_recorded_eager_networks_compute_what_eager_ones_do(
-    tiny_checkpoint_cli: Any, picture: Any, how: str
+    tiny_checkpoint_cli: Any, picture: Any, how: str, channels_last: bool
 ) -> None:
-    model = load_model(str(tiny_checkpoint_cli), device="cuda", dtype="float32")
-    backend, request = GraphsBackend(model), _request(picture, how)
+    model, other = (load_model(str(tiny_checkpoint_cli), device="cuda", dtype="float32") for _ in range(2))
+    backend, request = GraphsBackend(other, channels_last=channels_last), _request(picture, how)
     want = Editor(model, TorchBackend(model), cache=StageCache(memory=0)).edit(request)
-    editor = Editor(model, backend, cache=StageCache(memory=0))
+    editor = Editor(other, backend, cache=StageCache(memory=0))
     for _ in range(3):
         result = editor.edit(request)
         assert not backend.graphs.failed

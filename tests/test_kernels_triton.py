@@ -75,7 +75,8 @@ def _kernels() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
             lanes = 1 << (width - 1).bit_length()
             tile = {"SHIFTED": True, "WIDTH": width, "LANES": lanes, "ROWS": rows}
             label, warps = f"{kind}-{width}-{rows}", norm.warps(rows * lanes)
-            found.append((f"moments-{label}", norm.moments_kernel, names, tile, warps))
+            if parts > 1:
+                found.append((f"moments-{label}", norm.moments_kernel, names, tile, warps))
             found.append(
                 (f"normalise-{label}", norm.normalise_kernel, names, tile | {"SILU": True, "PARTS": parts}, warps)
             )
