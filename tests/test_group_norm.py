@@ -52,6 +52,16 @@ def test_what_does_not_fit_is_named() -> None:
         group_norm(x, 3, ones, ones, 1e-5, shift=torch.ones(1, 12))
 
 
+def test_a_sample_larger_than_the_kernel_can_count_is_left_to_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    import iedit.kernels.group_norm as module
+
+    x, ones = torch.randn(1, 12, 4, 4), torch.ones(12)
+    want = group_norm(x, 3, ones, ones, 1e-5)
+    monkeypatch.setattr(module, "use_triton", lambda *_: True)
+    monkeypatch.setattr(module, "LARGEST", x[0].numel())
+    assert torch.equal(group_norm(x, 3, ones, ones, 1e-5), want)
+
+
 # Of SD 1.5 at 512x512: each width of a group, one tile and several parts, and its VAE's last block.
 SHAPES = [(2, 320, 64, 64), (2, 960, 64, 64), (4, 640, 32, 32), (2, 1920, 32, 32), (2, 1280, 16, 16), (2, 2560, 8, 8), (1, 128, 512, 512),
           (3, 96, 17, 19)]  # fmt: skip
