@@ -9,6 +9,7 @@ OUTPUT/STEPS-steps/cases.csv, and the same command goes on from there: remove th
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import os
@@ -300,8 +301,11 @@ def main(
     rows: list[Row] = []
     for steps in dict.fromkeys(s for s, _ in methods):
         with progress(f"{steps} steps") as tell:
+            some = [m for s, m in methods if s == steps]
+            # A preset that has changed keeps its name.
+            changed = hashlib.sha256(repr([(m.name, m.options) for m in some]).encode()).hexdigest()[:8]
             rows += truth.run(
-                editor, judge, [m for s, m in methods if s == steps], truth.KINDS, count, settings=model_settings(editor), seed=seed, steps=steps,
+                editor, judge, some, truth.KINDS, count, settings=f"{model_settings(editor)} options={changed}", seed=seed, steps=steps,
                 batch=1, output=output / f"{steps}-steps", tell=tell,
             )  # fmt: skip
     ito = {m.name for _, m in methods if m.method == "ito"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,8 +137,13 @@ def test_the_command_measures_once_and_writes_the_plot_and_the_table(
     assert text.startswith("before\n") and text.endswith("after\n") and "](pareto.png)\n" in text
     rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith(("| text", "| layout"))]
     assert sorted(rows) == sorted([*(["| text", n] for n in ("sdedit", "diffedit", "ito", "fast")), *(["| layout", n] for n in ("ito", "fast"))])  # fmt: skip
-    monkeypatch.setattr(Editor, "edit_many", None)
-    assert CliRunner().invoke(pareto.main, words).exit_code == 0 and page.read_text() == text
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Editor, "edit_many", None)
+        assert CliRunner().invoke(pareto.main, words).exit_code == 0 and page.read_text() == text
+        # A preset that has changed under its name is another one.
+        other = dataclasses.replace(PRESETS["fast"].options, guidance_until=0.9)
+        stopped.setattr(pareto, "PRESETS", {"fast": SimpleNamespace(steps=2, options=other)})
+        assert CliRunner().invoke(pareto.main, words).exit_code != 0
 
     page.write_text("nothing\n")
     done = CliRunner().invoke(pareto.main, words)
