@@ -109,7 +109,7 @@ model_options = together([
                  help="Use engines even if every user of this machine may change them; they run with your rights."),
     click.option("--attention", type=Choice(["sdpa", "xformers"]), default="sdpa", show_default=True,
                  help="Of the networks that torch runs."),
-    click.option("--channels-last", is_flag=True, help="Activations in the memory format that tensor cores read; of torch, compile and graphs, which is fastest so."),
+    click.option("--channels-last", is_flag=True, help="Memory format that tensor cores read, of torch, compile and graphs; fastest on a GPU with --backend graphs."),
     click.option("--device", default=None, help="cpu, cuda, cuda:1. Default: the GPU if there is one."),
     click.option("--dtype", default=None, type=Choice(["float32", "float16", "bfloat16"]),
                  help="Default: float16 on a GPU, float32 on a CPU; a half that a CPU has no arithmetic for becomes float32, with a note."),
