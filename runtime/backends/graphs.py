@@ -2,7 +2,8 @@
 
 An eager network is some hundred small kernels that the processor launches one by one, and a GPU is done with most of them before the next one comes.
 A replay is one launch. Nothing is compiled, so there is nothing to wait for: a shape's first call runs as it is, its second one is recorded, and
-what is computed is what eager computes, bit for bit. Compiled kernels (`compiled`) are fewer, and take minutes to make.
+what is computed is what eager computes, bit for bit, unless `channels_last` is asked for: then the networks are those of `channels_last`, which are
+faster and round otherwise. Compiled kernels (`compiled`) are fewer, and take minutes to make.
 """
 
 from __future__ import annotations
