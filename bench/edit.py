@@ -46,8 +46,8 @@ def world_edits(count: int) -> list[Any]:
     return [each[i % len(each)][i // len(each)] for i in range(count)]
 
 
-def requests_of(model: str, size: int, count: int, steps: int | None) -> tuple[list[EditRequest], list[Any]]:
-    """The edits as a preset takes them, and the world's cases where they are of the world."""
+def requests_of(model: str, size: int, count: int, steps: int) -> tuple[list[EditRequest], list[Any]]:
+    """The edits, of no preset yet, and the world's cases where they are of the world."""
     if model == "picturebook":
         cases = world_edits(count)
         requests = [EditRequest(c.source, c.prompts[1], c.prompts[0], steps=steps) for c in cases]

@@ -249,9 +249,8 @@ class TorchModules:
     """
 
     keeps_text = True  # whether keys and values of a text are kept from step to step
-    fuses = (
-        False  # with `channels_last`, whether activations are kept so by kernels of this project (`channels_last.py`)
-    )
+    # With `channels_last`, whether activations are kept so by kernels of this project (`channels_last.py`).
+    fuses = False
     held = 4  # prepared conditions that are kept; keys and values of one are 3.8 MB a sample for SD 1.5 in float16
 
     def __init__(self, model: Model, *, attention: str = "sdpa", channels_last: bool = False):
