@@ -25,12 +25,13 @@ def _call(batch: int, seed: int, scale: float = 0.7) -> tuple[Any, ...]:
 
 
 def test_one_compilation_serves_every_batch_prompt_timestep_and_scale(smallest: Any) -> None:
-    from torch._dynamo.utils import counters
+    from torch._dynamo.utils import compilation_time_metrics, counters
 
     why = why_unavailable("compile")
     assert not why, why  # a compiler is part of what the tests need
     backend, exact, profile = CompileBackend(smallest), TorchBackend(smallest), Profile()
     counters.clear()
+    compilation_time_metrics.clear()
     kept = []
     # Two batches, then another prompt, timestep, map and scale at each.
     calls = [_call(2, 0), _call(3, 1), _call(2, 2, 0.2), _call(3, 3, 1.1)]
@@ -43,6 +44,8 @@ def test_one_compilation_serves_every_batch_prompt_timestep_and_scale(smallest: 
         assert float((output - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+    attempts = [name for name in compilation_time_metrics if name.startswith("compile_attempt_")]
+    assert attempts == ["compile_attempt_0"]  # a second one would trace the whole function again
     ran = [(c.module, c.batch, c.cold) for c in profile.modules if c.backend == "compile"]
     assert ran == [("unet+pose", 2, True), ("unet+pose", 3, True), ("unet+pose", 2, False), ("unet+pose", 3, False)]
     # What it listens to: the same latents under another text and another scale are not the same.

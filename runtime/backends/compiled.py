@@ -79,6 +79,12 @@ class CompileBackend(GraphModules):
 _LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
 
 
+# Of numbers that are no tensors Dynamo takes a module's own (the eps of a norm, a dropout's share, a block's output scale) for inputs where shapes
+# are dynamic. Only when the graph is done does it see that most have to be constants, and then traces the whole function once more. Whatever
+# changes from call to call is a tensor.
+_NUMBERS = {"specialize_float": True}
+
+
 # Shapes of a module that are compiled each for itself on CUDA: an edit without layouts calls the UNet with three or four numbers of samples at
 # one size. Each has its own copy of the convolutions' weights where they are not channels-last already (`channels_last`).
 STATIC_SHAPES = 4
@@ -104,7 +110,7 @@ def compiled(function: Callable[..., Tensor], static_shapes: int = 0) -> Callabl
         if len(static) < static_shapes:
             static.add(shape)
         try:
-            with torch._dynamo.config.patch(_LIMITS):  # 10 microseconds
+            with torch._dynamo.config.patch(_LIMITS | _NUMBERS):  # 10 microseconds
                 output: Tensor = (one_shape if shape in static else any_shape)(*inputs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise RunError(
