@@ -47,10 +47,12 @@ def sensitivity(*args: torch.Tensor | None, **kwargs: object) -> float:
     return 4 * moved
 
 
-KS, MASKS = (1, 3, 30), ("empty", "full", "binary", "soft")
+KS, MASKS = (1, 3, 8), ("empty", "full", "binary", "soft")
 RAGGED = SHAPES[1]
-# A ragged shape has every mask; the others, whose 30 steps take seconds, have a binary and a soft one or only that.
+# A ragged shape has every mask; the others, whose steps take seconds, have a binary and a soft one or only that. What 30 steps add up to is
+# seen on one shape and mask: a step is a pass of the same loop, whatever the shape.
 ITO_CASES = [("adam", RAGGED, k, mask) for k in KS for mask in MASKS]
+ITO_CASES += [("adam", RAGGED, 30, "soft")]
 ITO_CASES += [("adam", s, k, "binary") for s in SHAPES[:4] if s != RAGGED for k in (1, 3)]
 ITO_CASES += [("adam", s, k, "soft") for s in SHAPES if s != RAGGED for k in KS]
 # The clipped update shares its sums and passes with Adam's: two ragged shapes, and 30 steps on a soft mask, tell of its own lines.
@@ -63,15 +65,15 @@ def test_ito_step_matches_float64_on_every_lambda(
     update: str, shape: tuple[int, ...], k: int, kind: str, assert_rounded_once: Rounded
 ) -> None:
     """No value is exempt, also not those whose gradient cancels to less than 1e-8."""
-    if k == 30 and shape[-1] == 64:
-        shape = (1, 4, 24, 28)  # 30 passes of the interpreter over 16 384 values take 20 s
+    if k > 3 and shape[-1] == 64:
+        shape = (1, 4, 24, 28)  # 8 passes of the interpreter over 16 384 values take 5 s
     torch.manual_seed(0)
     y, x, g = (torch.randn(shape) for _ in range(3))
     soft = torch.rand(shape[0], 1, *shape[2:])
     mask = {"empty": soft * 0, "full": soft * 0 + 1, "binary": (soft > 0.5).float(), "soft": soft}[kind]
     large = shape[0] == 1  # one sample has one lambda at a time, and takes seconds
-    for kept in (False,) if large or (k == 30 and kind != "soft") else (False, True):
-        for i in range(1 if k == 30 else 3 // shape[0]):
+    for kept in (False,) if large or (k > 3 and kind != "soft") else (False, True):
+        for i in range(1 if k > 3 else 3 // shape[0]):
             lam = torch.tensor((LAMBDAS[i:] + LAMBDAS[:i])[: shape[0]])
             guide = g if not kept or lam[0] < 1 else None
             weight = lam if guide is not None else torch.ones(shape[0])
@@ -94,7 +96,7 @@ def test_ito_step_without_guidance_matches_float64(k: int, update: str, assert_r
 
 
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("k", [1, 3, 30])
+@pytest.mark.parametrize("k", [1, 3, 8])
 def test_ito_step_matches_float64_where_latents_are_zero(k: int, update: str, assert_rounded_once: Rounded) -> None:
     torch.manual_seed(8)
     y, x, g = (torch.randn(3, 4, 9, 13) for _ in range(3))
@@ -198,7 +200,7 @@ def test_guided_step_keeps_the_reference_bit_for_bit_where_the_mask_is_empty() -
     assert torch.equal(got, reference)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4, 17, 11), (1, 10, 4, 64, 64)])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 17, 11), (1, 10, 4, 32, 64)])
 def test_difference_and_mask_match_their_definitions(shape: tuple[int, ...], assert_rounded_once: Rounded) -> None:
     torch.manual_seed(5)
     a, b = torch.randn(shape), torch.randn(shape)
@@ -308,7 +310,7 @@ def test_a_guided_step_is_one_launch_and_a_mask_two(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("shape", "groups"),
-    [((2, 20, 5, 7), 2), ((2, 320, 8, 8), 32), ((1, 48, 40, 37), 4), ((3, 8, 16, 16), 8), ((2, 32, 33, 31), 1)],
+    [((2, 20, 5, 7), 2), ((2, 80, 8, 8), 8), ((1, 48, 40, 37), 4), ((3, 8, 16, 16), 8), ((2, 32, 33, 31), 1)],
 )
 def test_group_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
     """Groups that are one tile and of several parts, ragged in cells and in channels; far from zero, where squares would cancel."""
