@@ -53,7 +53,7 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(made / "controlnet-scribble")
     for seed, (name, channels) in enumerate((("sketch", 3), ("edge", 1))):
         torch.manual_seed(seed)
-        net: Any = T2IAdapter(in_channels=channels, channels=[32, 64], num_res_blocks=1)
+        net: Any = T2IAdapter(in_channels=channels, channels=[16, 32], num_res_blocks=1)
         net.save_pretrained(made / f"adapter-{name}")
     return made
 
@@ -330,28 +330,28 @@ def test_from_the_command_line_inside_and_outside_the_checkpoint(
     ("changes", "says"),
     [
         (
-            {"channels": [32, 128]},
-            r"makes features of 32 channels at 1/8, 128 channels at 1/16 of the picture's size; the UNet adds features of 32 channels at 1/8, "
-            r"64 channels at 1/16 of the picture's size; one for this UNet has channels \[32, 64\] in place of \[32, 128\]$",
+            {"channels": [16, 128]},
+            r"makes features of 16 channels at 1/8, 128 channels at 1/16 of the picture's size; the UNet adds features of 16 channels at 1/8, "
+            r"32 channels at 1/16 of the picture's size; one for this UNet has channels \[16, 32\] in place of \[16, 128\]$",
         ),
         (
             {"adapter_type": "light_adapter"},
-            "makes features of 32 channels at 1/8, 64 channels at 1/16, 64 channels at 1/32 .*adapter_type full_adapter in place of light_adapter$",
+            "makes features of 16 channels at 1/8, 32 channels at 1/16, 32 channels at 1/32 .*adapter_type full_adapter in place of light_adapter$",
         ),
         (
             {"downscale_factor": 16},
-            "makes features of 32 channels at 1/16, 64 channels at 1/32 .* has downscale_factor 8 in place of 16$",
+            "makes features of 16 channels at 1/16, 32 channels at 1/32 .* has downscale_factor 8 in place of 16$",
         ),
         (
             {"adapter_type": "full_adapter_xl"},
-            "makes features of 32 channels at 1/8, 64 channels at 1/8 .* has adapter_type full_adapter in place of full_adapter_xl$",
+            "makes features of 16 channels at 1/8, 32 channels at 1/8 .* has adapter_type full_adapter in place of full_adapter_xl$",
         ),
         (
             {"adapter_type": "half_adapter"},
             "adapter_type 'half_adapter', expected full_adapter, light_adapter, full_adapter_xl",
         ),
         ({"channels": "many"}, "channels 'many', expected a list of whole numbers above 0"),
-        ({"channels": [32, 64, 64]}, r"channels \[32, 64\] in place of \[32, 64, 64\]$"),
+        ({"channels": [16, 32, 32]}, r"channels \[16, 32\] in place of \[16, 32, 32\]$"),
         ({"in_channels": 4}, "in_channels 4, expected 3, or 1"),
         ({"_class_name": "MultiAdapter"}, "is of a MultiAdapter, expected a ControlNetModel"),
     ],

@@ -252,15 +252,15 @@ def test_4_no_updates_is_plain_ddim_from_the_inverted_latent(model: Any, picture
 
 def test_4_the_same_prompt_without_guidance_reconstructs(model: Any, picture: Picture, record_property: Any) -> None:
     editor, errors = editor_of(model), {}
-    for steps in (10, 25, 100):
+    for steps in (5, 15, 60):
         options = Options(guidance_scale=1.0, final=ItoSettings(t_u=0), lam=1.0, mask=MaskOptions(mode="none"))
         result = editor.edit(EditRequest(picture(0), SOURCE, SOURCE, steps=steps, options=options))
         errors[steps] = float(
             (result.latent - result.source_latent).square().mean().sqrt() / result.source_latent.std()
         )
         record_property(f"reconstruction error at {steps} steps", errors[steps])
-    assert errors[10] > errors[25] > errors[100]  # the error is that of the steps
-    assert errors[100] < 0.5 * errors[25]
+    assert errors[5] > errors[15] > errors[60]  # the error is that of the steps
+    assert errors[60] < 0.5 * errors[15]
 
 
 # --- 5: batches ---------------------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def embedded() -> RealEditor:
 @pytest.mark.parametrize("kind", truth.KINDS)
 def test_8_calls_grouped_otherwise_give_the_same_picture_within_1_of_255(embedded: RealEditor, kind: str) -> None:
     """The network rounds differently in another batch, and the clipped update leaves that rounding."""
-    for how, worst in grouped_otherwise(embedded, kind, 8, WORLD_STEPS, alone=2).items():
+    for how, worst in grouped_otherwise(embedded, kind, 5, WORLD_STEPS, alone=2).items():
         assert max(worst) <= 1, (how, worst)
 
 
@@ -540,8 +540,8 @@ def test_9_the_single_mask_is_generate_mask(
 
     wanted = MaskOptions(mode="single", seeds=seeds, strength=0.5, sigma=0, norm="clamp", guided=guided)
     options = Options(guidance_scale=7.5, mask=wanted)
-    result = editor_of(model).edit(request(picture, "iedit", steps=25, options=options, seed=2))
-    noise = torch.stack([seeded_noise(2, f"mask-{i}", SHAPE) for i in range(seeds)])
+    result = editor_of(model).edit(request(picture, "iedit", steps=25, options=options, seed=3))
+    noise = torch.stack([seeded_noise(3, f"mask-{i}", SHAPE) for i in range(seeds)])
     parts = parts_of(model, model.schedule.prediction)
     parts["inverse_scheduler"] = DDIMInverseScheduler.from_config(parts["scheduler"].config)
     pipe = pipeline(StableDiffusionDiffEditPipeline, monkeypatch, noise, **parts)

@@ -282,7 +282,7 @@ def test_the_graph_digest_is_of_the_graph_and_not_of_the_weights(
 ) -> None:
     from iedit.runtime.model.model import load_model
 
-    other = load_model(str(build_checkpoint(tmp_path / "other", seed=1)), device="cpu")
+    other = load_model(str(build_checkpoint(tmp_path / "other", seed=2)), device="cpu")
     (spec,) = exporter.export_onnx(other, tmp_path / "engines", modules=["control-embedding-pose"])
     mine = next(s for s in built[1] if s.module == "control-embedding-pose")
     assert spec.graph == mine.graph
@@ -408,7 +408,7 @@ def test_engines_of_another_model_are_refused_by_the_field(
 ) -> None:
     from iedit.runtime.model.model import load_model
 
-    other = load_model(str(build_checkpoint(tmp_path / "other", seed=1)), device="cpu")
+    other = load_model(str(build_checkpoint(tmp_path / "other", seed=2)), device="cpu")
     with pytest.raises(UsageError, match=r"weights: the engine has \w+, wanted \w+.*run `iedit export onnx"):
         OnnxBackend(other, built[0])
 
