@@ -70,27 +70,38 @@ def test_the_gpu_script_ends_well_on_a_bare_machine_and_says_what_was_not_run_an
     script, work = root / "bench" / "gpu.sh", tmp_path / "work"
     assert os.access(script, os.X_OK)
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        program = "import sys; sys.path.insert(0, 'bench'); import gpu; sys.exit(gpu.main(sys.argv[1:]))"
-        command = [sys.executable, "-c", program, "--work", str(work), *words]
-        return subprocess.run(command, cwd=root, env=bare, capture_output=True, text=True, timeout=250)
+    def run(*calls: tuple[str, ...]) -> list[tuple[str, int]]:
+        """What each call of the script prints and returns, all in one process: nine tenths of a call that runs nothing are the import of torch."""
+        program = (
+            "import sys; sys.path.insert(0, 'bench'); import gpu\n"
+            "for words in eval(sys.argv[2]):\n"
+            "    try: code = gpu.main(['--work', sys.argv[1], *words])\n"
+            "    except SystemExit as end: code = end.code\n"
+            "    print(f'=== {code}', flush=True)\n"
+        )
+        command = [sys.executable, "-c", program, str(work), repr(calls)]
+        done = subprocess.run(command, cwd=root, env=bare, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+        said = re.findall(r"(.*?)^=== (\d+)$", done.stdout, flags=re.DOTALL | re.MULTILINE)
+        assert len(said) == len(calls), done.stdout
+        return [(text, int(code)) for text, code in said]
 
-    plain = run()
-    assert plain.returncode == 0, plain.stderr
-    lines = dict(line.split(": ", 1) for line in plain.stdout.splitlines()[-4:])
+    # On a CPU what can start is started: the benchmark, and the collection of all tests, whose modules miss diffusers.
+    plain, rehearsed, again, unknown = run(
+        (), ("--rehearse", "kernels", "tests", "edit", "tensorrt"), ("--rehearse", "kernels"), ("everything",)
+    )
+    assert plain[1] == 0, plain
+    lines = dict(line.split(": ", 1) for line in plain[0].splitlines()[-4:])
     assert lines["ran"] == lines["failed"] == lines["fell short"] == "nothing"
     assert all(f"{s.name} (no CUDA device)" in lines["not run"] for s in bench("gpu").STEPS)
 
-    # On a CPU what can start is started: the benchmark, and the collection of all tests, whose modules miss diffusers.
-    rehearsed = run("--rehearse", "kernels", "tests", "edit", "tensorrt")
-    assert rehearsed.returncode == 0, rehearsed.stdout + rehearsed.stderr
-    lines = dict(line.split(": ", 1) for line in rehearsed.stdout.splitlines()[-4:])
+    assert rehearsed[1] == 0, rehearsed[0]
+    lines = dict(line.split(": ", 1) for line in rehearsed[0].splitlines()[-4:])
     assert re.fullmatch(r"tests \(\d+ s\); kernels \(\d+ s\)", lines["ran"])
     assert "edit (diffusers, rich not installed)" in lines["not run"] and "tensorrt (diffusers, " in lines["not run"]
     assert len(bench("gpu").rows_of(work / "rehearsal.csv")) >= 5
-    again = run("--rehearse", "kernels")
-    assert "ran: kernels (before)" in again.stdout and "---" not in again.stdout
-    assert run("everything").returncode == 2
+    assert "ran: kernels (before)" in again[0] and "---" not in again[0]
+    assert unknown[1] == 2
 
 
 def test_a_step_that_fails_or_is_late_does_not_keep_the_next_from_running_and_what_falls_short_is_said(
