@@ -52,7 +52,7 @@ def test_what_runs_is_a_copy_of_a_network_with_the_same_weights_and_nothing_else
             assert before.__dict__.keys() == after.__dict__.keys()
             held = [k for k, v in before.__dict__.items() if isinstance(v, dict | list | set)]
             assert held and all(after.__dict__[k] is not before.__dict__[k] for k in held)
-    hooked = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    hooked: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
     hooked[0].register_forward_hook(lambda *_: None)
     hooked.again, hooked.call = hooked[0], hooked[0].forward  # the same module by another name, and a method of it
     made = sharing(hooked)
