@@ -40,7 +40,8 @@ def test_in_processes_the_results_are_the_same_and_what_goes_wrong_is_said(
     forked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Five processes, started as ever, but from one that has imported torch.
-    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _, context=forked.context(): context)
+    context = forked.context()
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: context)
     assert [r[2] for _, r in workers.spread(_load, _work, [3, 4])] == [9, 16]
     assert list(workers.spread(functools.partial(_load, True), _work, [])) == []  # nothing is loaded for nothing
     found = dict(workers.spread(_load, _work, range(8), 2))
