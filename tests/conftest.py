@@ -91,6 +91,12 @@ def small_models() -> Any:
     return _load_file(ROOT / "tests" / "small_models.py")
 
 
+@pytest.fixture(scope="session")
+def forked() -> Any:
+    """The module `tests/forked.py`: programs in processes of their own, forked from one that has imported torch and diffusers."""
+    return _load_file(ROOT / "tests" / "forked.py")
+
+
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """`bench(name)`: a script of `bench/` as a module; like a script it finds those beside it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from iedit.runtime.backends.eager import TorchBackend
-from iedit.runtime.backends.torch_modules import Attention, why_not_xformers
+from iedit.runtime.backends.torch_modules import Attention, sharing, why_not_xformers
 from iedit.runtime.codec import Codec
 from iedit.runtime.denoise_step import Condition, ControlInput
 from iedit.runtime.editor import Editor, EditRequest, Options
@@ -38,6 +39,26 @@ def plain(model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
     with torch.no_grad():
         output: Tensor = model.unet(x, t, condition.prompt_embeds, return_dict=False, **extra)[0]
     return output
+
+
+def test_what_runs_is_a_copy_of_a_network_with_the_same_weights_and_nothing_else_of_it(tiny: Any) -> None:
+    for net in (tiny.unet, tiny.vae, tiny.controlnets["pose"]):
+        made, plain_copy = sharing(net), copy.deepcopy(net)
+        assert [(k, type(m)) for k, m in made.named_modules()] == [(k, type(m)) for k, m in plain_copy.named_modules()]
+        assert not {id(m) for m in net.modules()} & {id(m) for m in made.modules()}
+        for tensors in ("named_parameters", "named_buffers"):
+            assert [(k, id(t)) for k, t in getattr(net, tensors)()] == [(k, id(t)) for k, t in getattr(made, tensors)()]
+        for before, after in zip(net.modules(), made.modules(), strict=True):
+            assert before.__dict__.keys() == after.__dict__.keys()
+            held = [k for k, v in before.__dict__.items() if isinstance(v, dict | list | set)]
+            assert held and all(after.__dict__[k] is not before.__dict__[k] for k in held)
+    hooked: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    hooked[0].register_forward_hook(lambda *_: None)
+    hooked.again, hooked.call = hooked[0], hooked[0].forward  # the same module by another name, and a method of it
+    made = sharing(hooked)
+    assert made.again is made[0] and made.call.__self__ is made[0]
+    made[0]._forward_hooks.clear()
+    assert len(hooked[0]._forward_hooks) == 1
 
 
 def inputs(count: int) -> tuple[Tensor, Tensor]:

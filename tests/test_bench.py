@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from iedit.runtime.errors import UsageError
+from iedit.runtime.model.checkpoint import picturebook_folder
+from iedit.training import truth
 
 
 def _run(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -67,27 +70,38 @@ def test_the_gpu_script_ends_well_on_a_bare_machine_and_says_what_was_not_run_an
     script, work = root / "bench" / "gpu.sh", tmp_path / "work"
     assert os.access(script, os.X_OK)
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        program = "import sys; sys.path.insert(0, 'bench'); import gpu; sys.exit(gpu.main(sys.argv[1:]))"
-        command = [sys.executable, "-c", program, "--work", str(work), *words]
-        return subprocess.run(command, cwd=root, env=bare, capture_output=True, text=True, timeout=250)
+    def run(*calls: tuple[str, ...]) -> list[tuple[str, int]]:
+        """What each call of the script prints and returns, all in one process: nine tenths of a call that runs nothing are the import of torch."""
+        program = (
+            "import sys; sys.path.insert(0, 'bench'); import gpu\n"
+            "for words in eval(sys.argv[2]):\n"
+            "    try: code = gpu.main(['--work', sys.argv[1], *words])\n"
+            "    except SystemExit as end: code = end.code\n"
+            "    print(f'=== {code}', flush=True)\n"
+        )
+        command = [sys.executable, "-c", program, str(work), repr(calls)]
+        done = subprocess.run(command, cwd=root, env=bare, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+        said = re.findall(r"(.*?)^=== (\d+)$", done.stdout, flags=re.DOTALL | re.MULTILINE)
+        assert len(said) == len(calls), done.stdout
+        return [(text, int(code)) for text, code in said]
 
-    plain = run()
-    assert plain.returncode == 0, plain.stderr
-    lines = dict(line.split(": ", 1) for line in plain.stdout.splitlines()[-4:])
+    # On a CPU what can start is started: the benchmark, and the collection of all tests, whose modules miss diffusers.
+    plain, rehearsed, again, unknown = run(
+        (), ("--rehearse", "kernels", "tests", "edit", "tensorrt"), ("--rehearse", "kernels"), ("everything",)
+    )
+    assert plain[1] == 0, plain
+    lines = dict(line.split(": ", 1) for line in plain[0].splitlines()[-4:])
     assert lines["ran"] == lines["failed"] == lines["fell short"] == "nothing"
     assert all(f"{s.name} (no CUDA device)" in lines["not run"] for s in bench("gpu").STEPS)
 
-    # On a CPU what can start is started: the benchmark, and the collection of all tests, whose modules miss diffusers.
-    rehearsed = run("--rehearse", "kernels", "tests", "edit", "tensorrt")
-    assert rehearsed.returncode == 0, rehearsed.stdout + rehearsed.stderr
-    lines = dict(line.split(": ", 1) for line in rehearsed.stdout.splitlines()[-4:])
+    assert rehearsed[1] == 0, rehearsed[0]
+    lines = dict(line.split(": ", 1) for line in rehearsed[0].splitlines()[-4:])
     assert re.fullmatch(r"tests \(\d+ s\); kernels \(\d+ s\)", lines["ran"])
     assert "edit (diffusers, rich not installed)" in lines["not run"] and "tensorrt (diffusers, " in lines["not run"]
     assert len(bench("gpu").rows_of(work / "rehearsal.csv")) >= 5
-    again = run("--rehearse", "kernels")
-    assert "ran: kernels (before)" in again.stdout and "---" not in again.stdout
-    assert run("everything").returncode == 2
+    assert "ran: kernels (before)" in again[0] and "---" not in again[0]
+    assert unknown[1] == 2
 
 
 def test_a_step_that_fails_or_is_late_does_not_keep_the_next_from_running_and_what_falls_short_is_said(
@@ -124,18 +138,34 @@ def test_a_step_that_fails_or_is_late_does_not_keep_the_next_from_running_and_wh
     assert "aim 15258" in gpu.memory_aim(memory) and gpu.memory_aim(memory | {"peak_mib": "9000"}) == ""
 
 
-def test_the_edit_benchmark_runs_and_its_plain_composition_makes_the_same_edit(root: Path, tmp_path: Path) -> None:
-    table = tmp_path / "results.csv"
-    script = str(root / "bench" / "edit.py")
-    done = _run(root, sys.executable, script, "--edits", "2", "--rounds", "1", "--steps", "6", "--backends", "torch,xformers",
-                "--skip-missing", "--output", str(table))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "xformers is left out" in done.stderr or "xformers attention" in done.stdout
+def test_the_edit_benchmark_runs_and_its_plain_composition_makes_the_same_edit(
+    root: Path, tmp_path: Path, tiny_folder: Path, forked: Any
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    shutil.copy(picturebook_folder() / "iedit.json", model)  # what it recommends must not make the two differ
+    table, folder = tmp_path / "results.csv", root / "bench"
+    words = ["--model", model, "--size", 64, "--edits", 2, "--rounds", 1, "--steps", 6, "--backends", "torch,xformers", "--skip-missing",
+             "--output", table]  # fmt: skip
+    script = forked.Program((folder / "edit.py").read_text(), words, path=[folder])  # a script finds those beside it
+    said, wrong = script.finish(240)
+
+    assert script.returncode == 0, wrong
+    assert "xformers is left out" in wrong or "xformers attention" in said
     rows = {r["variant"].split(",")[0]: r for r in csv.DictReader(table.open(newline=""))}
     assert {"naive", "torch", "diffusers DiffEdit", "diffusers Img2Img"} <= set(rows)
     found = re.match(r"naive / this ([\d.]+), mask IoU ([\d.]+) and L1 ([\d.]+) to naive", rows["torch"]["quality"])
     assert found and float(found[2]) >= 0.98 and float(found[3]) <= 0.005
     assert int(rows["naive"]["evaluations"]) > int(rows["torch"]["evaluations"]) > 0
+
+
+def test_the_edit_benchmark_takes_the_kinds_of_edits_in_turn(bench: Callable[[str], Any]) -> None:
+    asked, cases = bench("edit").requests_of("picturebook", 512, 5, 6)
+    kinds = len(truth.TEXT_KINDS)
+    assert [c.kind for c in cases] == [truth.TEXT_KINDS[i % kinds] for i in range(5)]
+    assert len({c.source.tobytes() for c in cases}) == 5
+    for request, case in zip(asked, cases, strict=True):
+        assert (request.prompt, request.source_prompt, request.steps) == (case.prompts[1], case.prompts[0], 6)
+        assert request.image is case.source and request.image.size == (128, 128)
 
 
 def test_the_readme_s_tables_are_what_the_results_say(root: Path) -> None:

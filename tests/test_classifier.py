@@ -88,7 +88,7 @@ def test_labels_of_a_missing_second_thing_are_ignored(net: classifier.Classifier
 
 
 def test_a_short_training_lowers_the_loss_and_a_finished_one_returns_its_weights(tmp_path: Path) -> None:
-    part = Part(40, 8, 3e-3, ema=0.9)
+    part = Part(16, 8, 3e-3, ema=0.9)
     trained = classifier.train_classifier(tmp_path, lambda _: None, part, pool=16)
     torch.manual_seed(part.seed)
     untrained = classifier.Classifier()

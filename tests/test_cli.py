@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -442,20 +440,16 @@ def test_an_interrupt_in_the_last_stage_leaves_nothing(edit: list[str], monkeypa
     assert contents(Path()) == before
 
 
-def test_sigint_stops_the_command_in_the_middle_of_a_run(edit: list[str], here: Path, root: Path) -> None:
+def test_sigint_stops_the_command_in_the_middle_of_a_run(edit: list[str], here: Path, forked: Any) -> None:
     code = "from iedit.runtime.cli.main import main; main(prog_name='iedit')"
     words = [*edit, "--steps", "1000", "--cache", "kept", "--output", "out.png"]  # half a minute and more
-    environment = os.environ | {"PYTHONPATH": str(root / ".types")}
-    # A shell's background jobs ignore SIGINT, and so would their children.
-    with subprocess.Popen([sys.executable, "-c", code, *words], env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as running:  # fmt: skip
-        end = time.monotonic() + 120
-        while not list(here.glob("kept/*/*.safetensors")) and time.monotonic() < end and running.poll() is None:
-            time.sleep(0.1)
-        time.sleep(0.5)  # into the next stage
-        os.kill(running.pid, signal.SIGINT)
-        out, err = running.communicate(timeout=60)
+    running = forked.Program(code, words)
+    end = time.monotonic() + 120
+    while not list(here.glob("kept/*/*.safetensors")) and time.monotonic() < end and running.returncode is None:
+        time.sleep(0.1)
+    time.sleep(0.5)  # into the next stage
+    os.kill(running.pid, signal.SIGINT)
+    out, err = running.finish(60)
     assert running.returncode == 1, err
     assert (out, err.split()[2:]) == ("", ["Aborted!"])  # after "loading MODEL"
     assert not Path("out.png").exists()

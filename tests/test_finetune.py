@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
+import importlib
 import io
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
 
 
 def test_a_killed_run_goes_on_with_the_same_losses(
-    tmp_path: Path, begin: Callable[..., Finetuning], tiny_checkpoint_cli: Path, exact_pairs: Path, judges: dict[str, Any], root: Path
+    tmp_path: Path, begin: Callable[..., Finetuning], tiny_checkpoint_cli: Path, exact_pairs: Path, judges: dict[str, Any], forked: Any
 ) -> None:  # fmt: skip
     list(begin(tmp_path / "whole").run())
     program = (
@@ -158,11 +158,9 @@ def test_a_killed_run_goes_on_with_the_same_losses(
         "out, model, pairs, clip, vgg, settings = sys.argv[1:]\n"
         "f.finetune(Path(out), model, Path(pairs), f.Settings(**eval(settings)), clip=clip, vgg=Path(vgg), device='cpu', tell=tell)\n"
     )
-    words = [str(w) for w in (tmp_path / "cut", tiny_checkpoint_cli, exact_pairs, judges["clip"], judges["vgg"])]
-    environment = os.environ | {"PYTHONPATH": str(root / ".types")}
-    ended = subprocess.run(
-        [sys.executable, "-c", program, *words, repr(FAST | {"steps": 6})], env=environment, check=False
-    )
+    words = (tmp_path / "cut", tiny_checkpoint_cli, exact_pairs, judges["clip"], judges["vgg"], FAST | {"steps": 6})
+    ended = forked.Program(program, words)
+    ended.finish()
     assert ended.returncode == -signal.SIGKILL and len(rows(tmp_path / "cut")) == 5
     assert [s.number for s in begin(tmp_path / "cut").run()] == [5, 6]  # the last checkpoint was after step 4
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
@@ -171,8 +169,12 @@ def test_a_killed_run_goes_on_with_the_same_losses(
 
 
 def test_two_processes_give_the_losses_of_one_with_twice_the_accumulation(
-    tmp_path: Path, begin: Callable[..., Finetuning], tiny_checkpoint_cli: Path, exact_pairs: Path, judges: dict[str, Any]
+    tmp_path: Path, begin: Callable[..., Finetuning], tiny_checkpoint_cli: Path, exact_pairs: Path, judges: dict[str, Any],
+    forked: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    forked.context()  # started as ever, but from a process that has the imports done
+    spawn = importlib.import_module("torch.multiprocessing.spawn")
+    monkeypatch.setattr(spawn, "spawn", functools.partial(spawn.start_processes, start_method="forkserver"))
     chosen = FAST | {"steps": 4, "learning_rate": 1e-3}
     list(begin(tmp_path / "one", **chosen, accumulate=2).run())
     settings = Settings(**chosen)  # type: ignore[arg-type]
@@ -295,24 +297,17 @@ def test_bfloat16_trains_float32_weights_with_about_the_same_losses(
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(
-    tmp_path: Path, tiny_checkpoint_cli: Path, exact_pairs: Path, root: Path, processes: int
+    tmp_path: Path, tiny_checkpoint_cli: Path, exact_pairs: Path, forked: Any, processes: int
 ) -> None:
-    program = (
-        "import os, signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from iedit.runtime.cli.main import main\n"
-        "main(['train', 'finetune', *sys.argv[1:]])\n"
-    )
+    program = "import sys\nfrom iedit.runtime.cli.main import main\nmain(['train', 'finetune', *sys.argv[1:]])\n"
     words = ["--model", tiny_checkpoint_cli, "--pairs", exact_pairs, "--out", tmp_path / "run", "--steps", 100_000, "--device", "cpu",
              "--losses", "mask", "--sample-every", 0, "--save-every", 50_000, "--processes", processes]  # fmt: skip
-    with subprocess.Popen([sys.executable, "-c", program, *map(str, words)], env=os.environ | {"PYTHONPATH": str(root / ".types")},
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:  # fmt: skip
-        assert process.stdout is not None and process.stderr is not None
-        for line in process.stdout:
-            if line.startswith("step 1/"):
-                break
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        said, wrong = process.stdout.read(), process.stderr.read()
+    process = forked.Program(program, words, session=True)
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said, wrong = process.finish()
     assert process.returncode == 1 and "Aborted" in wrong, (said, wrong)
     (stopped,) = [line for line in said.splitlines() if line.startswith("stopped after step ")]
     step = int(stopped.split()[3].rstrip(";"))

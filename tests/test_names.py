@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -21,6 +22,7 @@ ALIASES = ("np", "nn", "tl", "F", "trt", "ort")  # of other people's modules
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(?<!\.json)(?<!\.onnx)(?<!\.data)")
 
 
+@functools.cache
 def _modules(root: Path) -> dict[str, list[str]]:
     """The last name of every module and package -> where it can be imported from."""
     modules: dict[str, list[str]] = {}
@@ -32,10 +34,11 @@ def _modules(root: Path) -> dict[str, list[str]]:
     return modules
 
 
-def _definitions(modules: dict[str, list[str]], root: Path) -> dict[str, list[str]]:
+@functools.cache
+def _definitions(root: Path) -> dict[str, list[str]]:
     """Every class and function of a module -> the modules that define it."""
     definitions: dict[str, list[str]] = {}
-    for names in modules.values():
+    for names in _modules(root).values():
         for name in names:
             path = root.joinpath(*name.split(".")[1:])
             path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -79,7 +82,7 @@ def _quoted(text: str) -> list[str]:
 @pytest.mark.parametrize("folder", [*PACKAGES, "bench", "tests"])
 def test_what_a_docstring_names_is_there(root: Path, folder: str) -> None:
     modules = _modules(root)
-    definitions = _definitions(modules, root)
+    definitions = _definitions(root)
     files = {
         path.relative_to(root).as_posix()
         for top in (*PACKAGES, "bench", "tests")

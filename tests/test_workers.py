@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,12 @@ def _work(state: int, job: int) -> tuple[int, int, int]:
     return state, torch.get_num_threads(), job * job
 
 
-def test_in_processes_the_results_are_the_same_and_what_goes_wrong_is_said() -> None:
+def test_in_processes_the_results_are_the_same_and_what_goes_wrong_is_said(
+    forked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Five processes, started as ever, but from one that has imported torch.
+    context = forked.context()
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: context)
     assert [r[2] for _, r in workers.spread(_load, _work, [3, 4])] == [9, 16]
     assert list(workers.spread(functools.partial(_load, True), _work, [])) == []  # nothing is loaded for nothing
     found = dict(workers.spread(_load, _work, range(8), 2))

@@ -513,6 +513,14 @@ def train_vae(plan: Plan, log: Callable[[str], None]) -> Any:
     return vae
 
 
+def _scaling(plan: Plan, log: Callable[[str], None]) -> float:
+    """The autoencoder's scaling factor; it is not loaded where that is noted."""
+    noted = plan.work / "scaling.json"
+    if "vae" in plan.parts and noted.exists():
+        return float(json.loads(noted.read_text()))
+    return float(train_vae(plan, log).config.scaling_factor)
+
+
 def save_folder(module: Any, folder: Path) -> None:
     """Write a diffusers or transformers part to `folder` (safetensors), whole or not at all."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -756,15 +764,15 @@ def noisy(z: Tensor, alphas: Tensor, t: Tensor | None = None) -> tuple[Tensor, T
     return a.sqrt() * z + (1 - a).sqrt() * noise, t, noise, (5 * (1 - a) / a).clamp(max=1.0)
 
 
-def train_denoiser(vae: Any, tokenizer: Any, plan: Plan, log: Callable[[str], None]) -> tuple[Any, Any]:
-    """Text encoder and UNet together, from scratch; 10 % of the captions are dropped for guidance."""
+def train_denoiser(scale: float, tokenizer: Any, plan: Plan, log: Callable[[str], None]) -> tuple[Any, Any]:
+    """Text encoder and UNet together, from scratch, on latents times `scale`; 10 % of the captions are dropped for guidance."""
     part = plan.parts.get("denoiser")
     torch.manual_seed(0)
     text = plan.start("text_encoder", lambda: new_text_encoder(tokenizer))
     unet, alphas = plan.start("unet", new_unet), new_scheduler().alphas_cumprod.to(plan.device)
     if part is None:
         return text, unet
-    latents, scale = Latents(plan.work / "latents"), vae.config.scaling_factor
+    latents = Latents(plan.work / "latents")
 
     def draw(step: int, count: int, rng: random.Random) -> tuple[Tensor, Tensor]:
         if step % 100 == 0:
@@ -790,14 +798,14 @@ def train_denoiser(vae: Any, tokenizer: Any, plan: Plan, log: Callable[[str], No
 
 def train_controlnet(
     name: str,
-    vae: Any,
+    scale: float,
     tokenizer: Any,
     text: Any,
     unet: Any,
     plan: Plan,
     log: Callable[[str], None],
 ) -> Any:
-    """The ControlNet of one layout on the frozen UNet; half of the captions are dropped so that it reads the map."""
+    """The ControlNet of one layout on the frozen UNet, on latents times `scale`; half of the captions are dropped so that it reads the map."""
     from diffusers import ControlNetModel
 
     part = plan.parts.get(f"controlnet-{name}")
@@ -811,7 +819,7 @@ def train_controlnet(
         return control
     unet.requires_grad_(False)
     text.requires_grad_(False)
-    alphas, scale = new_scheduler().alphas_cumprod.to(plan.device), vae.config.scaling_factor
+    alphas = new_scheduler().alphas_cumprod.to(plan.device)
     latents = Latents(
         plan.work / "latents", (lambda s: any(t.kind == "person" for t in s.things)) if name == "pose" else None
     )
@@ -911,17 +919,17 @@ def run_part(name: str, plan: Plan, log: Callable[[str], None]) -> Any:
     if name == "clip":
         return train_clip(tokenizer, plan, log)
     quiet: Callable[[str], None] = lambda _: None  # noqa: E731
-    vae = train_vae(plan, quiet)
     if name == "latents":
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return make_shards(vae, plan.work / "latents", log, range(rank, plan.shards, processes))
+        return make_shards(train_vae(plan, quiet), plan.work / "latents", log, range(rank, plan.shards, processes))
     if name == "decoder":
-        return train_decoder(vae, plan, log)
+        return train_decoder(train_vae(plan, quiet), plan, log)
     if name == "denoiser":
-        return train_denoiser(vae, tokenizer, plan, log)
+        return train_denoiser(_scaling(plan, quiet), tokenizer, plan, log)
     if name.startswith("controlnet-"):
-        text, unet = train_denoiser(vae, tokenizer, plan, quiet)
-        return train_controlnet(name.removeprefix("controlnet-"), vae, tokenizer, text, unet, plan, log)
+        scale = _scaling(plan, quiet)
+        text, unet = train_denoiser(scale, tokenizer, plan, quiet)
+        return train_controlnet(name.removeprefix("controlnet-"), scale, tokenizer, text, unet, plan, log)
     raise ValueError(f"run_part: name is {name!r}, expected one of {', '.join(ORDER)}")
 
 
@@ -1104,13 +1112,14 @@ def write_model(plan: Plan, log: Callable[[str], None], out: Path | None = None)
     out = picturebook_folder() if out is None else out
     tokenizer = make_tokenizer(out / "tokenizer")
     vae = train_decoder(train_vae(plan, log), plan, log)
-    text, unet = train_denoiser(vae, tokenizer, plan, log)
+    scale = float(vae.config.scaling_factor)
+    text, unet = train_denoiser(scale, tokenizer, plan, log)
     for module, name in ((vae, "vae"), (text, "text_encoder"), (unet, "unet")):
         save_folder(module.half(), out / name)
     unet.float()
     for name in CONTROLS:
         if plan.base is not None or (plan.work / f"controlnet-{name}.pt").exists():
-            control = train_controlnet(name, vae, tokenizer, text, unet, plan, log)
+            control = train_controlnet(name, scale, tokenizer, text, unet, plan, log)
             save_folder(control.half(), out / f"{CONTROLNET_PREFIX}{name}")
     if plan.base is not None or (plan.work / "clip.pt").exists():
         save_folder(train_clip(tokenizer, plan, log).half(), out / "clip")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -169,8 +170,30 @@ class AsIs(nn.Module):
 
 
 def sharing(net: Any) -> Any:
-    """A copy of a network that shares its weights."""
-    return copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
+    """A copy of a network that shares its weights.
+
+    `copy.deepcopy` with the weights taken for copied, in a fourth of its time: nearly all that a module of torch holds are the modules in it,
+    and a dozen dicts of hooks that are empty.
+    """
+    known: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
+    plain = (bool, int, float, str, type(None), torch.dtype)
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, plain):
+            return value
+        if id(value) in known:
+            return known[id(value)]
+        if type(value) in (dict, OrderedDict):
+            made = known[id(value)] = type(value)()
+            made.update({k: copied(v) for k, v in value.items()})
+        elif isinstance(value, nn.Module) and not hasattr(type(value), "__deepcopy__"):
+            made = known[id(value)] = object.__new__(type(value))
+            made.__dict__.update({k: copied(v) for k, v in value.__dict__.items()})
+        else:
+            made = copy.deepcopy(value, known)
+        return made
+
+    return copied(net)
 
 
 def runnable(net: Any, timesteps: int, current: CurrentCondition | None, attention: str) -> Any:
