@@ -623,8 +623,8 @@ def test_9_the_blend_is_inpaints(model: Any, picture: Picture, monkeypatch: pyte
 def test_9_an_ito_edit_is_the_equations_with_diffusers_and_autograd(
     model: Any, picture: Picture, k: int, refine: bool, update: str
 ) -> None:
-    """The whole of ITO written a second time from the paper's equations. Measured 3e-6 with the clipped update and 7e-6 with
-    Adam's, which could be missed without a fault: it makes a step of full size also out of a gradient that is rounding.
+    """The whole of ITO written a second time from the paper's equations. Measured 3e-6 with either
+    update. Adam's could be missed without a fault: it makes a step of full size also out of a gradient that is rounding.
 
     A trained network makes more of a rounding in its input than a random one, and its two runs drift apart. There the equations take the answers that the
     edit's network gave, each for the latent that the equations have come to."""
