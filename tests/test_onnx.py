@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -499,18 +498,11 @@ model = load_model(str(checkpoint), device="cpu")
 export_onnx(model, out, modules=["control-embedding-pose"], tell=lambda t: told.send(t.text))
 """
 
-# What loading a checkpoint imports, by its real name: `diffusers` itself imports it only when it is asked for.
-IMPORTED = ["iedit.export.onnx", "diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.controlnets.controlnet",
-            "diffusers.models.unets.unet_2d_condition", "diffusers.schedulers", "transformers.models.clip.modeling_clip",
-            "transformers.models.clip.tokenization_clip"]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
-def start(tiny_folder: Path) -> Callable[[Path], tuple[Any, Any]]:
-    """`start(out)`: a process that exports a small module, and a connection on which it tells what it does. The processes are
-    forked from one that has done the imports, which take five seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+def start(tiny_folder: Path, forked: Any) -> Callable[[Path], tuple[Any, Any]]:
+    """`start(out)`: a process that exports a small module, and a connection on which it tells what it does."""
+    context = forked.context()
 
     def begin(out: Path) -> tuple[Any, Any]:
         told, telling = context.Pipe(duplex=False)

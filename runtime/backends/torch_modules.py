@@ -172,7 +172,7 @@ class AsIs(nn.Module):
 def sharing(net: Any) -> Any:
     """A copy of a network that shares its weights.
 
-    `copy.deepcopy` with the weights taken for copied, in a fourth of its time: nearly all that a module of torch holds are the modules in it,
+    `copy.deepcopy` with the weights taken for copied, in a third of its time: nearly all that a module of torch holds are the modules in it,
     and a dozen dicts of hooks that are empty.
     """
     known: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
