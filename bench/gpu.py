@@ -103,10 +103,14 @@ class Step:
 _EDIT = "bench/edit.py --model sd15-random --keep build/gpu/sd15 --device cuda --dtype {dtype} --size 512 --edits 1 --rounds 10 --skip-missing --output {{table}} --backends "
 _SMALL = "bench/edit.py --model picturebook --device cpu --size 128 --edits 1 --rounds 1 --steps 4 --skip-missing --output {table} --backends "
 _KERNEL_TESTS = "tests/test_kernels_gpu.py tests/test_ito_step.py tests/test_guided_step.py tests/test_mask_map.py tests/test_group_norm.py tests/test_geglu.py"
+# Importing the others costs ten seconds of a machine that is lent by the minute.
+_GPU_TESTS = " ".join(
+    sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text())
+)
 STEPS = (
     Step("kernel-tests", ("triton", "pytest"), (f"-m pytest -q -m gpu {_KERNEL_TESTS}",),
          ("-m pytest -q -x tests/test_guided_step.py -k reference",), 5),
-    Step("tests", ("pytest",), ("-m pytest -q -m gpu tests",), ("-m pytest -q --collect-only -m gpu tests",), 8),
+    Step("tests", ("pytest",), (f"-m pytest -q -m gpu {_GPU_TESTS}",), (f"-m pytest -q --collect-only -m gpu {_GPU_TESTS}",), 8),
     Step("kernels", ("triton",), ("bench/kernels.py --device cuda --table {table}",), ("bench/kernels.py --device cpu --quick --table {table}",), 8, kernel_aim),
     Step("edit", NETWORKS, (_EDIT.format(dtype="bfloat16") + "torch,graphs,graphs+channels-last --presets fast,faster",),
          (_SMALL + "torch,torch+channels-last --presets faster --together 2",), 10, edit_aim),

@@ -32,6 +32,7 @@ from ..runtime.model.model import Model
 from ..runtime.model.module_io import CONTROL_EMBEDDING_PREFIX, CONTROLNET_PREFIX
 from .build_folder import build_once
 from .shared_weights import share_weights
+from .traced_once import onnx_program
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 OPSETS = (22, 23)  # 23 has the Attention operator, 22 spells it as MatMul and Softmax
@@ -315,11 +316,10 @@ def write_graph(of: Function, folder: Path, opset: int) -> Any:
     # Copies: the tracer takes one tensor that is given twice for one input, and the second layout would read the first's.
     examples = tuple(value.clone() for value in of.inputs.values())
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            of.module.eval(), examples, dynamo=True, opset_version=opset, dynamic_shapes=shapes,
+        program = onnx_program(
+            of.module.eval(), examples, opset_version=opset, dynamic_shapes=shapes,
             input_names=list(of.inputs), output_names=list(of.outputs), verbose=False, optimize=True,
         )  # fmt: skip
-        assert program is not None
         program.save(str(folder / GRAPH), external_data=True)
     del program
     proto = onnx.load(str(folder / GRAPH), load_external_data=False)

@@ -7,12 +7,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, which no test has done yet
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib
 import importlib.util
 import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -310,7 +311,24 @@ def editor(tiny: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_engines(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traced_once() -> Callable[[], Any]:
+    """`with traced_once():` an export that is traced anew to be decomposed, which takes twice as long, fails."""
+    import torch
+
+    @contextlib.contextmanager
+    def check() -> Iterator[None]:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise AssertionError("an operator of this graph has to be decomposed")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.export.ExportedProgram, "run_decompositions", refuse)
+            yield
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(tiny: Any, tmp_path_factory: pytest.TempPathFactory, traced_once: Any) -> Path:
     """ONNX engines of the random checkpoint, exported once, also by several workers; not to be changed, copy them."""
     from iedit.export.onnx import export_onnx
 
@@ -321,7 +339,8 @@ def tiny_engines(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         os.environ.get("PYTEST_XDIST_WORKER") == "gw1"
     ):  # two workers begin at two ends; what one has finished, the other finds there
         modules = (*TINY_MODULES[3:], *TINY_MODULES[:3])
-    export_onnx(tiny, folder / "tiny_engines", modules=modules)
+    with traced_once():
+        export_onnx(tiny, folder / "tiny_engines", modules=modules)
     return folder / "tiny_engines"
 
 

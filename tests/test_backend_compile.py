@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from iedit.runtime.backends import compiled, load_backend, why_unavailable
 from iedit.runtime.backends.compiled import CompileBackend
@@ -84,26 +85,43 @@ def test_control_of_attention_and_the_features_of_an_adapter_are_inputs_of_the_c
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-def test_many_shapes_may_be_compiled_in_one_process(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+class _Words(torch.nn.Module):
+    """A text encoder of one table: tracing CLIP's takes nearly a second, and here it is the tracings that are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(50, 32)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor]:
+        return (self.table(ids).tanh(),)
+
+
+@pytest.fixture
+def words(tiny: Any) -> Any:
+    """The random checkpoint with that text encoder."""
+    return dataclasses.replace(tiny, text_encoder=_Words().requires_grad_(False))
+
+
+def test_many_shapes_may_be_compiled_in_one_process(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo gives up on a function after 8 compilations if nobody says otherwise. Traced only, and anew for every shape."""
     compile_ = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, fullgraph, **_: compile_(f, fullgraph=fullgraph, dynamic=False, backend="eager")
     )
-    backend, eager = CompileBackend(tiny), TorchBackend(tiny)
+    backend, eager = CompileBackend(words), TorchBackend(words)
     for batch in range(1, 13):
         ids = torch.randint(0, 50, (batch, 8))
         assert torch.equal(backend.encode_tokens(ids), eager.encode_tokens(ids))
 
 
-def test_the_last_compilation_that_is_allowed_is_told_in_a_line(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_compilation_that_is_allowed_is_told_in_a_line(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_ = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, fullgraph, **_: compile_(f, fullgraph=fullgraph, dynamic=False, backend="eager")
     )
     torch._dynamo.reset()  # what was compiled before counts too
     monkeypatch.setattr(compiled, "_LIMITS", {"recompile_limit": 2, "accumulated_recompile_limit": 4096})
-    backend = CompileBackend(tiny)
+    backend = CompileBackend(words)
     with pytest.raises(
         RunError, match=r"has compiled a module 2 times, .* start another process, or use --backend torch"
     ):
@@ -111,7 +129,7 @@ def test_the_last_compilation_that_is_allowed_is_told_in_a_line(tiny: Any, monke
             backend.encode_tokens(torch.randint(0, 50, (batch, 8)))
 
 
-def test_the_first_shapes_may_be_compiled_each_for_itself(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_shapes_may_be_compiled_each_for_itself(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA. What a compiled graph takes for its inputs says whether it is for one shape or for many."""
     compile_, batches = torch.compile, []
 
@@ -127,7 +145,7 @@ def test_the_first_shapes_may_be_compiled_each_for_itself(tiny: Any, monkeypatch
         lambda f, fullgraph, dynamic, **_: compile_(f, fullgraph=fullgraph, dynamic=dynamic, backend=traced),
     )
     torch._dynamo.reset()
-    backend, eager = CompileBackend(tiny, static_shapes=2), TorchBackend(tiny)
+    backend, eager = CompileBackend(words, static_shapes=2), TorchBackend(words)
     for batch in (5, 3, 5, 3, 4, 6, 7, 5):
         ids = torch.randint(0, 50, (batch, 8))
         assert torch.equal(backend.encode_tokens(ids), eager.encode_tokens(ids))

@@ -86,7 +86,7 @@ def test_the_gpu_script_ends_well_on_a_bare_machine_and_says_what_was_not_run_an
         assert len(said) == len(calls), done.stdout
         return [(text, int(code)) for text, code in said]
 
-    # On a CPU what can start is started: the benchmark, and the collection of all tests, whose modules miss diffusers.
+    # On a CPU what can start is started: the benchmark, and the collection of the GPU tests, whose modules miss diffusers.
     plain, rehearsed, again, unknown = run(
         (), ("--rehearse", "kernels", "tests", "edit", "tensorrt"), ("--rehearse", "kernels"), ("everything",)
     )

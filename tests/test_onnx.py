@@ -299,11 +299,12 @@ def test_tensorrt_knows_every_operator_and_an_unknown_one_is_named(built: tuple[
 
 @pytest.mark.parametrize("precision, opset", [("fp16", 22), pytest.param("bf16", 23, marks=pytest.mark.slow)])
 def test_half_precision_has_float32_islands_and_leaves_the_model_alone(
-    smallest: Any, tmp_path: Path, precision: str, opset: int
+    smallest: Any, tmp_path: Path, traced_once: Any, precision: str, opset: int
 ) -> None:
     before = {k: v.clone() for k, v in smallest.unet.state_dict().items()}
     classes = [type(m) for m in smallest.unet.modules()]
-    exporter.export_onnx(smallest, tmp_path, precision=precision, opset=opset, modules=["unet"])
+    with traced_once():
+        exporter.export_onnx(smallest, tmp_path, precision=precision, opset=opset, modules=["unet"])
     assert [type(m) for m in smallest.unet.modules()] == classes
     assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in smallest.unet.state_dict().items())
     proto = onnx.load(str(tmp_path / f"onnx-{precision}" / "unet" / "model.onnx"), load_external_data=False)
