@@ -1,4 +1,4 @@
-# make demo | train-demo | test | slow | lint | format | clean
+# make demo | train-demo | test (lint and pytest) | slow | lint | pytest | format | clean
 #
 # PYTHON       the interpreter that makes .venv (3.11 or newer)
 # WORDNET      for train-demo: folder of WordNet's database files (apt-get install wordnet-base)
@@ -15,7 +15,7 @@ OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo train-demo test slow lint format clean
+.PHONY: demo train-demo test pytest slow lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -29,7 +29,11 @@ train-demo: $(VENV)/.installed-train
 		--steps 100 --batch 4 --processes 2 --no-gradient-checkpointing --save-every 50 --sample-every 50
 	@echo "edits before and after: train-demo/run/samples/step-000100.png"
 
-test: lint
+# What lint finds stands between the lines of pytest: mypy takes a core for a minute, which would be idle before or after.
+test: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory --jobs=2 lint pytest
+
+pytest: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow and not gpu" -q -n 2 --dist worksteal
 
 slow: $(VENV)/.installed-test

@@ -51,7 +51,9 @@ def onnx_program(module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """ATen operator -> the ONNX operators that it is. The parameters have ATen's names, because some are given by name."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its functions take tensors or what `op` makes of them, which its annotations do not say
 
     def to_dtype(self: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:  # fmt: skip
         return op.Cast(self, to=dtype)

@@ -12,7 +12,7 @@ stage first asks the cache for what it has (see `stage_cache`), so a second edit
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ class Editor:
         memory: int = MEMORY,
         share: bool = True,
         engines: str | os.PathLike[str] | None = None,
+        used_layouts: Collection[str] | None = None,
         **options: Any,
     ) -> Editor:
         """Load the embedded model, a diffusers folder or a hub id (see `model.load_model`) and its backend.
@@ -105,6 +106,7 @@ class Editor:
         Args:
             backend: torch, compile, onnx, tensorrt, or auto: per module and shape the first that can run.
             engines: folder of exported engines; by default the user's cache, by the weights' digest.
+            used_layouts: those that requests will have; the networks of others are not loaded. None loads them all.
             options: of the backends: `attention`, `channels_last` and `trust_engines`, see `backends.load_backend`.
 
         Raises:
@@ -112,7 +114,7 @@ class Editor:
         """
         check_backend(backend)
         check_engines(engines)
-        loaded = load_model(model, layouts, device=device, dtype=dtype)
+        loaded = load_model(model, layouts, device=device, dtype=dtype, used_layouts=used_layouts)
         runs = load_backend(backend, loaded, None if engines is None else Path(engines), **options)
         editor = cls(loaded, runs, cache=cache, memory=memory, share=share)
         editor.folders += [] if engines is None else [Path(engines)]

@@ -181,7 +181,13 @@ def _load_model(receipt: Receipt, named: Named) -> Model:
             f"the picture was made with the ControlNet {printable(receipt.run.controlnet[control])}; say where it is with "
             f"--controlnet {printable(control)}=FOLDER"
         )
-    model = load_model(name, dict(named.controlnets) or None, device=receipt.run.device, dtype=receipt.run.dtype)
+    model = load_model(
+        name,
+        dict(named.controlnets) or None,
+        device=receipt.run.device,
+        dtype=receipt.run.dtype,
+        used_layouts={*receipt.files.layouts, *receipt.files.source_layouts},
+    )
     if model.digest != receipt.model.digest:
         raise UsageError(
             f"model: {model.name} has digest {model.digest}, the picture was made with {receipt.model.digest}: other "

@@ -301,13 +301,20 @@ def smallest(tiny: Any) -> Any:
     return dataclasses.replace(tiny, **parts)
 
 
-@pytest.fixture
-def editor(tiny: Any) -> Any:
-    """An editor of the random checkpoint on eager torch, with an empty cache."""
+@pytest.fixture(scope="session")
+def tiny_torch(tiny: Any) -> Any:
+    """The random checkpoint on eager torch."""
     from iedit.runtime.backends.eager import TorchBackend
+
+    return TorchBackend(tiny)
+
+
+@pytest.fixture
+def editor(tiny: Any, tiny_torch: Any) -> Any:
+    """An editor of the random checkpoint on eager torch, with an empty cache."""
     from iedit.runtime.editor import Editor
 
-    return Editor(tiny, TorchBackend(tiny))
+    return Editor(tiny, tiny_torch)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from iedit.kernels import geglu as geglu_definition
 from iedit.kernels import group_norm as norm_definition
@@ -21,6 +22,31 @@ from iedit.kernels.ito_step import UPDATES, AdamState
 SHAPES = [(3, 4, 16, 16), (3, 4, 9, 13), (3, 16, 8, 8), (3, 4, 17, 19), (1, 4, 64, 64)]
 LAMBDAS = [0.6, 0.0, 1.0]
 Rounded = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+@pytest.fixture(autouse=True)
+def _language_is_patched_once_in_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter looks through all of Triton's language at every call of one device function by another, a third of its time, though
+    the launch has done so: only a module of it that the launch has not seen is new."""
+    from triton.runtime import interpreter
+
+    launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    seen: set[frozenset[int]] = set()
+
+    def launched(*given: Any, **named: Any) -> Any:
+        seen.clear()
+        return launch(*given, **named)
+
+    def once(function: Any) -> Any:
+        languages = frozenset(
+            id(v) for v in function.__globals__.values() if v is triton.language or v is triton.language.core
+        )
+        scope = interpreter._LangPatchScope() if languages in seen else patch(function)
+        seen.add(languages)
+        return scope
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    monkeypatch.setattr(interpreter, "_patch_lang", once)
 
 
 @pytest.fixture(autouse=True)

@@ -23,28 +23,37 @@ from iedit import runtime
 from iedit.runtime import images
 from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.cli.main import main
+from iedit.runtime.model.model import load_model
 from iedit.runtime.profile import Profile
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 SOURCE, TARGET = "a red car on grass at noon", "a blue car on grass at noon"
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a picture, maps and masks, good and bad."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a picture, maps and masks, good and bad."""
+    folder = tmp_path_factory.mktemp("pictures")
     box = (8, 8, 22, 24)
     for name, ground, thing, mode in (("in", "green", "red", "RGB"), ("pose", "black", "blue", "RGB"),
                                       ("old", "black", "white", "RGB"), ("mask", 0, 255, "L"), ("empty", 0, 0, "L"),
                                       ("full", 255, 255, "L")):  # fmt: skip
         picture = Image.new(mode, (32, 32), ground)
         ImageDraw.Draw(picture).ellipse(box, fill=thing)
-        picture.save(f"{name}.png")
-    Image.new("RGB", (16, 16)).save("small.png")
-    Image.new("1", (5000, 5000)).save("huge.png")
-    Path("truncated.png").write_bytes(Path("in.png").read_bytes()[:90])
-    Path("words.png").write_text("not a picture")
-    Path("folder.png").mkdir()
+        picture.save(folder / f"{name}.png")
+    Image.new("RGB", (16, 16)).save(folder / "small.png")
+    Image.new("1", (5000, 5000)).save(folder / "huge.png")
+    (folder / "truncated.png").write_bytes((folder / "in.png").read_bytes()[:90])
+    (folder / "words.png").write_text("not a picture")
+    (folder / "folder.png").mkdir()
+    return folder
+
+
+@pytest.fixture
+def here(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with them."""
+    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -365,7 +374,40 @@ def test_a_controlnet_of_another_model_is_refused(edit: list[str], broken: Path)
 
     config = ControlNetModel.load_config(broken / "controlnet-pose")
     ControlNetModel.from_config({**config, "cross_attention_dim": 8}).save_pretrained(broken / "controlnet-pose")
-    assert "ControlNet of pose has cross_attention_dim 8, the UNet 16" in refused(2, *edit, "--model", str(broken))
+    said = refused(2, *edit, "--model", str(broken), "--layout", "pose=pose.png", "--mask", "mask.png")
+    assert "ControlNet of pose has cross_attention_dim 8, the UNet 16" in said
+
+
+def test_an_edit_loads_the_networks_of_its_own_layouts_only(
+    edit: list[str], broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The edit, its replay and `iedit mask` are those of the whole model, whose digest counts what was not loaded too."""
+    from diffusers import ControlNetModel
+
+    load, loaded = ControlNetModel.from_pretrained, []
+
+    def noted(folder: Path, **options: Any) -> Any:
+        loaded.append(folder.name)
+        return load(folder, **options)
+
+    monkeypatch.setattr(ControlNetModel, "from_pretrained", noted)
+    weights = broken / "controlnet-scribble" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])  # cut off: loading it fails
+    layout = ["--layout", "pose=pose.png", "--source-layout", "pose=old.png"]
+    for words, networks in (([], []), (layout, ["controlnet-pose"])):
+        fine(*edit, *words, "--model", str(broken), "--output", "out.png", "--overwrite")
+        assert "identical" in fine("replay", "out.png", "--model", str(broken)).output
+        assert loaded == 2 * networks
+        loaded.clear()
+    fine("mask", *edit[1:], "--model", str(broken), "--output", "found.png")
+    assert loaded == []
+    scribble = ["--layout", "scribble=pose.png", "--mask", "mask.png"]
+    assert "controlnet-scribble cannot be read" in refused(2, *edit, *scribble, "--model", str(broken))
+    weights.write_bytes(whole)
+    said = refused(2, "replay", "out.png", "--model", str(broken))
+    assert "other weights, another config or tokenizer" in said
+    assert load_model(str(broken), device="cpu").digest == load_model(str(broken), device="cpu", used_layouts=()).digest
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(edit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

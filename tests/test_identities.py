@@ -52,6 +52,7 @@ Picture = Callable[..., Image.Image]
 
 # Models that are run by something else than eager torch, by name.
 RUNS: dict[str, Backend] = {}
+EAGER: dict[int, Backend] = {}
 
 
 # 20-30 s for each of its compilations on one core, of which a test with ControlNets needs several.
@@ -79,8 +80,13 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def backend_of(model: Any) -> Backend:
-    """By name: a test may have replaced the model's schedule, which no backend looks at."""
-    return RUNS.get(model.name) or TorchBackend(model)
+    """By name, and eager torch by the network: a test may have replaced the model's schedule, which no backend looks at."""
+    if model.name in RUNS:
+        return RUNS[model.name]
+    made = EAGER.get(id(model.unet))
+    if made is None:
+        made = EAGER[id(model.unet)] = TorchBackend(model)
+    return made
 
 
 class OneByOne:

@@ -174,9 +174,14 @@ def _functions(model: Any) -> dict[str, Callable[..., Tensor]]:
     return {name: unseen(call) for name, call in found.items()}
 
 
+@pytest.fixture(scope="module")
+def functions(tiny: Any) -> dict[str, Callable[..., Tensor]]:
+    return _functions(tiny)
+
+
 @pytest.fixture
-def machine(version: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    trt = fake.make_tensorrt(version, manifest, _functions(tiny))
+def machine(version: str, tiny: Any, functions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    trt = fake.make_tensorrt(version, manifest, functions)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setattr(backend_tensorrt, "cuda_missing", lambda: [])
     monkeypatch.setattr(backend_tensorrt, "not_cuda", lambda device: [])

@@ -113,7 +113,7 @@ def edit(image: str, lambdas: tuple[float, ...], count: int, output: str | None,
     inputs = params.read_inputs(image, values)
     with live_progress(values["model"]) as tell:
         requests = [params.make_request(inputs, values, seed, lam) for seed, lam in wanted]
-        results = params.load_editor(values, cache).edit_many(requests, tell)
+        results = params.load_editor(values, inputs, cache).edit_many(requests, tell)
     from .. import receipt as receipts
 
     files = {"image": image, "mask": values["mask"]}
@@ -187,7 +187,7 @@ def mask_command(image: str, output: str | None, overwrite: bool, **values: Any)
     inputs = params.read_inputs(image, values)
     with live_progress(values["model"]) as tell:
         request = params.make_request(inputs, values, values["seed"])
-        mask, profile = params.load_editor(values).mask(request, tell)
+        mask, profile = params.load_editor(values, inputs).mask(request, tell)
     assert mask is not None
     write_outputs({target: png_bytes(mask)})
     show_notes(profile.notes)

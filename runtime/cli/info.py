@@ -50,7 +50,7 @@ def profile_command(image: str, runs: int, output: str | None, trace: str | None
     inputs = params.read_inputs(image, values)
     with live_progress(values["model"]) as tell:
         request = params.make_request(inputs, values, values["seed"])
-        editor = params.load_editor(values)
+        editor = params.load_editor(values, inputs)
         from ..stage_cache import StageCache
 
         notes: list[str] = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -319,8 +319,12 @@ def _is_given(parameter: str) -> bool:
     return source not in (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP, None)
 
 
-def load_editor(values: dict[str, Any], cache: str | None = None) -> Editor:
-    """The model and its backend out of a command's values; `cache` is the folder where stage results are kept."""
+def load_editor(values: dict[str, Any], inputs: Mapping[str, Any], cache: str | None = None) -> Editor:
+    """The model and its backend out of a command's values, with the networks that read the layouts among its inputs (`read_inputs`).
+
+    Args:
+        cache: folder where stage results are kept.
+    """
     quiet_libraries()
     from ..editor import Editor
     from ..stage_cache import StageCache
@@ -337,6 +341,7 @@ def load_editor(values: dict[str, Any], cache: str | None = None) -> Editor:
         attention=values["attention"],
         channels_last=values["channels_last"],
         trust_engines=values["trust_engines"],
+        used_layouts={*inputs["layouts"], *inputs["source_layouts"]},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ class Model:
 
     Attributes:
         name, folder: as asked for, and where it was found.
-        controlnets, adapters: layout name -> ControlNetModel or T2IAdapter.
+        controlnets, adapters: layout name -> ControlNetModel or T2IAdapter, of those layouts that were to be read (`load_model`).
         digest: sha256 over everything of the checkpoint that a result depends on beside the noise schedule: weights and configs
-            of every part in use, the tokenizer, and which ControlNet goes by which name; 16 hex digits.
+            of every part, loaded or not, the tokenizer, and which ControlNet goes by which name; 16 hex digits.
         weights_digest: over the weights alone; names the folder that engines are kept in.
         words, reconstruction_error: what its `iedit.json` says of its world (see `checkpoint.Recommended`).
         notes: what was settled otherwise than asked while it was loaded; every result of an edit repeats them.
@@ -234,6 +234,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     emulate: bool = False,
+    used_layouts: Collection[str] | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -245,6 +246,8 @@ def load_model(
         dtype: default float16 on a GPU and float32 on a CPU. A half that the CPU has no arithmetic for becomes float32, with
             a note in the model.
         emulate: keep such a half all the same; it is tens of times slower than float32.
+        used_layouts: names of those that will be used: the networks of the others are not loaded. None loads them all. It is the same model
+            by its digests, which are of every file.
 
     Raises:
         UsageError: a part is missing, unreadable or does not fit the others.
@@ -261,8 +264,12 @@ def load_model(
     text_encoder = _read(CLIPTextModel, folder / "text_encoder", used_dtype)
     tokenizer = _tokenizer(folder / "tokenizer", text_encoder)
     schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
-    controlnets = {name: _read(ControlNetModel, path, used_dtype) for name, path in checkpoint.controlnets.items()}
-    adapters = {name: _read(T2IAdapter, path, used_dtype) for name, path in checkpoint.adapters.items()}
+    readers = {*checkpoint.controlnets, *checkpoint.adapters}
+    wanted = readers if used_layouts is None else readers & {*used_layouts}
+    controlnets = {
+        n: _read(ControlNetModel, path, used_dtype) for n, path in checkpoint.controlnets.items() if n in wanted
+    }
+    adapters = {n: _read(T2IAdapter, path, used_dtype) for n, path in checkpoint.adapters.items() if n in wanted}
     _check_fit(unet, vae, text_encoder, controlnets)
     for part in (unet, vae, text_encoder, *controlnets.values(), *adapters.values()):
         part.to(used_device)
