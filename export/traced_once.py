@@ -32,7 +32,7 @@ def onnx_program(module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) 
         calls = {node.target for node in self.graph.nodes if node.op == "call_function"}
         written = any(getattr(getattr(operator, "_schema", None), "is_mutable", False) for operator in calls)
         branches = any(node.op == "get_attr" for node in self.graph.nodes)
-        if table is None or written or branches or calls & table.keys():
+        if table is None or written or branches or any(operator in table for operator in calls):
             return decompose(self, table, *rest, **more)
         spared = True
         return self
