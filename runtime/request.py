@@ -314,7 +314,7 @@ def _check_fields(model: Model, request: EditRequest) -> None:
         if name not in model.layouts:
             known = ", ".join(model.layouts) or "none"
             raise UsageError(f"control_scales: {model.name} has no ControlNet or T2I-Adapter {name!r}; it has {known}")
-    check_layouts(model.name, model.layouts, [*request.layouts, *request.source_layouts])
+    check_layouts(model.name, model.layouts, [*request.layouts, *request.source_layouts], model.left_out)
     extra = sorted(set(request.source_layouts) - set(request.layouts))
     if extra:
         raise UsageError(f"source layout {extra[0]!r} has no layout to go with it: give layouts[{extra[0]!r}] too")

@@ -238,6 +238,18 @@ def test_the_same_weights_with_another_behaviour_are_another_model(
     assert torch.equal(result.latent, Editor(other, TorchBackend(other), cache=StageCache(memory=0)).edit(asked).latent)
 
 
+def test_a_layout_whose_network_was_not_loaded_is_refused_with_what_to_do(tiny_folder: Path, picture: Any) -> None:
+    editor = Editor.load(str(tiny_folder), device="cpu", backend="torch", used_layouts=["pose"])
+    assert editor.model.layouts == ["pose"] and editor.model.left_out == ("scribble",)
+    maps = {"scribble": picture(1)}
+    with pytest.raises(
+        UsageError, match=r"layout 'scribble': .* was loaded without its network; name it in used_layouts"
+    ):
+        editor.edit(EditRequest(picture(0), "a red car", layouts=maps, source_layouts=maps, steps=2))
+    with pytest.raises(UsageError, match=r"layout 'depth': .* of that name; it has pose"):
+        editor.edit(EditRequest(picture(0), "a red car", layouts={"depth": picture(1)}, steps=2))
+
+
 def test_layouts_by_each_others_names_are_another_model(tiny: Any, tiny_folder: Path) -> None:
     names = ("pose", "scribble")
     swapped = load_model(

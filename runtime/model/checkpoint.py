@@ -243,9 +243,11 @@ def layout_folders(folder: Path) -> dict[str, Path]:
     return found
 
 
-def check_layouts(model: str, readers: Collection[str], names: Iterable[str]) -> None:
-    """Raises UsageError for a layout that a model has neither ControlNet nor T2I-Adapter for."""
+def check_layouts(model: str, readers: Collection[str], names: Iterable[str], left_out: Collection[str] = ()) -> None:
+    """Raises UsageError for a layout that a model has neither ControlNet nor T2I-Adapter for, or one that was not loaded (`left_out`)."""
     for name in names:
+        if name in left_out:
+            raise UsageError(f"layout {name!r}: {model} was loaded without its network; name it in used_layouts")
         if name not in readers:
             known = ", ".join(readers) or "none"
             raise UsageError(f"layout {name!r}: {model} has no ControlNet or T2I-Adapter of that name; it has {known}")

@@ -27,6 +27,7 @@ class Model:
     Attributes:
         name, folder: as asked for, and where it was found.
         controlnets, adapters: layout name -> ControlNetModel or T2IAdapter, of those layouts that were to be read (`load_model`).
+        left_out: the layouts whose networks were not loaded.
         digest: sha256 over everything of the checkpoint that a result depends on beside the noise schedule: weights and configs
             of every part, loaded or not, the tokenizer, and which ControlNet goes by which name; 16 hex digits.
         weights_digest: over the weights alone; names the folder that engines are kept in.
@@ -68,6 +69,7 @@ class Model:
     reconstruction_error: float | None = None
     adapters: dict[str, Any] = field(default_factory=dict)
     recommends_guidance: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def layouts(self) -> list[str]:
@@ -302,6 +304,7 @@ def load_model(
         generate_eta=recommended.generate_eta,
         adapters=adapters,
         recommends_guidance=recommended.guidance_scale is not None,
+        left_out=tuple(sorted(readers - wanted)),
     )
 
 
