@@ -103,7 +103,7 @@ class Step:
 _EDIT = "bench/edit.py --model sd15-random --keep build/gpu/sd15 --device cuda --dtype {dtype} --size 512 --edits 1 --rounds 10 --skip-missing --output {{table}} --backends "
 _SMALL = "bench/edit.py --model picturebook --device cpu --size 128 --edits 1 --rounds 1 --steps 4 --skip-missing --output {table} --backends "
 _KERNEL_TESTS = "tests/test_kernels_gpu.py tests/test_ito_step.py tests/test_guided_step.py tests/test_mask_map.py tests/test_group_norm.py tests/test_geglu.py"
-# Importing the others costs ten seconds of a machine that is lent by the minute.
+# Only the files that have one: importing the others takes ten seconds.
 _GPU_TESTS = " ".join(
     sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text())
 )

@@ -2,7 +2,7 @@
 
 The exporter traces a module, then decomposes the graph, for which it is analysed and traced once more, and translates what is left. A diffusion
 network's graph has nothing that must be decomposed: only a few operators that the exporter knows by their parts alone, and those are translated
-here. So tracing once is enough; the graph has the same nodes, less some arithmetic on shapes.
+here. So tracing once is enough; the graph has the same nodes but for some arithmetic on shapes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ def onnx_program(module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) 
     A graph is decomposed where the exporter's table says so of an operator, where an operator writes into its input (tracing again makes that a
     new tensor), where there are branches, and where the exporter cannot translate the graph as it is: then it is exported a second time, in
     the plain way. One thread at a time exports; another one waits.
+
+    Args:
+        module: in eval mode; takes `inputs` by position.
+        options: of `torch.onnx.export`, but for `dynamo` and `custom_translation_table`.
+
+    Raises:
+        torch.onnx.OnnxExporterError: it cannot be exported in the plain way either.
     """
     program = torch.export.ExportedProgram
     decompose, spared = program.run_decompositions, False

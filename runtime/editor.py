@@ -106,7 +106,7 @@ class Editor:
         Args:
             backend: torch, compile, onnx, tensorrt, or auto: per module and shape the first that can run.
             engines: folder of exported engines; by default the user's cache, by the weights' digest.
-            used_layouts: those that requests will have; the networks of others are not loaded. None loads them all.
+            used_layouts: names of the layouts that requests will have; the networks of others are not loaded. None loads them all.
             options: of the backends: `attention`, `channels_last` and `trust_engines`, see `backends.load_backend`.
 
         Raises:

@@ -311,7 +311,7 @@ def _check_fields(model: Model, request: EditRequest) -> None:
             "none; use direct"
         )
     for name, _ in request.options.control_scales:
-        if name not in model.layouts:
+        if name not in (*model.layouts, *model.left_out):
             known = ", ".join(model.layouts) or "none"
             raise UsageError(f"control_scales: {model.name} has no ControlNet or T2I-Adapter {name!r}; it has {known}")
     check_layouts(model.name, model.layouts, [*request.layouts, *request.source_layouts], model.left_out)

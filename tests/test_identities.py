@@ -52,7 +52,7 @@ Picture = Callable[..., Image.Image]
 
 # Models that are run by something else than eager torch, by name.
 RUNS: dict[str, Backend] = {}
-EAGER: dict[int, Backend] = {}
+EAGER: dict[int, Backend] = {}  # the others, by the id of their UNet
 
 
 # 20-30 s for each of its compilations on one core, of which a test with ControlNets needs several.

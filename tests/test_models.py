@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from iedit.runtime.backends.eager import TorchBackend
 from iedit.runtime.codec import Codec, token_chunks
-from iedit.runtime.editor import Editor, EditRequest
+from iedit.runtime.editor import Editor, EditRequest, Options
 from iedit.runtime.errors import RunError, UsageError
 from iedit.runtime.model.checkpoint import find_folder, picturebook_folder
 from iedit.runtime.model.model import Model, describe, load_model, read_digests
@@ -246,6 +246,12 @@ def test_a_layout_whose_network_was_not_loaded_is_refused_with_what_to_do(tiny_f
         UsageError, match=r"layout 'scribble': .* was loaded without its network; name it in used_layouts"
     ):
         editor.edit(EditRequest(picture(0), "a red car", layouts=maps, source_layouts=maps, steps=2))
+    maps, options = (
+        {"pose": picture(1)},
+        Options(control_scales=(("scribble", 0.5),)),
+    )  # as if it were loaded, and not asked for
+    request = EditRequest(picture(0), "a red car", layouts=maps, source_layouts=maps, steps=2, options=options)
+    assert editor.edit(request).image.size == (64, 64)
     with pytest.raises(UsageError, match=r"layout 'depth': .* of that name; it has pose"):
         editor.edit(EditRequest(picture(0), "a red car", layouts={"depth": picture(1)}, steps=2))
 

@@ -175,7 +175,7 @@ _ATOMS = frozenset((bool, int, float, str, type(None), torch.dtype))  # what nee
 def sharing(net: Any) -> Any:
     """A copy of a network that shares its weights.
 
-    `copy.deepcopy` with the weights taken for copied, in a tenth of its time: nearly all that a module of torch holds are numbers, the modules
+    `copy.deepcopy` with the weights taken for copied, in less than half of its time (9.0 and 3.7 ms for a small UNet): nearly all that a module of torch holds are numbers, the modules
     in it, and a dozen dicts of hooks that are empty.
     """
     known: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}

@@ -26,7 +26,7 @@ class Model:
 
     Attributes:
         name, folder: as asked for, and where it was found.
-        controlnets, adapters: layout name -> ControlNetModel or T2IAdapter, of those layouts that were to be read (`load_model`).
+        controlnets, adapters: layout name -> ControlNetModel or T2IAdapter, of the layouts that it was loaded for (`used_layouts` of `load_model`).
         left_out: the layouts whose networks were not loaded.
         digest: sha256 over everything of the checkpoint that a result depends on beside the noise schedule: weights and configs
             of every part, loaded or not, the tokenizer, and which ControlNet goes by which name; 16 hex digits.
@@ -248,8 +248,8 @@ def load_model(
         dtype: default float16 on a GPU and float32 on a CPU. A half that the CPU has no arithmetic for becomes float32, with
             a note in the model.
         emulate: keep such a half all the same; it is tens of times slower than float32.
-        used_layouts: names of those that will be used: the networks of the others are not loaded. None loads them all. It is the same model
-            by its digests, which are of every file.
+        used_layouts: names of the layouts that requests will have: the networks of the others are not loaded. None loads them all. It is the
+            same model by its digests, which are of every file.
 
     Raises:
         UsageError: a part is missing, unreadable or does not fit the others.
